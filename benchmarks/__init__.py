@@ -1,0 +1,1 @@
+"""The benchmark suite: runnable measurements and their records."""

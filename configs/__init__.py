@@ -1,0 +1,1 @@
+"""Hydra groups and the one module that composes them."""

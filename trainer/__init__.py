@@ -1,0 +1,1 @@
+"""Inside a rank: model, parallel engines, data, checkpoint, objectives, the loop."""

@@ -1,0 +1,33 @@
+"""What travels from the loader to the engine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100
+"""Label of a token that carries no loss."""
+
+LossFn = Callable[[nn.Module, dict[str, Tensor]], Tensor]
+"""`loss(module, fields)` -> 0-dim fp32 SUM of the losses over the loss-bearing tokens (or items) of the micro-batch.
+
+`module` is the engine's wrapped module and must be called (`module(...)`), never reached around: sharding hooks run there.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch on one rank. B rows, T tokens a row."""
+
+    fields: dict[str, Tensor]
+    """Decoder: `tokens` (B, T) int64; `labels` (B, T) int64, IGNORE where no loss; and with data.mask_documents
+    `documents` (B, T) int32, a number per document that rises within the row, and `positions` (B, T) int64, counted
+    from the document's first token in the row. Custom models: what the decoder gave, stacked, plus `valid` (B,) bool,
+    false for a missing row."""
+    loss_tokens: int
+    """Loss-bearing tokens (records for custom models) in this micro-batch; 0 is legal."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`, copied without waiting where the memory is pinned."""
+        return Batch({k: v.to(device, non_blocking=True) for k, v in self.fields.items()}, self.loss_tokens)

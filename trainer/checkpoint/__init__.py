@@ -1,0 +1,1 @@
+"""One checkpoint format for all engines and all numbers of ranks."""

@@ -1,0 +1,1 @@
+"""Token and record shards, order, packing, loader, ledger."""

@@ -1,0 +1,1 @@
+"""Decoder-only transformer: single-device code without any distributed import."""

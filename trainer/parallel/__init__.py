@@ -1,0 +1,1 @@
+"""Engines: one sharded model and its optimizer behind one protocol (`engine.Engine`)."""
