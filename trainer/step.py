@@ -1,0 +1,34 @@
+"""One optimizer step on one rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from officina.trainer.batch import Batch
+from officina.trainer.parallel.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did, as this rank saw it."""
+
+    loss_sum_nats: float
+    """Sum of this rank's token losses."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    applied: bool
+    """False: the step was left out, parameters and moments are unchanged."""
+
+
+def train_step(engine: Engine, micros: Sequence[Batch], *, device: torch.device, step_tokens: int, lr_factor: float,
+               max_norm: float = float("inf")) -> StepResult:
+    """Forward and backward of every micro-batch, then the update.
+
+    step_tokens: loss-bearing tokens of the step over all ranks; the gradient is that of the mean loss over them.
+    """
+    loss_sum = torch.zeros((), device=device)
+    for micro in micros:
+        loss_sum += engine.forward_backward(micro.to(device), step_tokens=step_tokens, last=micro is micros[-1])
+    outcome = engine.step(lr_factor, max_norm=max_norm)
+    return StepResult(loss_sum.item(), outcome.grad_norm, outcome.applied)
