@@ -209,6 +209,16 @@ class SourceConfig:
 
 
 @config
+class TimelineStage:
+    """The mixture from one global sample index on. Written by resume, not by users."""
+
+    from_sample: NonNegative = 0
+    """First global sample index of the stage."""
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    """Source name -> share of rows, relative to the others of the stage; a source that is not named gives no rows."""
+
+
+@config
 class DataConfig:
     """What is read, and in which order."""
 
@@ -224,6 +234,8 @@ class DataConfig:
     """Attention never crosses a document border, and no label does."""
     skip: list[list[Count]] = field(default_factory=list)
     """Ranges [a, b) of global sample indices to leave out, e.g. [[1000, 1064]]."""
+    timeline: list[TimelineStage] = field(default_factory=list)
+    """How the mixture changed over the run, written by resume; empty = the sources' weights from the first sample on."""
     prefetch_batches: Positive = 4
     """Batches a background thread holds ready."""
 
