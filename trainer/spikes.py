@@ -14,7 +14,7 @@ class SpikeDetector:
     """Mean and standard deviation of the last `window` finite values, and the bound `sigma` deviations above.
 
     Its verdict follows from the values alone, so ranks that see the same (reduced) values agree without a
-    collective. A spike enters the window clipped to the bound: one wild value does not blind the detector, and
+    collective. A spike enters the window clipped to the bound: one wild value does not blind it, and
     a lasting higher level is accepted after some values instead of being refused for ever.
     """
 
