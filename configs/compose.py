@@ -1,0 +1,296 @@
+"""From the words of a command line to a checked RunConfig. The only module that imports Hydra.
+
+Hydra composes the YAML groups of this folder (and a user's own files) and reads lists and dicts in its grammar. Typing,
+closedness and everything a user is told about a mistake come from `officina.trainer.schema`, all problems at once.
+Scalars reach the types as the text that was typed: `site.account=1e5` stays text, `steps=1e3` is 1000.
+"""
+
+import copy
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from officina.trainer.config import RunConfig
+from officina.trainer.errors import ConfigError, Problem
+from officina.trainer.schema import GROUPS, Values, as_text, dump_run, generic, optional, read_run, unknown_key
+
+_FOLDER = Path(__file__).parent
+_PERSONAL = ("site", "logging", "checkpoint", "profile", "device", "ranks", "threads", "time_limit")
+"""What a person's or a centre's defaults may set, besides paths of data: where and how a run is run, not what it computes."""
+_SOURCE_PATH = re.compile(r"data\.sources\.([^.]+)\.path")
+_TYPED_BY_HYDRA = "model.args."
+"""Arguments of a user's own model have no declared type: here `192` is a number because Hydra says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """What the words came to."""
+
+    run: RunConfig
+    """With problems, defaults stand where values were wrong: good for checking the rest, for nothing else."""
+    problems: list[Problem]
+    defaults: list[tuple[str, str]]
+    """Words taken from a person's or a centre's defaults, each with the file it stands in."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """One word of the command line, read."""
+
+    key: str
+    value: object = None
+    removes: bool = False
+    """`~key`: back to the default."""
+    chooses: bool = False
+    """`group=option`."""
+
+
+def compose(words: Sequence[str]) -> RunConfig:
+    """The run that `group=option`, `key=value`, `+key=value` and `~key` describe. Raises ConfigError with every fault."""
+    composed = compose_all(words)
+    if composed.problems:
+        raise ConfigError(composed.problems)
+    return composed.run
+
+
+def compose_all(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> Composed:
+    """Like `compose`, but gives the problems back. `environ`: where XDG_CONFIG_HOME and XDG_CONFIG_DIRS are looked up."""
+    problems: list[Problem] = []
+    typed = _read_words(words, problems)
+    personal = [(word, text, origin) for text, origin in _personal(environ, problems)
+                for word in _read_words([text], problems)]
+    choices = {w.key: str(w.value) for w in [p[0] for p in personal] + typed if w.chooses}
+    values = _compose_groups(choices, problems)
+    sources = set(values.get("data", {}).get("sources") or {}) | {w.key.split(".")[2] for w in typed
+                                                                 if w.key.startswith("data.sources.")}
+    personal = [p for p in personal if not (m := _SOURCE_PATH.fullmatch(p[0].key)) or m[1] in sources]
+    good = copy.deepcopy(values)
+    _apply(values, [p[0] for p in personal] + typed, problems)
+    run, faults = read_run(values, good=good)
+    origin_of = {word.key: origin for word, _, origin in personal} | {w.key: None for w in typed}
+    faults = [replace(p, rule=f"{p.rule} ({origin})") if (origin := origin_of.get(p.key)) else p for p in faults]
+    return Composed(run, problems + faults, [(text, origin) for _, text, origin in personal])
+
+
+def recompose(saved: RunConfig, words: Sequence[str]) -> Composed:
+    """The saved run with the words applied. A newly chosen option keeps the values that it shares with the old one."""
+    problems: list[Problem] = []
+    typed = _read_words(words, problems)
+    values = dump_run(saved)
+    good = copy.deepcopy(values)
+    for word in typed:
+        if word.chooses and word.key == "experiment":
+            problems.append(Problem("experiment", word.value, "is chosen when a run is started and kept from then on",
+                                    "name the keys that change instead, such as optim.lr=1e-4"))
+        elif word.chooses:
+            before = len(problems)
+            option = _compose_groups({word.key: str(word.value)}, problems).get(word.key, {})
+            if len(problems) == before:
+                values[word.key] = _carry_over(word.key, values[word.key], option)
+    _apply(values, typed, problems)
+    run, faults = read_run(values, good=good)
+    return Composed(run, problems + faults, [])
+
+
+def options(group: str) -> list[str]:
+    """The shipped options of a group."""
+    return sorted(path.stem for path in (_FOLDER / group).glob("*.yaml"))
+
+
+def _carry_over(group: str, old: Values, option: Values) -> Values:
+    kept = {name: value for name, value in old.items()
+            if generic(f"{group}.{name}", {group: option}) and name != "kind"}
+    if group == "lr_schedule" and option.get("kind") != "wsd":
+        kept.pop("decay_steps")  # means nothing to the others, which refuse it
+    return kept | option
+
+
+# ---- words ---------------------------------------------------------------------------------------------------------
+def _read_words(words: Sequence[str], problems: list[Problem]) -> list[_Word]:
+    read = []
+    for text in words:
+        sign, key, raw = re.fullmatch(r"(~|\+{0,2})([^=]*)(?:=(.*))?", text, re.DOTALL).groups()
+        key = key.strip()
+        if sign == "~" and key:
+            read.append(_Word(key, removes=True))
+        elif raw is None or not key:
+            problems.append(_not_a_word(text))
+        elif key in GROUPS and not raw.startswith("{"):
+            read.append(_Word(key, raw, chooses=True))
+        else:
+            try:
+                read.append(_Word(key, _read_value(key, raw)))
+            except ValueError as error:
+                problems.append(Problem(key, raw, str(error), f"'{key}=[1,2]' or '{key}={{name:value}}'"
+                                        if raw[:1] in "[{" else f"{key}=VALUE written out"))
+    return read
+
+
+def _not_a_word(text: str) -> Problem:
+    group = next((g for g in GROUPS if text in options(g)), None)
+    if group:
+        remedy = f"{group}={text}"
+    elif generic(text.strip("=")):
+        remedy = f"{text.strip('=')}=VALUE"
+    else:
+        remedy = "optim.lr=3e-4 or engine=fsdp2, with no space around ="
+    return Problem(text, None, "is not of the form key=value", remedy)
+
+
+def _read_value(key: str, raw: str) -> object:
+    """Lists, dicts and quoted text in Hydra's grammar; everything else as the text that was typed."""
+    if "${" in raw:
+        raise ValueError("holds an interpolation; nothing in a run may depend on the machine it was typed on")
+    if raw.lower() in ("null", "none") and optional(key):
+        return None
+    by_hydra = raw[:1] in ("[", "{") or (raw[:1] in "'\"" and raw[:1] == raw[-1:] and len(raw) > 1)
+    if not by_hydra and not key.startswith(_TYPED_BY_HYDRA):
+        return raw
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ValueType
+    from hydra.errors import HydraException
+
+    try:
+        override = OverridesParser.create().parse_override(f"value={raw}")
+    except HydraException:
+        if by_hydra:
+            raise ValueError("is not a list, a set of keys or a quoted text that can be read") from None
+        return raw
+    return override.value() if override.value_type is ValueType.ELEMENT else raw
+
+
+def _apply(values: Values, words: list[_Word], problems: list[Problem]) -> None:
+    """Set and remove keys in the order of the words; `kind` first, since it decides which keys there are."""
+    for word in sorted((w for w in words if not w.chooses), key=lambda w: not w.key.endswith(".kind")):
+        if generic(word.key, values) is None:
+            problems.append(unknown_key(word.key, None if word.removes else word.value, values))
+            continue
+        *stem, leaf = word.key.split(".")
+        here = values
+        for part in stem:
+            if not isinstance(here.get(part), dict):
+                here[part] = {}
+            here = here[part]
+        if word.removes:
+            here.pop(leaf, None)
+        elif isinstance(word.value, dict) and isinstance(here.get(leaf), dict):
+            here[leaf] = _merged(here[leaf], word.value)
+        else:
+            here[leaf] = word.value
+
+
+def _merged(old: dict, new: dict) -> dict:
+    return old | {name: _merged(old[name], value) if isinstance(value, dict) and isinstance(old.get(name), dict) else value
+                  for name, value in new.items()}
+
+
+# ---- groups --------------------------------------------------------------------------------------------------------
+def _compose_groups(choices: Mapping[str, str], problems: list[Problem]) -> Values:
+    """The values of config.yaml with the chosen options; options that do not exist become problems and are left out."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    with tempfile.TemporaryDirectory(prefix="officina-") as own:
+        overrides = [f"hydra.searchpath=[file://{own}]"]
+        for group, option in choices.items():
+            if option.endswith((".yaml", ".yml")):
+                if (path := Path(option).expanduser()).is_file():
+                    overrides.append(f"{group}={_lend(path, group, Path(own))}")
+                else:
+                    problems.append(Problem(group, option, "there is no such file", f"{group}={options(group)[0]}"))
+            elif option in options(group) or (option == "null" and group == "experiment"):
+                overrides.append(f"{group}={option}")
+            else:
+                problems.append(_no_such_option(group, option))
+        try:
+            with initialize_config_dir(str(_FOLDER), version_base="1.3", job_name="officina"):
+                composed = hydra_compose("config", overrides)
+            values = OmegaConf.to_container(composed, resolve=False)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            group, option = next(((g, o) for g, o in choices.items() if o.endswith((".yaml", ".yml"))), ("experiment", None))
+            message = " ".join(str(error).replace(own, "").split())
+            problems.append(Problem(group, option, f"cannot be composed: {message}", "start from a shipped one, such as "
+                                    f"{_shipped_example(group)}"))
+            return _compose_groups({}, []) if choices else {}
+    _drop_marks(values, "", problems)
+    return values
+
+
+def _shipped_example(group: str) -> str:
+    return f"{group}={options(group)[0]}"
+
+
+def _lend(path: Path, group: str, folder: Path) -> str:
+    """Put a user's file where Hydra finds it as an option of `group`; returns the option's name."""
+    text = path.read_text(encoding="utf-8")
+    if group == "experiment" and not re.match(r"\s*#\s*@package", text):
+        text = f"# @package _global_\n{text}"  # without it, Hydra would put the values below `experiment`
+    name = re.sub(r"[^A-Za-z0-9_]", "_", path.stem) + "_of_the_user"
+    (folder / group).mkdir(exist_ok=True)
+    (folder / group / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return name
+
+
+def _no_such_option(group: str, option: str) -> Problem:
+    there = options(group)
+    near = difflib.get_close_matches(option, there, 1, 0.3) or there
+    elsewhere = [g for g in GROUPS if g != group and option in options(g)]
+    remedy = f"{elsewhere[0]}={option}" if elsewhere and not difflib.get_close_matches(option, there, 1, 0.6) \
+        else f"{group}={near[0]}"
+    return Problem(group, option, f"there is no such option; there are {', '.join(there)}, and your own file, ./my.yaml", remedy)
+
+
+def _drop_marks(values: Values, prefix: str, problems: list[Problem]) -> None:
+    """Refuse interpolations and leave out `???` (a required value that a file leaves open)."""
+    for name, value in list(values.items()):
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            _drop_marks(value, f"{key}.", problems)
+        elif isinstance(value, str) and "${" in value:
+            problems.append(Problem(key, value, "holds an interpolation; nothing in a run may depend on the machine",
+                                    f"{key}=VALUE written out"))
+            values.pop(name)
+        elif value == "???":
+            values.pop(name)
+
+
+# ---- a person's defaults -------------------------------------------------------------------------------------------
+def _personal(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[tuple[str, str]]:
+    """Words of a centre's (XDG_CONFIG_DIRS) and then the person's (XDG_CONFIG_HOME) `officina/*.yaml`, with their files."""
+    home = environ.get("XDG_CONFIG_HOME") or str(Path(environ.get("HOME", "~")).expanduser() / ".config")
+    centre = [folder for folder in environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":") if folder]
+    for folder in [*reversed(centre), home]:
+        for path in sorted((Path(folder) / "officina").glob("*.yaml")):
+            try:  # BaseLoader keeps every scalar as the text that was written: an account 1e5 is no number
+                values = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
+            except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+                problems.append(Problem(str(path), None, f"cannot be read: {' '.join(str(error).split())}",
+                                        f"mend or remove {path}"))
+                continue
+            if not isinstance(values, dict):
+                problems.append(Problem(str(path), values, "must hold keys and values", "site: {account: my_project}"))
+                continue
+            for key, value in _flat(values, ""):
+                if key.split(".")[0] in _PERSONAL or _SOURCE_PATH.fullmatch(key):
+                    yield f"{key}={as_text(value)}", str(path)
+                else:
+                    problems.append(Problem(key, value, f"stands in {path}, but defaults of a person or a centre may not change "
+                                            f"what a run computes, only {', '.join(_PERSONAL)} and paths of data",
+                                            "move it into a file of yours and say experiment=./my.yaml"))
+
+
+def _flat(values: Mapping, prefix: str) -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
