@@ -1,1 +1,1 @@
-"""Token and record shards, order, packing, loader, ledger."""
+"""Token and record shards, order, packing, loader, ledger. Everything but the loader works without torch."""

@@ -1,0 +1,279 @@
+"""Feeds a rank: the rows of each global batch that are its own, as micro-batches, read ahead by one thread.
+
+The position is one integer, the global sample index of the next sample. Everything else follows from the
+configuration and the data, so that a run goes on anywhere at once, on any number of ranks.
+"""
+
+import importlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from officina.trainer.batch import IGNORE, Batch
+from officina.trainer.config import RunConfig
+from officina.trainer.data.reader import RowReader, Rows, Stream, validation_streams
+from officina.trainer.errors import DataError
+
+Decode = Callable[[bytes], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepData:
+    """What one rank reads for one optimizer step, and what the ledger says of it."""
+
+    micros: list[Batch]
+    """As many as on every other rank; see `BatchConfig.micro_steps`."""
+    first_sample: int
+    """Global sample index at which the step's samples begin (its start position)."""
+    stop_sample: int
+    """Position after the step; samples in [first_sample, stop_sample) are read or left out, on some rank."""
+    loss_tokens: int
+    """Loss-bearing tokens (records for custom models) of this rank."""
+    digest: int
+    """Of this rank's rows; the sum over ranks modulo 2**32 is the same on any number of ranks."""
+    skipped: list[list[int]]
+    """Ranges of `data.skip` within [first_sample, stop_sample)."""
+    source_rows: dict[str, int]
+    """Rows that each source gives to the whole global batch."""
+    wait_s: float = 0.0
+    """Time for which the step had to wait for its data."""
+
+
+class Loader:
+    """Steps of one rank from `position` on, without end. Close it, or use it as a context manager."""
+
+    def __init__(self, run: RunConfig, *, rank: int, world_size: int, position: int,
+                 device: torch.device | str = "cpu") -> None:
+        """`device` is where the batches will go: for cuda they lie in pinned memory; they stay on the host."""
+        self._run, self._rank, self._world_size = run, rank, world_size
+        self._reader = RowReader(run, position)
+        self._decode = _decoder(run)
+        self._pin = torch.device(device).type == "cuda"
+        self._position = position
+        self._earlier: dict[str, str] = {}  # fingerprints of sources that no longer give rows
+        self._stopping = threading.Event()
+        self._ready: queue.Queue[StepData | BaseException] = queue.Queue(run.data.prefetch_batches)
+        self._thread: threading.Thread | None = None
+
+    def next_step(self) -> StepData:
+        """The next step's data. Raises what went wrong while reading: DataError names shard and place."""
+        if self._stopping.is_set():
+            raise RuntimeError("the loader is closed")
+        if self._thread is None:  # not earlier: a loader that is only asked for its state starts no thread
+            self._thread = threading.Thread(target=self._read_ahead, name="officina-loader", daemon=True)
+            self._thread.start()
+        begun = time.perf_counter()
+        found = self._ready.get()
+        if isinstance(found, BaseException):
+            self.close()
+            raise found
+        self._position = found.stop_sample
+        return StepData(found.micros, found.first_sample, found.stop_sample, found.loss_tokens, found.digest,
+                        found.skipped, found.source_rows, wait_s=time.perf_counter() - begun)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the position of the next sample, and what makes its meaning."""
+        order = self._reader.order
+        cursors = order.mixture.cursors(self._position)
+        return {
+            "position": self._position, "seed": self._run.seed, "seq_len": self._reader.seq_len,
+            "shuffle": int(self._run.data.shuffle), "split": self._run.data.split,
+            "cursors": {name: int(n) for name, n in zip(order.names, cursors, strict=True)},
+            "fingerprints": dict(sorted((self._earlier | self._reader.fingerprints).items())),
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise DataError unless this loader goes on exactly where the one with `state` stopped."""
+        for name, then in state["fingerprints"].items():
+            now = self._reader.fingerprints.get(name, then)
+            if now != then:
+                raise DataError(
+                    f"data.sources.{name}: the data set at {self._run.data.sources[name].path} has fingerprint {now}, "
+                    f"but the checkpoint was trained on {then}. Give data.sources.{name}.path=DIR with the old data; "
+                    f"new data may join under a new name: data.sources.NEW.path=DIR.")
+        mine = self.state()
+        for key, remedy in (("position", "open the loader at the checkpoint's position"),
+                            ("seed", "seed={}"), ("seq_len", "batch.seq_len={}"), ("split", "data.split={}"),
+                            ("shuffle", "data.shuffle={}")):
+            if mine[key] != state[key]:
+                raise DataError(f"{key}={mine[key]}: the checkpoint's data order has {key}={state[key]}, and another "
+                                f"order would repeat and lose samples. Try: {remedy.format(state[key])}")
+        then = {name: n for name, n in state["cursors"].items() if n}
+        now = {name: n for name, n in mine["cursors"].items() if n}
+        if then != now:
+            raise DataError(f"data.timeline: at sample {self._position} it counts rows {now}, but the checkpoint read "
+                            f"{then}. Change the mixture with `officina resume`, which keeps what was read; "
+                            "do not edit weights in config.yaml.")
+        self._earlier = {name: value for name, value in state["fingerprints"].items()
+                         if name not in self._reader.fingerprints}
+
+    def close(self) -> None:
+        """Stop reading ahead and wait for the thread to end."""
+        self._stopping.set()
+        while self._thread is not None and self._thread.is_alive():
+            try:
+                self._ready.get_nowait()  # a thread waiting for room sees the event only after it
+            except queue.Empty:
+                self._thread.join(timeout=0.01)
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _read_ahead(self) -> None:
+        position = self._position
+        try:
+            while not self._stopping.is_set():
+                step = self._read_step(position)
+                self._ready.put(step)
+                position = step.stop_sample
+        except BaseException as exc:  # raised again by next_step, in the consumer's thread
+            self._ready.put(exc)
+
+    def _read_step(self, position: int) -> StepData:
+        batch, reader = self._run.batch, self._reader
+        samples = reader.skips.indices(position, np.arange(batch.rows))
+        stop = int(samples[-1]) + 1
+        own = samples[batch.rows_of_rank(self._rank, self._world_size)]
+        sizes = _micro_sizes(self._run, self._world_size)
+        if reader.records:
+            records, digest = reader.read_records(own)
+            padding = records[0] if records else reader.read_records(samples[:1])[0][0]
+            micros = _record_batches(records, padding, sizes, self._decode, self._pin)
+        else:
+            rows = reader.read(own)
+            digest, micros = rows.digest, _token_batches(rows, sizes, self._run.data.mask_documents, self._pin)
+        return StepData(micros, position, stop, sum(m.loss_tokens for m in micros), digest,
+                        reader.skips.within(position, stop), reader.source_rows(samples))
+
+
+def validation_sources(run: RunConfig) -> list[str]:
+    """Names of the sources that have a validation split."""
+    return list(validation_streams(run))
+
+
+def validation_rows(run: RunConfig, rank: int, world_size: int, source: str | None = None,
+                    device: torch.device | str = "cpu") -> Iterator[Batch]:
+    """This rank's share of the first `eval.max_rows` rows of each validation split, or of one `source`'s.
+
+    The same rows on any number of ranks, and the same number of batches on every rank (padded by rows without loss).
+    """
+    decode, pin = _decoder(run), torch.device(device).type == "cuda"
+    for name, stream in validation_streams(run).items():
+        if source in (None, name):
+            yield from _validation_batches(run, stream, rank, world_size, decode, pin)
+
+
+def _validation_batches(run: RunConfig, stream: Stream, rank: int, world_size: int, decode: Decode | None,
+                        pin: bool) -> Iterator[Batch]:
+    available = stream.rows(run.batch.seq_len) if decode is None else int(stream.document_starts[-1])
+    total = min(available, run.eval.max_rows)
+    own = range(rank * total // world_size, (rank + 1) * total // world_size)
+    most = -(-total // world_size)
+    for first in range(0, most, run.batch.micro_rows):
+        size = min(run.batch.micro_rows, most - first)
+        here = np.asarray(own[first:first + size], np.int64)
+        if decode is None:
+            found = stream.gather(here, run.batch.seq_len, borders=run.data.mask_documents)
+            yield _token_batches(Rows(*found, digest=0), [size], run.data.mask_documents, pin)[0]
+        else:
+            records = [stream.record(int(i)) for i in here]
+            yield _record_batches(records, stream.record(0), [size], decode, pin)[0]
+
+
+def _micro_sizes(run: RunConfig, world_size: int) -> list[int]:
+    """Rows of each micro-batch, the same on every rank: full ones, and what the fullest rank has left."""
+    most, size = -(-run.batch.rows // world_size), run.batch.micro_rows
+    return [min(size, most - first) for first in range(0, most, size)]
+
+
+def _token_batches(rows: Rows, sizes: list[int], documents: bool, pin: bool) -> list[Batch]:
+    """Micro-batches of `sizes` rows from `rows`; rows that are missing at the end carry no loss."""
+    have, T = rows.tokens.shape[0], rows.tokens.shape[1] - 1
+    batches, first = [], 0
+    for size in sizes:
+        here = rows.tokens[first:first + size]
+        n = len(here)
+        fields = {name: torch.empty((size, T), dtype=torch.int64, pin_memory=pin) for name in ("tokens", "labels")}
+        tokens, labels = fields["tokens"].numpy(), fields["labels"].numpy()
+        tokens[:n], labels[:n] = here[:, :-1], here[:, 1:]
+        tokens[n:], labels[n:] = 0, IGNORE
+        loss_tokens = n * T
+        if documents:
+            lo, hi = np.searchsorted(rows.border_rows, [first, min(first + size, have)])
+            row, column = rows.border_rows[lo:hi] - first, rows.border_columns[lo:hi]
+            labels[row, column - 1] = IGNORE  # the last token of a document predicts nothing
+            loss_tokens -= len(row)
+            fields["documents"], fields["positions"] = _document_fields(row, column, size, T, pin)
+        batches.append(Batch(fields, loss_tokens))
+        first += size
+    return batches
+
+
+def _document_fields(row: np.ndarray, column: np.ndarray, B: int, T: int,
+                     pin: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """documents (B, T) int32 and positions (B, T) int64 from sorted borders; a border at column T lies outside."""
+    inside = column < T
+    row, column = row[inside], column[inside]
+    starts = np.arange(B) * T
+    before = np.searchsorted(row, np.arange(B))  # borders in earlier rows
+    starts = np.insert(row * T + column, before, starts)  # (segments,) flat start of each document's part in a row
+    number = np.arange(len(starts)) - np.repeat(before + np.arange(B), np.diff([*before, len(row)]) + 1)
+    lengths = np.diff(starts, append=B * T)
+    documents = torch.empty((B, T), dtype=torch.int32, pin_memory=pin)
+    positions = torch.empty((B, T), dtype=torch.int64, pin_memory=pin)
+    documents.numpy().reshape(-1)[:] = np.repeat(number.astype(np.int32), lengths)
+    np.subtract(np.arange(B * T), np.repeat(starts, lengths), out=positions.numpy().reshape(-1))
+    return documents, positions
+
+
+def _record_batches(records: list[tuple[bytes, str]], padding: tuple[bytes, str], sizes: list[int], decode: Decode,
+                    pin: bool) -> list[Batch]:
+    """Micro-batches of `sizes` decoded records; missing ones are copies of `padding` with valid = False."""
+    batches, first = [], 0
+    for size in sizes:
+        here = records[first:first + size]
+        decoded = [_decoded(decode, *record) for record in (here + [padding] * (size - len(here)))]
+        fields = {}
+        for name in decoded[0]:
+            try:
+                fields[name] = torch.stack([fields_of_record[name] for fields_of_record in decoded])
+            except (RuntimeError, KeyError) as exc:
+                raise DataError(f"model.decoder: field {name} differs in shape or is missing between records, the first "
+                                f"of which is {here[0][1] if here else padding[1]} ({type(exc).__name__}). "
+                                "Return the same fields with the same shapes for every record.") from exc
+        fields["valid"] = torch.arange(size) < len(here)
+        if pin:
+            fields = {name: value.pin_memory() for name, value in fields.items()}
+        batches.append(Batch(fields, len(here)))
+        first += size
+    return batches
+
+
+def _decoded(decode: Decode, record: bytes, where: str) -> dict[str, torch.Tensor]:
+    try:
+        return decode(record)
+    except Exception as exc:  # the user's code may raise anything; its words stay in the chained traceback only
+        raise DataError(f"{where}: model.decoder {decode.__module__}:{decode.__qualname__} raised "
+                        f"{type(exc).__name__} on its {len(record)} bytes. Mend the decoder, or leave the sample out "
+                        "with data.skip=[[a,b]].") from exc
+
+
+def _decoder(run: RunConfig) -> Decode | None:
+    """The user's record decoder; none for decoder models."""
+    if run.model.kind != "custom":
+        return None
+    module, _, name = run.model.decoder.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise DataError(f"model.decoder={run.model.decoder}: cannot be imported ({exc}). Write package.module:name, with "
+                        "the package installed or beside the place where the run is started.") from exc

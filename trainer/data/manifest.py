@@ -1,0 +1,221 @@
+"""The manifest of a data set: what it is, what it may be used for, and the checksum of every file.
+
+    DATASET/dataset.json     this file's `Manifest`; written last: a folder without it is no data set
+    DATASET/shards.jsonl     one `ShardEntry` per line, in the order of the splits' token streams
+    DATASET/tokenizer.json   Hugging Face tokenizers format (data sets of tokens)
+    DATASET/stats.json       counts and length histograms per split and source
+    DATASET/shards/*.dls     see `officina.trainer.data.shards`
+
+Nothing in it depends on the path, host, user or time of the build: the same input gives the same bytes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from officina.trainer.errors import DataError
+
+MANIFEST, SHARDS, TOKENIZER, STATS = "dataset.json", "shards.jsonl", "tokenizer.json", "stats.json"
+FORMAT = 1
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Xxh64 = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+Natural = Annotated[int, Field(ge=0, strict=True)]
+
+
+def _closed(cls):
+    cls.__pydantic_config__ = ConfigDict(extra="forbid")
+    return dataclass(frozen=True, kw_only=True)(cls)
+
+
+@_closed
+class ShardEntry:
+    """One line of shards.jsonl."""
+
+    path: str
+    """Relative to the data set's folder, with forward slashes."""
+    split: Annotated[str, Field(pattern="^[a-z0-9_-]+$")]
+    bytes: Natural
+    """Size of the file."""
+    tokens: Natural
+    """Tokens, or bytes of the records."""
+    documents: Natural
+    """Documents, or records."""
+    sha256: Sha256
+    """Of the whole file."""
+    xxh3: Xxh64
+    """Root of the shard's granule hashes, as in its footer."""
+
+
+@_closed
+class SplitTotals:
+    """Sums over a split's shards."""
+
+    shards: Natural
+    documents: Natural
+    tokens: Natural
+    bytes: Natural
+
+
+@_closed
+class TokenizerInfo:
+    """The tokenizer that made the tokens."""
+
+    sha256: Sha256
+    """Of tokenizer.json."""
+    vocab_size: Natural
+    eos: str
+    """Token after each document."""
+    eos_id: Natural
+
+
+@_closed
+class Manifest:
+    """dataset.json."""
+
+    format: Literal[1] = 1
+    name: Annotated[str, Field(min_length=1)]
+    version: Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]+\.[0-9]+$")] = "1.0.0"
+    kind: Literal["tokens", "records"]
+    """Documents are rows of token ids, or records of bytes for a user's own decoder."""
+    dtype: Literal["u8", "u16", "u32"]
+    description: str = ""
+    licence: str = ""
+    """SPDX expression, or the name under which the data was licensed."""
+    personal_data: Literal["none", "pseudonymised", "present"] = "none"
+    sensitive: bool = False
+    """With this, or with personal data present, no text of the data set is ever shown or logged."""
+    provenance: dict[str, str | int | float | bool | list[str]] = field(default_factory=dict)
+    """How the data set was made: tool, versions, inputs and choices."""
+    sources: list[str] = field(default_factory=list)
+    """Names behind the documents' source ids."""
+    tokenizer: TokenizerInfo | None = None
+    splits: dict[str, SplitTotals] = field(default_factory=dict)
+    shards_sha256: Sha256
+    """Of shards.jsonl."""
+    fingerprint: Sha256
+    """Hash of the content alone: kind, dtype, tokenizer, and each shard's split and checksum."""
+
+    @property
+    def shows_text(self) -> bool:
+        """May a sample be shown to a person?"""
+        return self.personal_data != "present" and not self.sensitive
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A data set as opened: its folder, manifest and shards."""
+
+    folder: Path
+    manifest: Manifest
+    shards: list[ShardEntry]
+
+    def of_split(self, split: str) -> list[ShardEntry]:
+        """The split's shards in stream order."""
+        return [shard for shard in self.shards if shard.split == split]
+
+
+_MANIFEST, _ENTRY = TypeAdapter(Manifest), TypeAdapter(ShardEntry)
+
+
+def fingerprint(kind: str, dtype: str, tokenizer_sha256: str | None, shards: Iterable[ShardEntry]) -> str:
+    """Hash of the content of a data set, whatever its name, folder, host or user."""
+    content = [FORMAT, kind, dtype, tokenizer_sha256 or ""]
+    content += [[s.split, s.sha256, s.tokens, s.documents] for s in shards]
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
+
+
+def open_dataset(folder: str | Path) -> Dataset:
+    """Read and check the manifest in `folder`; the shards themselves are opened when they are read."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        half = " A build was begun there and not finished." if any(folder.glob("shards/*")) else ""
+        raise DataError(f"{folder} is no data set: it has no {MANIFEST}.{half} "
+                        f"Make one with `officina data build {folder}`, or mend data.sources.NAME.path.")
+    manifest = _parse(path, path.read_bytes(), _MANIFEST, path)
+    listing = _read(folder / SHARDS)
+    found = hashlib.sha256(listing).hexdigest()
+    if found != manifest.shards_sha256:
+        raise DataError(f"{folder / SHARDS}: sha256 {found}, but {MANIFEST} says {manifest.shards_sha256}. "
+                        "The files do not belong together: restore the folder from a copy or build it again.")
+    shards = [_parse(f"{folder / SHARDS} line {i}", line, _ENTRY, folder / SHARDS)
+              for i, line in enumerate(listing.splitlines(), 1)]
+    for shard in shards:
+        if Path(shard.path).is_absolute() or ".." in Path(shard.path).parts:
+            raise DataError(f"{folder / SHARDS}: path {shard.path!r} leaves the data set's folder. "
+                            "Paths are relative to it, such as shards/train-00000.dls.")
+    tokenizer_sha256 = manifest.tokenizer.sha256 if manifest.tokenizer else None
+    found = fingerprint(manifest.kind, manifest.dtype, tokenizer_sha256, shards)
+    if found != manifest.fingerprint:
+        raise DataError(f"{path}: fingerprint {manifest.fingerprint}, but its content gives {found}. "
+                        "Somebody edited the manifest: restore it from a copy or build the data set again.")
+    return Dataset(folder, manifest, shards)
+
+
+def write_manifest(folder: Path, shards: list[ShardEntry], stats: dict[str, Any], *, kind: str, dtype: str,
+                   tokenizer: TokenizerInfo | None = None, **about: Any) -> Manifest:
+    """Write stats.json, shards.jsonl and, last, dataset.json; `about` are further fields of `Manifest`."""
+    listing = "".join(json.dumps(asdict(s), separators=(",", ":")) + "\n" for s in shards).encode()
+    splits = {}
+    for name in dict.fromkeys(s.split for s in shards):
+        of_split = [s for s in shards if s.split == name]
+        splits[name] = {"shards": len(of_split)} | {
+            key: sum(getattr(s, key) for s in of_split) for key in ("documents", "tokens", "bytes")}
+    values = {**about, "kind": kind, "dtype": dtype, "splits": splits,
+              "tokenizer": asdict(tokenizer) if tokenizer else None,
+              "shards_sha256": hashlib.sha256(listing).hexdigest(),
+              "fingerprint": fingerprint(kind, dtype, tokenizer.sha256 if tokenizer else None, shards)}
+    try:
+        manifest = _MANIFEST.validate_python(values)
+    except ValidationError as exc:
+        raise DataError(f"{folder / MANIFEST}: {_faults(exc)}") from exc
+    write_whole(folder / STATS, (json.dumps(stats, indent=1) + "\n").encode())
+    write_whole(folder / SHARDS, listing)
+    write_whole(folder / MANIFEST, (json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n").encode())
+    return manifest
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is either whole or not there: temporary name, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` outlast a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise DataError(f"{path}: {exc.strerror}. Restore the file from a copy or build the data set again.") from exc
+
+
+def _parse(where: object, content: bytes, adapter: TypeAdapter, path: Path) -> Any:
+    try:
+        return adapter.validate_python(json.loads(content))
+    except ValidationError as exc:
+        raise DataError(f"{where}: {_faults(exc)}. Restore {path.name} from a copy or build the data set again.") from exc
+    except ValueError as exc:
+        raise DataError(f"{where}: not JSON ({exc}). Restore {path.name} from a copy or build the data set again.") from exc
+
+
+def _faults(exc: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'content'}={e['input']!r}: {e['msg']}" for e in exc.errors())

@@ -1,0 +1,252 @@
+"""Reads the rows that global samples stand for: order and shards together, in numpy, without torch.
+
+A decoder's row r holds tokens [r T, r T + T + 1) of its split's shards laid end to end, so that neighbouring rows share
+one token: the last label of one is the first token of the next. A custom model's row is a record.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from officina.trainer.config import RunConfig
+from officina.trainer.data.manifest import Dataset, ShardEntry, open_dataset
+from officina.trainer.data.order import Mixture, Order, Places, Skips, SourceRows, timeline_of
+from officina.trainer.data.shards import DTYPES, Shard
+from officina.trainer.errors import DataError
+
+DIGEST_MODULUS = 1 << 32
+
+
+class Stream:
+    """The shards of one split, opened when they are first needed."""
+
+    def __init__(self, dataset: Dataset, split: str) -> None:
+        self.dataset, self.split = dataset, split
+        self.entries: list[ShardEntry] = dataset.of_split(split)
+        if not self.entries:
+            raise DataError(f"{dataset.folder}: has no split {split}, only {sorted(dataset.manifest.splits)}. "
+                            "Name one of these as data.split or data.validation_split.")
+        self.token_starts = np.cumsum([0, *(e.tokens for e in self.entries)])
+        """(shards + 1,) offset of each shard's first token in the stream."""
+        self.document_starts = np.cumsum([0, *(e.documents for e in self.entries)])
+        self._open: dict[int, Shard] = {}
+
+    def shard(self, number: int) -> Shard:
+        """The open shard."""
+        if number not in self._open:
+            entry = self.entries[number]
+            self._open[number] = Shard(self.dataset.folder / entry.path, entry)
+        return self._open[number]
+
+    def rows(self, seq_len: int) -> int:
+        """Rows of `seq_len` tokens with their labels."""
+        return max(0, (int(self.token_starts[-1]) - 1) // seq_len)
+
+    def record(self, number: int) -> tuple[bytes, str]:
+        """A record, and the words that name it in an error."""
+        of_shard = bisect_right(self.document_starts, number) - 1
+        inside = number - int(self.document_starts[of_shard])
+        shard = self.shard(of_shard)
+        return shard.document(inside).tobytes(), f"{shard.path} record {inside}"
+
+    def gather(self, rows: np.ndarray, seq_len: int, *, borders: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens (n, seq_len + 1) of `rows` (n,), verified; and the document borders inside them.
+
+        Borders are two (b,) arrays, sorted: the number 0..n-1 of the row, and the column 1..seq_len of the first token
+        of a document. Both are empty unless `borders`.
+        """
+        out = np.empty((len(rows), seq_len + 1), DTYPES[self.dataset.manifest.dtype])
+        starts = rows * seq_len
+        first = np.searchsorted(self.token_starts, starts, side="right") - 1
+        last = np.searchsorted(self.token_starts, starts + seq_len, side="right") - 1
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for number in np.unique(first[first == last]):
+            here = np.flatnonzero((first == number) & (last == number))
+            shard, inside = self.shard(int(number)), starts[here] - self.token_starts[number]
+            shard.check(inside, inside + seq_len + 1)
+            _copy_rows(shard.data, inside, seq_len, out, here)
+            if borders:
+                row, column = _borders(shard.ends, inside, seq_len)
+                found.append((here[row], column))
+        for i in np.flatnonzero(first != last):
+            found.append(self._copy_over_shards(int(i), int(starts[i]), out))
+        if not borders or not found:
+            return out, np.empty(0, np.int64), np.empty(0, np.int64)
+        row, column = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        in_order = np.lexsort((column, row))
+        return out, row[in_order], column[in_order]
+
+    def _copy_over_shards(self, i: int, start: int, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Fill row `i` of `out` from several shards: one row in each shard's last, so slow is fast enough."""
+        columns, width, filled = [], out.shape[1], 0
+        while filled < width:
+            number = bisect_right(self.token_starts, start + filled) - 1
+            shard, inside = self.shard(number), start + filled - int(self.token_starts[number])
+            part = shard.read(inside, min(inside + width - filled, len(shard.data)))
+            out[i, filled:filled + len(part)] = part
+            if filled:
+                columns.append(np.asarray([filled]))
+            lo, hi = np.searchsorted(shard.ends, [inside, inside + len(part) - 1], side="right")
+            columns.append(shard.ends[lo:hi] - inside + filled)
+            filled += len(part)
+        column = np.concatenate(columns)
+        return np.full(len(column), i), column
+
+
+def _copy_rows(data: np.ndarray, starts: np.ndarray, seq_len: int, out: np.ndarray, here: np.ndarray) -> None:
+    """out[here] = the seq_len + 1 tokens from each of `starts`, which are equal modulo seq_len within a shard."""
+    offset = int(starts[0]) % seq_len
+    blocks = (len(data) - offset) // seq_len
+    grid = data[offset:offset + blocks * seq_len].reshape(blocks, seq_len)
+    block = (starts - offset) // seq_len
+    out[here, :-1] = grid[block]
+    out[here, -1] = data[starts + seq_len]
+
+
+def _borders(ends: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows 0..n-1 and columns of the document ends e with start < e <= start + seq_len."""
+    lo = np.searchsorted(ends, starts, side="right")
+    counts = np.searchsorted(ends, starts + seq_len, side="right") - lo
+    row = np.repeat(np.arange(len(starts)), counts)
+    nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return row, ends[lo[row] + nth] - starts[row]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens of some samples. n rows, T = seq_len."""
+
+    tokens: np.ndarray
+    """(n, T + 1) in the shards' dtype."""
+    border_rows: np.ndarray
+    """(b,) row of each document border, sorted."""
+    border_columns: np.ndarray
+    """(b,) column 1..T of each first token of a document, sorted within a row."""
+    digest: int
+    """See `RowReader`."""
+
+
+class RowReader:
+    """Order and data of a run: global sample indices in, rows out.
+
+    Each row has a 32-bit digest, xxh3 of its tokens or record in the shard's dtype, seeded with its global sample index;
+    the digest of several is their sum modulo 2**32, so that it does not depend on how rows are dealt to ranks.
+    """
+
+    def __init__(self, run: RunConfig, position: int = 0) -> None:
+        """Open the data sets that give rows at or after global sample index `position`."""
+        mixture = Mixture(timeline_of(run.data))
+        self.records = run.model.kind == "custom"
+        self.seq_len = 1 if self.records else run.batch.seq_len
+        self.streams: dict[str, Stream] = {}
+        for name in sorted(mixture.sources_from(position)):
+            self.streams[name] = Stream(open_source(run, name), run.data.split)
+        _same_tokenizer(run, self.streams)
+        rows = {name: SourceRows(s.dataset.manifest.fingerprint, self._rows_of(name, s))
+                for name, s in self.streams.items()}
+        self.rows = {name: known.rows for name, known in rows.items()}
+        self.fingerprints = {name: known.fingerprint for name, known in rows.items()}
+        self.order = Order(mixture, rows, seed=run.seed, shuffle=run.data.shuffle)
+        self.skips = Skips(run.data.skip)
+        self._borders = run.data.mask_documents
+
+    def _rows_of(self, name: str, stream: Stream) -> int:
+        rows = int(stream.document_starts[-1]) if self.records else stream.rows(self.seq_len)
+        if not rows:
+            raise DataError(f"data.sources.{name}: split {stream.split} of {stream.dataset.folder} has "
+                            f"{stream.token_starts[-1]} tokens, fewer than one row of batch.seq_len={self.seq_len} and "
+                            f"its label. Try batch.seq_len={max(1, int(stream.token_starts[-1]) // 8)}.")
+        return rows
+
+    def read(self, samples: np.ndarray) -> Rows:
+        """The rows of the global samples `samples`, (n,) int64, in their order."""
+        places = self.order.place(samples)
+        dtypes = [DTYPES[s.dataset.manifest.dtype] for s in self.streams.values()]
+        numbers = np.unique(places.source)
+        parts, digest = [], 0
+        for number in numbers:
+            here = np.flatnonzero(places.source == number)
+            part = self._stream(number).gather(places.row[here], self.seq_len, borders=self._borders)
+            digest += sum(_digest(row, int(k)) for row, k in zip(part[0], samples[here], strict=True))
+            if len(numbers) == 1:
+                return Rows(*part, digest % DIGEST_MODULUS)
+            parts.append((here, part))
+        tokens = np.empty((len(samples), self.seq_len + 1), np.result_type(*dtypes))
+        for here, part in parts:
+            tokens[here] = part[0]
+        row = np.concatenate([here[part[1]] for here, part in parts]) if parts else np.empty(0, np.int64)
+        column = np.concatenate([part[2] for _, part in parts]) if parts else np.empty(0, np.int64)
+        in_order = np.lexsort((column, row))
+        return Rows(tokens, row[in_order], column[in_order], digest % DIGEST_MODULUS)
+
+    def read_records(self, samples: np.ndarray) -> tuple[list[tuple[bytes, str]], int]:
+        """Records of the global samples with the words that name each, and their digest."""
+        places = self.order.place(samples)
+        records = [self._stream(source).record(int(row))
+                   for source, row in zip(places.source, places.row, strict=True)]
+        digest = sum(_digest(record, int(k)) for (record, _), k in zip(records, samples, strict=True))
+        return records, digest % DIGEST_MODULUS
+
+    def digest(self, samples: np.ndarray) -> int:
+        """Digest of the global samples as their shards hold them now."""
+        return self.read_records(samples)[1] if self.records else self.read(samples).digest
+
+    def place(self, samples: np.ndarray) -> Places:
+        """Where the global samples lie."""
+        return self.order.place(samples)
+
+    def source_rows(self, samples: np.ndarray) -> dict[str, int]:
+        """How many of the global samples each source gives."""
+        counts = np.bincount(self.order.mixture.place(samples)[0], minlength=len(self.order.names))
+        return {name: int(n) for name, n in zip(self.order.names, counts, strict=True) if n}
+
+    def _stream(self, number: int) -> Stream:
+        return self.streams[self.order.names[number]]
+
+
+def _digest(content: object, sample: int) -> int:
+    return xxhash.xxh3_64_intdigest(content, seed=sample) % DIGEST_MODULUS
+
+
+def open_source(run: RunConfig, name: str) -> Dataset:
+    """The data set of a source, checked to be what the run's model reads."""
+    if name not in run.data.sources:
+        raise DataError(f"data.timeline names source {name}, but data.sources has only {sorted(run.data.sources)}. "
+                        f"Try: data.sources.{name}.path=DIR, the data set that was read before.")
+    dataset = open_dataset(Path(run.data.sources[name].path))
+    manifest = dataset.manifest
+    wanted = "records" if run.model.kind == "custom" else "tokens"
+    if manifest.kind != wanted:
+        raise DataError(f"data.sources.{name}: {dataset.folder} holds {manifest.kind}, but model.kind={run.model.kind} "
+                        f"reads {wanted}. Name a data set of {wanted}, or another model.")
+    if wanted == "tokens" and manifest.tokenizer and manifest.tokenizer.vocab_size > run.model.vocab_size:
+        raise DataError(f"data.sources.{name}: the tokenizer of {dataset.folder} has {manifest.tokenizer.vocab_size} "
+                        f"tokens, but model.vocab_size={run.model.vocab_size}. "
+                        f"Try: model.vocab_size={manifest.tokenizer.vocab_size}")
+    return dataset
+
+
+def _same_tokenizer(run: RunConfig, streams: dict[str, Stream]) -> None:
+    by_hash: dict[str, str] = {}
+    for name, stream in streams.items():
+        if stream.dataset.manifest.tokenizer:
+            by_hash.setdefault(stream.dataset.manifest.tokenizer.sha256, name)
+    if len(by_hash) > 1:
+        told = ", ".join(f"{name} ({sha256[:12]})" for sha256, name in by_hash.items())
+        raise DataError(f"data.sources: {told} were made with different tokenizers, so that a token id has two meanings. "
+                        "Build one again with `officina data build --tokenizer OTHER/tokenizer.json`.")
+
+
+def validation_streams(run: RunConfig) -> dict[str, Stream]:
+    """The validation split of every source that has one, by source name."""
+    streams: dict[str, Stream] = {}
+    sources: Sequence[str] = sorted(run.data.sources)
+    for name in sources:
+        dataset = open_source(run, name)
+        if run.data.validation_split in dataset.manifest.splits:
+            streams[name] = Stream(dataset, run.data.validation_split)
+    return streams

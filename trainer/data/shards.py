@@ -1,0 +1,323 @@
+"""The shard, a `.dls` file: tokens that need no decoding, and what is needed to trust and to divide them.
+
+    header   4096 bytes: magic, version, sizes, tokenizer hash, table of the footer's sections, xxh3 of all this
+    tokens   raw, little-endian, u8, u16 or u32; starts at byte 4096
+    footer   sections, each starting at a multiple of 64 bytes:
+               document_ends   u64 per document: offset in tokens just after its last token
+               source_ids      u16 per document: number of its source in dataset.json
+               granule_xxh3    u64 per granule: xxh3-64 of 256 KiB of tokens (the last granule may be shorter)
+             and last, 16 bytes: xxh3-64 of header and sections (the root), magic
+
+A reader ignores sections it does not know, so that language ids or flags per document can be added without a new
+version. A shard never changes: it is written under a temporary name and renamed when it is whole and on the disk.
+Documents are never split over shards.
+"""
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from officina.trainer.data.manifest import (
+    MANIFEST,
+    ShardEntry,
+    open_dataset,
+    sync_folder,
+    write_manifest,
+)
+from officina.trainer.errors import DataError
+
+HEADER_BYTES = 4096
+GRANULE_BYTES = 256 * 1024
+SHARD_BYTES = 1 << 30
+"""Size at which a writer begins the next shard: few files, as parallel file systems like it."""
+DTYPES = {"u8": np.dtype("u1"), "u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+_MAGIC, _END_MAGIC, _VERSION = b"OFF-DLS\x01", b"DLS-END\x01", 1
+# magic, version, bytes per token, tokens, documents, granule bytes, file bytes, tokenizer sha256, sections
+_FIXED = struct.Struct("<8sIIQQQQ32sI4x")
+_SECTION = struct.Struct("<24sQQ")  # name, offset, bytes
+_ALIGN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    dtype: str
+    tokens: int
+    documents: int
+    file_bytes: int
+    tokenizer_sha256: str
+    sections: dict[str, tuple[int, int]]
+
+    def pack(self) -> bytes:
+        body = _FIXED.pack(_MAGIC, _VERSION, DTYPES[self.dtype].itemsize, self.tokens, self.documents, GRANULE_BYTES,
+                           self.file_bytes, bytes.fromhex(self.tokenizer_sha256 or "00" * 32), len(self.sections))
+        body += b"".join(_SECTION.pack(name.encode(), *span) for name, span in self.sections.items())
+        body = body.ljust(HEADER_BYTES - 8, b"\0")
+        return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+
+
+class ShardWriter:
+    """Writes one shard document by document; `close` makes it appear under its name."""
+
+    def __init__(self, path: Path, *, dtype: str, tokenizer_sha256: str = "") -> None:
+        self.path, self._dtype, self._tokenizer = path, dtype, tokenizer_sha256
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._file = open(self._temporary, "wb")
+        self._file.write(bytes(HEADER_BYTES))
+        self._granule, self._hashes = xxhash.xxh3_64(), []
+        self._in_granule = 0
+        self._ends: list[int] = []
+        self._source_ids: list[int] = []
+        self.tokens = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of tokens so far."""
+        return self.tokens * DTYPES[self._dtype].itemsize
+
+    def add(self, document: np.ndarray, source_id: int = 0) -> None:
+        """Append one document, (n,) integers, n > 0."""
+        if not len(document):
+            raise DataError(f"{self.path}: document {len(self._ends)} is empty; a document has at least one token or "
+                            "byte. Leave empty documents out.")
+        limit = np.iinfo(DTYPES[self._dtype]).max
+        if document.dtype != DTYPES[self._dtype]:
+            if int(document.max()) > limit or int(document.min()) < 0:
+                raise DataError(f"{self.path}: document {len(self._ends)} has token id {int(document.max())}, but "
+                                f"{self._dtype} holds 0 to {limit}. Take a wider dtype, such as u32.")
+            document = document.astype(DTYPES[self._dtype])
+        view = memoryview(np.ascontiguousarray(document)).cast("B")
+        self._file.write(view)
+        while len(view):
+            part = view[:GRANULE_BYTES - self._in_granule]
+            self._granule.update(part)
+            self._in_granule += len(part)
+            view = view[len(part):]
+            if self._in_granule == GRANULE_BYTES:
+                self._end_granule()
+        self.tokens += len(document)
+        self._ends.append(self.tokens)
+        self._source_ids.append(source_id)
+
+    def _end_granule(self) -> None:
+        self._hashes.append(self._granule.intdigest())
+        self._granule, self._in_granule = xxhash.xxh3_64(), 0
+
+    def close(self, *, relative_to: Path, split: str) -> ShardEntry:
+        """Finish the file, sync it, give it its name, and return its entry for shards.jsonl."""
+        if self._in_granule:
+            self._end_granule()
+        footer = {"document_ends": np.asarray(self._ends, "<u8").tobytes(),
+                  "source_ids": np.asarray(self._source_ids, "<u2").tobytes(),
+                  "granule_xxh3": np.asarray(self._hashes, "<u8").tobytes()}
+        offset, sections = HEADER_BYTES + self.bytes, {}
+        for name, content in footer.items():
+            offset = _aligned(offset)
+            sections[name] = (offset, len(content))
+            offset += len(content)
+        offset = _aligned(offset)
+        header = _Header(self._dtype, self.tokens, len(self._ends), offset + 16, self._tokenizer, sections).pack()
+        root = xxhash.xxh3_64(header)
+        for name, content in footer.items():
+            root.update(content)
+            self._file.seek(sections[name][0])
+            self._file.write(content)
+        self._file.seek(offset)
+        self._file.write(struct.pack("<Q8s", root.intdigest(), _END_MAGIC))
+        self._file.seek(0)
+        self._file.write(header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        with open(self._temporary, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(self._temporary, self.path)
+        sync_folder(self.path.parent)
+        return ShardEntry(path=self.path.relative_to(relative_to).as_posix(), split=split, bytes=offset + 16,
+                          tokens=self.tokens, documents=len(self._ends), sha256=sha256, xxh3=root.hexdigest())
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+class SplitWriter:
+    """Writes the shards of one split, `shards/SPLIT-00000.dls` and on, beginning a new one at `shard_bytes`."""
+
+    def __init__(self, folder: Path, split: str, *, dtype: str, tokenizer_sha256: str = "",
+                 shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder, self._split, self._shard_bytes = folder, split, shard_bytes
+        self._how = {"dtype": dtype, "tokenizer_sha256": tokenizer_sha256}
+        self._itemsize = DTYPES[dtype].itemsize
+        self._writer: ShardWriter | None = None
+        self._entries: list[ShardEntry] = []
+
+    def add(self, document: np.ndarray, source_id: int = 0) -> None:
+        """Append one document, (n,) integers."""
+        if self._writer and self._writer.bytes + len(document) * self._itemsize > self._shard_bytes:
+            self._end_shard()
+        if self._writer is None:
+            (self._folder / "shards").mkdir(parents=True, exist_ok=True)
+            path = self._folder / "shards" / f"{self._split}-{len(self._entries):05d}.dls"
+            self._writer = ShardWriter(path, **self._how)
+        self._writer.add(document, source_id)
+
+    def _end_shard(self) -> None:
+        assert self._writer is not None
+        self._entries.append(self._writer.close(relative_to=self._folder, split=self._split))
+        self._writer = None
+
+    def close(self) -> list[ShardEntry]:
+        """Finish the last shard and return all entries."""
+        if self._writer is not None:
+            self._end_shard()
+        return self._entries
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._writer is not None:
+            self._writer.abandon()
+
+
+class Shard:
+    """A memory-mapped shard. Header and footer are checked when it is opened, tokens when first touched."""
+
+    def __init__(self, path: Path, entry: ShardEntry | None = None) -> None:
+        self.path = path
+        try:
+            self._map = np.memmap(path, np.uint8, mode="r")
+        except (OSError, ValueError) as exc:  # ValueError: an empty file cannot be mapped
+            raise DataError(f"{path}: cannot be opened ({exc}). {_REMEDY}") from exc
+        header = _parse_header(path, self._map)
+        if header.file_bytes != len(self._map):
+            raise DataError(f"{path}: has {len(self._map)} bytes, but its header says {header.file_bytes}. {_REMEDY}")
+        root, end_magic = struct.unpack("<Q8s", self._map[-16:].tobytes())
+        found = xxhash.xxh3_64(self._map[:HEADER_BYTES])
+        for offset, length in header.sections.values():
+            found.update(self._map[offset:offset + length])
+        if end_magic != _END_MAGIC or found.intdigest() != root:
+            raise DataError(f"{path}: the footer (bytes {HEADER_BYTES + header.tokens * DTYPES[header.dtype].itemsize} "
+                            f"to {len(self._map)}) does not match its checksum. {_REMEDY}")
+        if entry and (found.hexdigest(), header.tokens, header.documents) != (entry.xxh3, entry.tokens, entry.documents):
+            raise DataError(f"{path}: xxh3 root {found.hexdigest()}, but shards.jsonl says {entry.xxh3}: it is a shard of "
+                            f"another data set. {_REMEDY}")
+        self.dtype, self.tokenizer_sha256 = header.dtype, header.tokenizer_sha256
+        self.documents = header.documents
+        self.data = self._map[HEADER_BYTES:HEADER_BYTES + header.tokens * DTYPES[header.dtype].itemsize].view(
+            DTYPES[header.dtype])
+        """(tokens,) unverified; see `check`."""
+        self.ends = self._section(header, "document_ends", "<i8")
+        """(documents,) int64 offset just after each document's last token."""
+        self.source_ids = self._section(header, "source_ids", "<u2")
+        self._hashes = self._section(header, "granule_xxh3", "<u8")
+        self._checked = np.zeros(len(self._hashes), bool)
+
+    def _section(self, header: _Header, name: str, dtype: str) -> np.ndarray:
+        offset, length = header.sections[name]
+        return self._map[offset:offset + length].view(dtype)
+
+    def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Verify the granules under the token ranges [starts, stops), (n,) int64 each; each granule is read once."""
+        first = starts * self.data.itemsize // GRANULE_BYTES
+        last = (stops * self.data.itemsize - 1) // GRANULE_BYTES
+        if self._checked[first].all() and self._checked[last].all() and int((last - first).max(initial=0)) < 2:
+            return
+        for a, b in {(int(a), int(b)) for a, b in zip(first, last, strict=True)}:
+            for granule in range(a, b + 1):
+                if not self._checked[granule]:
+                    self._check_granule(granule)
+
+    def _check_granule(self, granule: int) -> None:
+        start = HEADER_BYTES + granule * GRANULE_BYTES
+        stop = min(start + GRANULE_BYTES, HEADER_BYTES + self.data.nbytes)
+        found = xxhash.xxh3_64_intdigest(self._map[start:stop])
+        if found != int(self._hashes[granule]):
+            raise DataError(f"{self.path}: bytes {start} to {stop} do not match their checksum (xxh3 {found:016x}, "
+                            f"should be {int(self._hashes[granule]):016x}). {_REMEDY}")
+        self._checked[granule] = True
+
+    def check_all(self) -> list[str]:
+        """Every damaged granule's message; empty if all tokens are sound."""
+        faults = []
+        for granule in range(len(self._hashes)):
+            try:
+                self._check_granule(granule)
+            except DataError as exc:
+                faults.append(str(exc))
+        return faults
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), verified: a view of the map."""
+        if stop > start:
+            self.check(np.asarray([start]), np.asarray([stop]))
+        return self.data[start:stop]
+
+    def document(self, number: int) -> np.ndarray:
+        """Tokens or bytes of one document, verified."""
+        return self.read(int(self.ends[number - 1]) if number else 0, int(self.ends[number]))
+
+
+_REMEDY = ("The file is damaged or foreign: restore it from a copy, or build the data set again with "
+           "`officina data build`; `officina data verify DATASET` lists all damage.")
+
+
+def _parse_header(path: Path, mapped: np.ndarray) -> _Header:
+    head = mapped[:HEADER_BYTES].tobytes()
+    if len(mapped) < HEADER_BYTES + 16 or head[:8] != _MAGIC:
+        raise DataError(f"{path}: bytes 0 to 8 are {head[:8]!r}, a shard begins with {_MAGIC!r}. {_REMEDY}")
+    if xxhash.xxh3_64_intdigest(head[:-8]) != struct.unpack("<Q", head[-8:])[0]:
+        raise DataError(f"{path}: the header (bytes 0 to {HEADER_BYTES}) does not match its checksum. {_REMEDY}")
+    _, version, itemsize, tokens, documents, granule, file_bytes, tokenizer, n = _FIXED.unpack(head[:_FIXED.size])
+    dtypes = {d.itemsize: name for name, d in DTYPES.items()}
+    if version != _VERSION or granule != GRANULE_BYTES or itemsize not in dtypes:
+        raise DataError(f"{path}: shard version {version} with {granule}-byte granules and {itemsize}-byte tokens; this "
+                        f"officina reads version {_VERSION}, {GRANULE_BYTES}, 1, 2 or 4. Update officina.")
+    sections = {}
+    for i in range(n):
+        name, offset, length = _SECTION.unpack_from(head, _FIXED.size + i * _SECTION.size)
+        sections[name.rstrip(b"\0").decode()] = (offset, length)
+    return _Header(dtypes[itemsize], tokens, documents, file_bytes, tokenizer.hex(), sections)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGN) * _ALIGN
+
+
+def write_records(directory: str | Path, records: Iterable[bytes], *, split: str = "train", name: str,
+                  shard_bytes: int = SHARD_BYTES, **about: Any) -> None:
+    """Write `records` as split `split` of a data set for a user's own model; its decoder gets each back as bytes.
+
+    A second call adds another split to the same folder. `about` are further fields of dataset.json (version,
+    description, licence, personal_data, sensitive, provenance). Raises DataError if the split exists already, or
+    if there is no record.
+    """
+    folder, before, stats = Path(directory), [], {}
+    if (folder / MANIFEST).exists():
+        dataset = open_dataset(folder)
+        if dataset.manifest.kind != "records" or split in dataset.manifest.splits:
+            raise DataError(f"{folder}: has splits {sorted(dataset.manifest.splits)} of {dataset.manifest.kind} already; "
+                            f"split {split} cannot be written. Take another split name or an empty folder.")
+        before = dataset.shards
+        kept = {key: getattr(dataset.manifest, key) for key in
+                ("version", "description", "licence", "personal_data", "sensitive", "provenance")}
+        about = kept | about
+    with SplitWriter(folder, split, dtype="u8", shard_bytes=shard_bytes) as writer:
+        for record in records:
+            writer.add(np.frombuffer(record, np.uint8))
+        entries = writer.close()
+    if not entries:
+        raise DataError(f"{folder}: split {split} has no record. Give write_records at least one.")
+    shards = [*before, *entries]
+    for each in dict.fromkeys(s.split for s in shards):
+        of_split = [s for s in shards if s.split == each]
+        stats[each] = {"records": sum(s.documents for s in of_split), "bytes": sum(s.tokens for s in of_split)}
+    write_manifest(folder, shards, stats, kind="records", dtype="u8", name=name, **about)
