@@ -40,10 +40,10 @@ class Problem:
 class ConfigError(OfficinaError):
     """One or more faults of a configuration, all of them at once."""
 
-    def __init__(self, problems: list[Problem]) -> None:
+    def __init__(self, problems: list[Problem], source: str = "the configuration") -> None:
         self.problems = problems
         head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  - {p}" for p in problems))
+        super().__init__(f"{head} in {source}:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 class DataError(OfficinaError):

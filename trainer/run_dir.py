@@ -1,0 +1,164 @@
+"""The run directory: its files' names, the strict reading and writing of config.yaml, and the history of its starts.
+
+    RUN/config.yaml        the resolved RunConfig, every key written out: all that a rank reads
+    RUN/history.jsonl      one JSON object a start: what was asked for, what changed, with which code and packages
+    RUN/environment.json   packages of the newest start
+    RUN/code.diff          uncommitted changes of the code, if there were any (one file for each that differs)
+    RUN/metrics.jsonl, ledger.jsonl, checkpoints/, logs/, report.html, report.json, tensorboard/
+
+Nothing in them depends on user, host or the run's own path. No torch and no Hydra here.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from officina.trainer.config import RunConfig
+from officina.trainer.errors import ConfigError, OfficinaError
+from officina.trainer.schema import dump_run, read_run
+
+CONFIG, HISTORY, ENVIRONMENT, CODE_DIFF = "config.yaml", "history.jsonl", "environment.json", "code.diff"
+CHECKPOINTS, METRICS, LEDGER, LOGS = "checkpoints", "metrics.jsonl", "ledger.jsonl", "logs"
+
+_HEAD = """\
+# The whole run, every key written out. Ranks read only this file. To change it: officina resume RUN key=value
+"""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Floats as Python writes them with a dot, so that every YAML reader sees a number (1e-05 is text in YAML 1.1)."""
+
+
+def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = repr(value)
+    if "e" in text and "." not in text:
+        text = text.replace("e", ".0e")
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(float, _float)
+
+
+# ---- config.yaml ---------------------------------------------------------------------------------------------------
+def config_text(run: RunConfig) -> str:
+    """config.yaml's content: a pure function of the run, so that ranks can tell whether they mean the same one."""
+    return _HEAD + yaml.dump(dump_run(run), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def save_config(run: RunConfig, path: Path) -> None:
+    """Write the run to `path` (config.yaml, or the run directory that holds it): whole, or not at all."""
+    _write_whole(_config_path(path), config_text(run))
+
+
+def load_config(path: Path) -> RunConfig:
+    """The run in `path` (config.yaml, or the run directory that holds it).
+
+    Unknown keys and wrong values raise ConfigError; keys that are missing (written by an older officina) take defaults.
+    A missing or unreadable file raises OfficinaError.
+    """
+    path = _config_path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OfficinaError(f"{path} does not exist, so {path.parent} is no run directory. "
+                            "Start a run with `officina train`, or list yours with `ls runs`.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OfficinaError(f"{path} cannot be read: {' '.join(str(error).split())}. "
+                            "Restore the file; history.jsonl beside it holds the words the run was started with.") from error
+    if not isinstance(values, dict):
+        raise OfficinaError(f"{path} holds no run, but {str(values)[:40]!r}. "
+                            "Restore the file; history.jsonl beside it holds the words the run was started with.")
+    run, problems = read_run(values)
+    if problems:
+        raise ConfigError(problems, source=str(path))
+    return run
+
+
+def _config_path(path: Path) -> Path:
+    return Path(path) / CONFIG if Path(path).is_dir() else Path(path)
+
+
+# ---- history -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """One start of a run: a line of history.jsonl."""
+
+    run_id: str
+    """The same for all starts of a run; it moves with the directory."""
+    action: str
+    """`start`, `resume` or `branch`."""
+    words: Sequence[str]
+    """As typed."""
+    step: int
+    """Optimizer steps already done."""
+    world_size: int | None
+    """Ranks; None if the launcher decides later."""
+    engine: str
+    commit: str | None
+    """Commit of officina's code; None if it is not in a git repository."""
+    diff: str | None = None
+    """File in the run directory with the uncommitted changes."""
+    versions: dict[str, str] = field(default_factory=dict)
+    changes: Sequence[dict[str, object]] = ()
+    """`{"key": ..., "old": ..., "new": ...}` against the configuration before."""
+    forced: bool = False
+    origin: dict[str, object] | None = None
+    """branch: `{"name": ..., "run_id": ..., "step": ...}` of the run it comes from."""
+    time: str = ""
+    """UTC, ISO 8601."""
+
+
+def new_run_id() -> str:
+    """A new name for a run that no other has."""
+    return secrets.token_hex(8)
+
+
+def append_history(run_dir: Path, start: Start) -> None:
+    """Add one line, durably; the time is filled in."""
+    line = asdict(start) | {"time": start.time or datetime.now(UTC).isoformat(timespec="seconds")}
+    path = Path(run_dir) / HISTORY
+    broken_tail = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(("\n" if broken_tail else "") + json.dumps({"time": line.pop("time"), **line}, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_history(run_dir: Path) -> list[dict[str, object]]:
+    """All starts, oldest first; a line cut short by a crash is left out."""
+    path = Path(run_dir) / HISTORY
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    starts = []
+    for line in lines:
+        try:
+            starts.append(json.loads(line))
+        except ValueError:
+            continue
+    return starts
+
+
+def read_run_id(run_dir: Path) -> str:
+    """The run's id from its history; empty for a directory that no `officina train` made."""
+    return next((str(start["run_id"]) for start in read_history(run_dir) if start.get("run_id")), "")
+
+
+# ---- checkpoints, as far as a login node needs them ----------------------------------------------------------------
+def committed_steps(run_dir: Path) -> list[int]:
+    """Steps whose checkpoint has its commit file, oldest first. Whether the data is whole is found when it is read."""
+    found = (Path(run_dir) / CHECKPOINTS).glob("step-*/COMMIT")
+    return sorted(int(path.parent.name[5:]) for path in found if path.parent.name[5:].isdigit())
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
