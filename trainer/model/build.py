@@ -1,0 +1,140 @@
+"""From the configuration to a module without values, its first values, its loss and its decoder."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from officina.kernels.attention import flex_missing
+from officina.trainer.batch import LossFn
+from officina.trainer.config import CustomModelConfig, DecoderConfig, RunConfig
+from officina.trainer.errors import ConfigError, Problem
+from officina.trainer.model.init import InitSource, ValuesSource
+from officina.trainer.model.transformer import Transformer
+from officina.trainer.objective import next_token_loss, record_loss
+from officina.trainer.state import Source
+
+Decode = Callable[[bytes], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """All that the model part of a configuration turns into."""
+
+    module: nn.Module
+    """Parameters and buffers on the meta device."""
+    source: Source
+    """First values of all parameters and buffers."""
+    loss_fn: LossFn
+    decode: Decode | None
+    """Custom models: from one record's bytes to its fields. None for the decoder-only transformer."""
+
+
+def build_model(run: RunConfig) -> Built:
+    """Build the model of `run`; the same on every rank. Raises ConfigError naming the key that has to change."""
+    if isinstance(run.model, CustomModelConfig):
+        return _build_custom(run.model, run.seed)
+    check_attention(run.model, run.device)
+    module = build_transformer(run.model)
+    return Built(module, InitSource(module, run.model, run.seed), next_token_loss(run.objective.z_loss), None)
+
+
+def build_transformer(config: DecoderConfig) -> Transformer:
+    """The decoder-only transformer on the meta device."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def check_attention(config: DecoderConfig, device: str) -> None:
+    """Refuse a named attention implementation that cannot do the model on this device (`auto`, `cpu` or `cuda`)."""
+    key, remedy = "model.attention_impl", "model.attention_impl=auto"
+    if config.attention_impl == "sdpa" and config.attn_softcap:
+        raise ConfigError([Problem(key, "sdpa", f"has no softcap, and model.attn_softcap={config.attn_softcap}", remedy)])
+    if config.attention_impl == "flex":
+        kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if why := flex_missing(torch.device(kind), config.head_size):
+            raise ConfigError([Problem(key, "flex", f"cannot run here: {why}", remedy)])
+
+
+def blocks_of(module: nn.Module, attribute: str = "blocks") -> nn.ModuleList:
+    """The module's repeated blocks. attribute: dotted, as `model.blocks`. Raises ConfigError if it names none."""
+    found: Any = module
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, nn.ModuleList) or not len(found):
+        lists = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList) and len(child)]
+        raise ConfigError([Problem(
+            "model.blocks", attribute,
+            f"{type(module).__name__} has no filled nn.ModuleList of that name ({_kind(found)} found)",
+            f"model.blocks={lists[0]}" if lists else "keep the repeated layers of the model in an nn.ModuleList")])
+    return found
+
+
+def resolve(path: str, key: str) -> Callable[..., Any]:
+    """The callable that the dotted path `package.module:name` names. key: configuration key, named in errors."""
+    module_name, colon, name = path.partition(":")
+    if not colon or not module_name or not name:
+        raise ConfigError([Problem(key, path, "is not of the form package.module:name", f"{key}=my_model:build")])
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises when imported
+        raise ConfigError([Problem(
+            key, path, f"{module_name} cannot be imported: {type(error).__name__}: {error}",
+            f"python -c 'import {module_name}' must work; put its folder on PYTHONPATH or pip install it")]) from error
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        there = sorted(n for n, v in vars(importlib.import_module(module_name)).items()
+                       if callable(v) and not n.startswith("_"))
+        raise ConfigError([Problem(
+            key, path, f"{module_name} has no callable {name} ({_kind(found)} found)",
+            f"{key}={module_name}:{there[0]}" if there else f"define {name} in {module_name}")])
+    return found
+
+
+def _build_custom(config: CustomModelConfig, seed: int) -> Built:
+    factory = resolve(config.factory, "model.factory")
+    losses_of, decode = resolve(config.loss, "model.loss"), resolve(config.decoder, "model.decoder")
+    try:
+        inspect.signature(factory).bind(**config.args)
+    except TypeError as error:
+        raise ConfigError([Problem("model.args", config.args, f"{config.factory} does not take them: {error}",
+                                   f"the arguments of {config.factory}{inspect.signature(factory)}")]) from error
+    with torch.random.fork_rng(devices=[]):  # the factory's draws must not shift anyone else's
+        torch.manual_seed(seed)
+        module = factory(**config.args)
+    if not isinstance(module, nn.Module):
+        raise ConfigError([Problem("model.factory", config.factory, f"returned {_kind(module)}, not an nn.Module",
+                                   "return the module that is to be trained")])
+    blocks_of(module, config.blocks)
+    if on_meta := [name for name, value in module.state_dict().items() if value.is_meta]:
+        raise ConfigError([Problem("model.factory", config.factory, f"left {on_meta[0]} on the meta device, without "
+                                   "values", "build the module on the CPU")])
+    for child in module.modules():
+        # Buffers computed by the constructor would be lost on the way over the meta device: all travel with the state.
+        child._non_persistent_buffers_set.clear()
+    values = {name: p.detach().float() for name, p in module.named_parameters()}
+    values |= {name: b.detach().clone() for name, b in module.named_buffers()}
+    _to_meta(module)
+    return Built(module, ValuesSource(values), record_loss(losses_of, config.loss), decode)
+
+
+def _to_meta(module: nn.Module) -> None:
+    """Like `module.to("meta")`, but a parameter that two modules share stays one."""
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                if parameter not in moved:
+                    moved[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+                child._parameters[name] = moved[parameter]
+        for name, buffer in child._buffers.items():
+            child._buffers[name] = None if buffer is None else buffer.to("meta")
+
+
+def _kind(found: object) -> str:
+    return "nothing" if found is None else f"a {type(found).__name__}"

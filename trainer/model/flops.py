@@ -1,0 +1,70 @@
+"""Parameters and floating-point operations of the transformer, by arithmetic on its configuration. No torch here.
+
+Counted are matrix products (2 m n k each), forward and backward; norms, activations and the softmax are left out, as
+every published MFU does. Attention is counted in both conventions: `causal` counts the pairs of query and key that the
+mask lets through, full counts every pair (6 P + 12 L D T, PaLM's appendix B, arXiv:2204.02311). Recomputation is never counted.
+"""
+
+from dataclasses import dataclass
+
+from officina.trainer.config import DecoderConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCounts:
+    """Parameters of the model; a tied head counts once, as embedding."""
+
+    total: int
+    embedding: int
+    head: int
+    non_embedding: int
+    """All but embedding and head."""
+
+
+def parameter_count(config: DecoderConfig) -> ParameterCounts:
+    """Exact number of parameters."""
+    d, q, kv = config.d_model, config.n_heads * config.head_size, config.kv_heads * config.head_size
+    matrices = _matrix_parameters(config)
+    biases = (q + 2 * kv) * config.qkv_bias + d * config.o_bias
+    biases += (_up_matrices(config) * config.d_ff + d) * config.mlp_bias
+    norms = d * (4 if config.norm_placement == "sandwich" else 2)
+    norms += {"none": 0, "head": 2 * config.head_size, "full": q + kv}[config.qk_norm]
+    alphas = 2 if config.mlp == "xielu" else 0
+    inner = config.n_layers * (matrices + biases + norms + alphas) + d
+    vocabulary = config.vocab_size * d
+    head = 0 if config.tie_embeddings else vocabulary
+    return ParameterCounts(inner + vocabulary + head, vocabulary, head, inner)
+
+
+def flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool) -> float:
+    """Training FLOPs (forward and backward, 3 x forward) per token of a row of seq_len tokens, mean over the row.
+
+    causal: count only the query-key pairs that the mask lets through; else min(seq_len, window) keys for every query.
+    """
+    matmuls = 2 * (config.n_layers * _matrix_parameters(config) + config.vocab_size * config.d_model)
+    keys = sum(mean_keys(seq_len, _window(config, layer), causal=causal) for layer in range(config.n_layers))
+    attention = 4 * config.n_heads * config.head_size * keys
+    return 3 * (matmuls + attention)
+
+
+def mean_keys(seq_len: int, window: int, *, causal: bool) -> float:
+    """Keys per query, mean over a row of seq_len tokens; window 0 = none."""
+    window = min(window, seq_len) if window else seq_len
+    if not causal:
+        return float(window)
+    growing = window * (window + 1) // 2  # the first `window` queries see 1, 2, ... keys
+    return (growing + (seq_len - window) * window) / seq_len
+
+
+def _matrix_parameters(config: DecoderConfig) -> int:
+    """Parameters of one layer's matrices."""
+    q, kv = config.n_heads * config.head_size, config.kv_heads * config.head_size
+    return config.d_model * (2 * q + 2 * kv) + (_up_matrices(config) + 1) * config.d_model * config.d_ff
+
+
+def _up_matrices(config: DecoderConfig) -> int:
+    return 1 if config.mlp == "xielu" else 2
+
+
+def _window(config: DecoderConfig, layer: int) -> int:
+    return config.window if config.window_pattern[layer % len(config.window_pattern)] else 0

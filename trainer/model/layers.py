@@ -1,0 +1,107 @@
+"""The layers of the transformer. Parameters are declared, not initialised: `init.InitSource` holds their first values.
+
+Mixed precision needs no wrapper: each weight is cast to the dtype of the activations at its use. With fp32 master weights
+under one process or DDP this computes exactly what FSDP2 does whose policy hands the weights over in bf16 (there the cast
+is nothing), and gradients come back to the masters in fp32.
+Shapes: B rows, T tokens, D model width, H query heads, G key and value heads, K head width, F inner width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from officina.kernels.cross_entropy import linear_cross_entropy
+from officina.trainer.config import DecoderConfig
+from officina.trainer.model.rope import at_least_fp32
+
+XIELU_BETA, XIELU_EPS = 0.5, -1e-6
+"""Constants of xIELU (arXiv:2411.13010, section 3)."""
+
+
+class Linear(nn.Module):
+    """y = x W^T + b in the dtype of x."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), scaled by w or 1 + w; fp32 inside. Zhang & Sennrich, arXiv:1910.07467."""
+
+    def __init__(self, width: int, config: DecoderConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = config.norm_eps
+        self.zero_centred = config.norm_weight == "zero_centred"
+        self.cast_first = config.norm_cast == "before"
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(at_least_fp32(x), x.shape[-1:], None, self.eps)
+        weight = self.weight.to(x.dtype)
+        if self.cast_first:
+            return normed.to(x.dtype) * (1 + weight if self.zero_centred else weight)
+        weight = at_least_fp32(weight)
+        return (normed * (1 + weight if self.zero_centred else weight)).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """down(silu(gate) up), down(gelu(gate) up), or down(xielu(up)) with two learned numbers a layer."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        if self.kind == "xielu":
+            self.alpha_p = nn.Parameter(torch.empty(1))
+            self.alpha_n = nn.Parameter(torch.empty(1))
+        else:
+            self.gate = Linear(config.d_model, config.d_ff, config.mlp_bias)
+        self.up = Linear(config.d_model, config.d_ff, config.mlp_bias)
+        self.down = Linear(config.d_ff, config.d_model, config.mlp_bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.kind == "swiglu":
+            return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        if self.kind == "geglu":
+            return self.down(F.gelu(self.gate(x_BTD), approximate="tanh") * self.up(x_BTD))
+        inner = self.up(x_BTD)
+        return self.down(xielu(inner, self.alpha_p.to(inner.dtype), self.alpha_n.to(inner.dtype)))
+
+
+def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor) -> Tensor:
+    """Trainable activation with linearly rising slope for x > 0 (arXiv:2411.13010); fp32 inside, x's dtype out.
+
+    In bf16, exp(x) - 1 - x would lose all its digits near 0.
+    """
+    wide = at_least_fp32(x)
+    rising = F.softplus(at_least_fp32(alpha_p)) * wide.square()
+    falling = (XIELU_BETA + F.softplus(at_least_fp32(alpha_n))) * (torch.expm1(wide.clamp(max=XIELU_EPS)) - wide)
+    return (torch.where(wide > 0, rising, falling) + XIELU_BETA * wide).to(x.dtype)
+
+
+class Vocabulary(nn.Module):
+    """The (V, D) matrix between token numbers and vectors, used at either end of the model, or at both when tied.
+
+    All uses are forward calls of the module that owns the weight, so that sharding engines, which gather weights around a
+    module's forward, need not know about tying.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.softcap = config.logit_softcap
+
+    def forward(self, x: Tensor, use: str, labels_BT: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
+        """`embed`: (B, T) tokens -> (B, T, D). `logits`: (B, T, D) -> (B, T, V) fp32. `loss`: 0-dim fp32 sum of losses."""
+        if use == "embed":
+            return F.embedding(x, self.weight)
+        weight = self.weight.to(x.dtype)
+        if use == "loss":
+            return linear_cross_entropy(x.flatten(0, -2), weight, labels_BT.flatten(), z_loss=z_loss,
+                                        softcap=self.softcap)
+        logits = at_least_fp32(F.linear(x, weight))
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
