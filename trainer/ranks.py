@@ -1,29 +1,41 @@
-"""Which rank this process is, and the ranks as one group: the only reader of RANK, SLURM_* and OMPI_* variables."""
+"""The ranks as one group: started, counted, and able to sum, to wait and to exchange text.
 
-from collections.abc import Mapping, Sequence
+torch is imported inside functions only: login nodes import this module to ask whether they are a rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
+from officina.trainer.errors import LaunchError
+from officina.trainer.rank_env import LONE, LOOPBACK, RankEnv, is_loopback, port_of, read_rank_env, resolve_ipv4
 
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import Store
 
-@dataclass(frozen=True, slots=True)
-class RankEnv:
-    """This process among the others, as the launcher's environment tells."""
+__all__ = ["LONE", "RankEnv", "Ranks", "read_rank_env", "start_ranks", "stop_ranks"]
 
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
-    launcher: str
-    """`officina` (started by the parent here), `torchrun`, `srun`, `mpirun`, or `none` for a lone process."""
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""After this long in one collective a rank gives up: longer than any save of one rank that others wait for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The started process group. With one rank there is none, and every method is its own identity."""
+    """All ranks of the run. With one rank there is no process group unless `ensure_group` was asked for."""
 
     env: RankEnv
     device: torch.device
+    threads: int = 0
+    """CPU threads of this rank's arithmetic; 0 = not set by us."""
 
     @property
     def rank(self) -> int:
@@ -35,8 +47,10 @@ class Ranks:
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
         """Sums over all ranks of a few float64 numbers: one collective on the CPU group, no device sync."""
+        import torch
+
         if self.world_size == 1:
-            return list(numbers)
+            return [float(number) for number in numbers]
         packed = torch.tensor(numbers, dtype=torch.float64)
         torch.distributed.all_reduce(packed)
         return packed.tolist()
@@ -44,3 +58,251 @@ class Ranks:
     def barrier(self) -> None:
         """Return when every rank is here (on the CPU group)."""
         self.sum([0.0])
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's text, in rank order, on every rank. Two collectives on the CPU group."""
+        import torch
+
+        if self.world_size == 1:
+            return [text]
+        payload = text.encode()
+        lengths = [int(n) for n in self._gather(torch.tensor([len(payload)]))]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        if payload:
+            padded[:len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        rows = self._gather(padded) if max(lengths) else [padded] * self.world_size
+        return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, lengths, strict=True)]
+
+    def _gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor of one shape and dtype, on the CPU group."""
+        import torch
+
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        torch.distributed.all_gather(rows, mine)
+        return rows
+
+    def broadcast_text(self, text: str) -> str:
+        """Rank 0's text on every rank; what the others pass is ignored. Two collectives on the CPU group."""
+        import torch
+
+        if self.world_size == 1:
+            return text
+        payload = text.encode() if self.rank == 0 else b""
+        length = torch.tensor([len(payload)])
+        torch.distributed.broadcast(length, src=0)
+        packed = torch.zeros(int(length), dtype=torch.uint8)
+        if self.rank == 0 and payload:
+            packed = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        torch.distributed.broadcast(packed, src=0)
+        return bytes(packed.tolist()).decode()
+
+    def ensure_group(self) -> None:
+        """Make sure a torch process group exists. FSDP2 and ZeRO want one even for a single rank."""
+        import torch
+
+        if not torch.distributed.is_initialized():
+            _init_group(self.env, self.device, torch.distributed.HashStore())
+
+
+def start_ranks(env: RankEnv, *, device: str = "auto", threads: int = 0, timeout_s: float = 300.0) -> Ranks:
+    """Meet the other ranks. Sets this process's device, CPU threads, and RANK, MASTER_ADDR and so on for libraries.
+
+    device: `auto`, `cpu` or `cuda`. threads: CPU threads of this rank; 0 = its fair share of the cores it may run on.
+    timeout_s: how long to wait for the others. Raises LaunchError, naming address, port and the ranks that did not come.
+    """
+    import torch
+
+    end = time.monotonic() + timeout_s
+    chosen = _pick_device(env, device)
+    env = _locate(env)
+    os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.local_rank), WORLD_SIZE=str(env.world_size),
+                      LOCAL_WORLD_SIZE=str(env.local_world_size), MASTER_ADDR=env.master_addr, MASTER_PORT=str(env.master_port))
+    if env.world_size > 1:
+        store = _open_store(env, end)
+        _meet(store, env, end)
+        _choose_interface(env)
+        try:
+            _init_group(env, chosen, torch.distributed.PrefixStore("officina/group", store))
+        except RuntimeError as error:
+            raise LaunchError(f"rank {env.rank} on {socket.gethostname()} met the others at {_where(env)}, but could not "
+                              f"connect to them over {os.environ.get('GLOO_SOCKET_IFNAME', 'the default interface')}: {error}. "
+                              "Set GLOO_SOCKET_IFNAME to the interface of the cluster's network (ip -4 addr)") from error
+    ranks = Ranks(env, chosen)
+    n_threads = _agree_on_hosts(ranks, threads)
+    torch.set_num_threads(n_threads)
+    return dataclasses.replace(ranks, threads=n_threads)
+
+
+def stop_ranks() -> None:
+    """Leave the group, if there is one. After a failure just end the process instead: others may never come."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _init_group(env: RankEnv, device: torch.device, store: Store) -> None:
+    import torch
+
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"  # small CPU collectives never wait for the device
+    torch.distributed.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size,
+                                         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+
+
+# ---- device and threads --------------------------------------------------------------------------------------------
+def _pick_device(env: RankEnv, device: str) -> torch.device:
+    import torch
+
+    n_visible = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cpu" or (device == "auto" and n_visible == 0):
+        return torch.device("cpu")
+    if n_visible == 0:
+        raise LaunchError(f"device=cuda: rank {env.rank} on {socket.gethostname()} sees no GPU with torch {torch.__version__}. "
+                          "Ask the job for GPUs, install a torch for this GPU, or use device=cpu")
+    # One visible GPU among several local ranks: the launcher gave each its own. `_agree_on_hosts` checks it.
+    index = 0 if n_visible == 1 else env.local_rank
+    if index >= n_visible:
+        raise LaunchError(f"local rank {env.local_rank} on {socket.gethostname()} has no GPU: {env.local_world_size} ranks, "
+                          f"{n_visible} GPUs visible. Start {n_visible} ranks per host, or use device=cpu")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _agree_on_hosts(ranks: Ranks, threads: int) -> int:
+    """Compare host, device and cores of all ranks: refuses two ranks on one GPU; returns CPU threads for this rank."""
+    import torch
+
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    gpu = str(torch.cuda.get_device_properties(ranks.device).uuid) if ranks.device.type == "cuda" else ""
+    everyone = [json.loads(t) for t in ranks.gather_text(json.dumps([socket.gethostname(), ranks.device.type, gpu, cores]))]
+    _refuse_bad_devices(everyone)
+    return threads or _fair_threads(cores, [e[3] for e in everyone if e[0] == socket.gethostname()])
+
+
+def _refuse_bad_devices(everyone: list[list]) -> None:
+    """everyone: [host, device type, GPU uuid, cores] per rank."""
+    kinds = {kind for _, kind, _, _ in everyone}
+    if len(kinds) > 1:
+        on_cpu = next(r for r, e in enumerate(everyone) if e[1] == "cpu")
+        raise LaunchError(f"rank {on_cpu} on {everyone[on_cpu][0]} sees no GPU, others do. "
+                          "Ask for GPUs on every node, or use device=cpu")
+    holder: dict[tuple[str, str], int] = {}
+    for rank, (host, _, gpu, _) in enumerate(everyone):
+        if gpu and holder.setdefault((host, gpu), rank) != rank:
+            raise LaunchError(f"ranks {holder[host, gpu]} and {rank} on {host} share one GPU ({gpu}). "
+                              "Start one rank per GPU, or use device=cpu")
+
+
+def _fair_threads(cores: list[int], cores_of_local_ranks: list[list[int]]) -> int:
+    """This rank's share of its cores: a core that k ranks may use counts 1/k. Hardware threads of one core count once."""
+    import psutil
+
+    share = sum(1 / max(sum(core in other for other in cores_of_local_ranks), 1) for core in cores)
+    threads_per_core = (psutil.cpu_count() or 1) / (psutil.cpu_count(logical=False) or psutil.cpu_count() or 1)
+    return max(1, int(share / threads_per_core + 1e-6))
+
+
+# ---- meeting -------------------------------------------------------------------------------------------------------
+def _where(env: RankEnv) -> str:
+    return f"{env.master_addr}:{env.master_port}"
+
+
+def _locate(env: RankEnv) -> RankEnv:
+    """The same rank, with rank 0's IPv4 address and port known."""
+    if env.world_size == 1:
+        return dataclasses.replace(env, master_addr=LOOPBACK, master_port=env.master_port or port_of(str(os.getpid())))
+    if not env.master_addr:
+        return _locate_by_mpi(env)
+    address = resolve_ipv4(env.master_addr)
+    if is_loopback(address) and not is_loopback(env.master_addr) and env.n_hosts > 1 and env.rank != 0:
+        raise LaunchError(f"{socket.gethostname()} takes {env.master_addr} for itself ({address}, see /etc/hosts), but rank 0 may "
+                          f"be on another of {env.n_hosts} hosts. Set MASTER_ADDR to the address of the first node's network")
+    return dataclasses.replace(env, master_addr=address)
+
+
+def _locate_by_mpi(env: RankEnv) -> RankEnv:
+    """Rank 0's name and a free port of its host, told to all over MPI: mpirun on several hosts says neither."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise LaunchError(f"mpirun started {env.world_size} ranks on several hosts and does not say where rank 0 is "
+                          f"({error}). Install mpi4py (pip install 'officina[mpi]'), or pass the address of the first host: "
+                          "mpirun -x MASTER_ADDR=$(hostname) ...") from None
+    mine = None
+    if env.rank == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            mine = (socket.gethostname(), probe.getsockname()[1])
+    hosts = MPI.COMM_WORLD.allgather(socket.gethostname())
+    name, port = MPI.COMM_WORLD.bcast(mine, root=0)
+    n_hosts = len(set(hosts))
+    address = LOOPBACK if n_hosts == 1 else resolve_ipv4(name)
+    return dataclasses.replace(env, master_addr=address, master_port=port, n_hosts=n_hosts)
+
+
+def _open_store(env: RankEnv, end: float) -> Store:
+    """The key-value store in which the ranks meet: rank 0 (or torchrun's agent) serves it, the others connect."""
+    import torch
+
+    remaining = timedelta(seconds=max(end - time.monotonic(), 0.1))
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.launcher == "torchrun"
+    serves = env.rank == 0 and not agent
+    listen_fd = int(os.environ["OFFICINA_LISTEN_FD"]) if serves and env.launcher == "officina" else None
+    try:
+        store = torch.distributed.TCPStore(env.master_addr, env.master_port, is_master=serves, wait_for_workers=False,
+                                           timeout=remaining, master_listen_fd=listen_fd)
+    except torch.distributed.DistError as error:
+        if serves:
+            raise LaunchError(f"rank 0 on {socket.gethostname()} cannot listen on port {env.master_port}: {error}. If another "
+                              f"program has it, choose one for all ranks: export MASTER_PORT={port_of(str(time.time()))}") from error
+        raise LaunchError(
+            f"rank {env.rank} on {socket.gethostname()} could not reach rank 0 at {_where(env)}. Either rank 0 "
+            "never started (its log says why), or this address is not its own: set MASTER_ADDR to the IPv4 address of the "
+            "first node that the others reach (ip -4 addr)") from error
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if env.launcher == "torchrun" else "0"
+    return torch.distributed.PrefixStore(f"officina/start-{restarts}", store)
+
+
+def _meet(store: Store, env: RankEnv, end: float) -> None:
+    """Return when all ranks are in the store; on timeout every rank that came raises a LaunchError naming those missing."""
+    import torch
+
+    try:
+        store.set(f"here/{env.rank}", socket.gethostname())
+        n_here = store.add("n_here", 1)
+        if env.rank == 0:
+            while n_here < env.world_size and time.monotonic() < end:
+                time.sleep(0.01)
+                n_here = store.add("n_here", 0)
+            missing = [r for r in range(env.world_size) if n_here < env.world_size and not store.check([f"here/{r}"])]
+            store.set("missing", json.dumps(missing))
+            while missing and store.add("n_told", 0) < n_here - 1 and time.monotonic() < end + 2:
+                time.sleep(0.01)  # the others read it before the store goes with this process
+        else:
+            store.set_timeout(timedelta(seconds=max(end - time.monotonic(), 0) + 5))
+            missing = json.loads(store.get("missing"))
+            store.add("n_told", 1)
+    except torch.distributed.DistError as error:
+        raise LaunchError(f"rank {env.rank} on {socket.gethostname()} lost rank 0 at {_where(env)} while it waited for the other "
+                          f"ranks to start ({str(error).splitlines()[0]}). Rank 0's log says why") from error
+    if missing:
+        shown = ", ".join(map(str, missing[:16])) + (f" and {len(missing) - 16} more" if len(missing) > 16 else "")
+        raise LaunchError(f"{env.world_size - len(missing)} of {env.world_size} ranks met at {_where(env)}; missing after the "
+                          f"time limit: rank {shown}. Their logs say why; if they are empty, these ranks never started or "
+                          "cannot reach this address")
+
+
+def _choose_interface(env: RankEnv) -> None:
+    """Tell gloo the interface that leads to rank 0. Its own choice follows the host's name, which often is 127.0.1.1 or
+    cannot be resolved at all; on one host loopback is always right."""
+    if env.n_hosts != 1 and os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((LOOPBACK if env.n_hosts == 1 else env.master_addr, env.master_port or 9))  # sends nothing
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and a.address == own for a in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
