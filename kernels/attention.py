@@ -2,7 +2,7 @@
 
     out = softmax(softcap(scale q k^T) + mask) v,   softcap(s) = c tanh(s / c), the identity for c = 0
 
-Query t of T is at the place S - T + t of the S keys, so that with a key-value cache the last query sees the last key.
+Query t of T stands at place S - T + t of the S keys, so that with a cache the last query sees the last key.
 Sources: Vaswani et al., arXiv:1706.03762; grouped heads arXiv:2305.13245; windows arXiv:2004.05150.
 Shapes: B rows, H query heads, G key and value heads (H a multiple of G), T queries, S keys, D head width.
 """
@@ -23,20 +23,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What a call needs besides q, k and v. Built once per forward and shared by all layers with the same window."""
+    """What a call needs besides q, k and v; built once per forward, shared by all layers with the same window."""
 
     impl: Literal["reference", "sdpa", "flex"]
     is_causal: bool
     """The mask is the plain causal triangle over T = S, which kernels know without a mask tensor."""
     mask: Tensor | None
-    """(T, S) or (B, 1, T, S) bool, true where a query may see a key; None: see is_causal, else everything is seen."""
+    """(T, S) or (B, 1, T, S) bool, true where a query sees a key. None: as is_causal says, else all is seen."""
     block_mask: Any = None
     """The same as a BlockMask of flex attention."""
 
 
-def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = True, scale: float | None = None,
-              window: int = 0, softcap: float = 0.0, documents_BS: Tensor | None = None, impl: Impl = "auto",
-              plan: AttentionPlan | None = None) -> Tensor:
+def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = True,
+              scale: float | None = None, window: int = 0, softcap: float = 0.0,
+              documents_BS: Tensor | None = None, impl: Impl = "auto", plan: AttentionPlan | None = None) -> Tensor:
     """Attention of each query to the keys it may see; (B, H, T, D) in q's dtype.
 
     Args:
@@ -45,13 +45,13 @@ def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = 
         softcap: tanh cap on the scaled scores; 0 = none.
         documents_BS: a number per document; queries see keys of their own document only.
         impl: `auto` takes the fastest that can do the case and logs which once; a named one never falls back.
-        plan: what `plan_attention` gave for the same causal, window, softcap, documents and impl; saves building it again.
+        plan: what `plan_attention` gave for the same arguments; saves building it again.
     Raises ValueError for shapes or switches that do not fit, and where a named impl cannot do the case.
     """
     B, H, T, D = q_BHTD.shape
     if k_BGSD.shape != v_BGSD.shape or k_BGSD.shape[0] != B or k_BGSD.shape[3] != D or H % k_BGSD.shape[1]:
-        raise ValueError(f"attention: q {tuple(q_BHTD.shape)}, k {tuple(k_BGSD.shape)}, v {tuple(v_BGSD.shape)} do not "
-                         "fit; need q (B, H, T, D) and k, v (B, G, S, D) with H a multiple of G")
+        raise ValueError(f"attention: q {tuple(q_BHTD.shape)}, k {tuple(k_BGSD.shape)}, v {tuple(v_BGSD.shape)} "
+                         "do not fit; need q (B, H, T, D) and k, v (B, G, S, D) with H a multiple of G")
     if plan is None:
         plan = plan_attention(T, k_BGSD.shape[2], causal=causal, window=window, softcap=softcap,
                               documents_BS=documents_BS, impl=impl, device=q_BHTD.device, head_dim=D)
@@ -66,12 +66,11 @@ def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = 
 
 def attention_reference(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, mask: Tensor | None, scale: float,
                         softcap: float = 0.0) -> Tensor:
-    """Same contract in plain torch with fp32 arithmetic (fp64 for fp64): the oracle for tests and benchmarks."""
-    B, H, T, D = q_BHTD.shape
-    G = k_BGSD.shape[1]
+    """Same contract in plain torch, fp32 inside (fp64 for fp64): the oracle for tests and benchmarks."""
+    repeats = q_BHTD.shape[1] // k_BGSD.shape[1]
     wide = torch.promote_types(q_BHTD.dtype, torch.float32)
-    k_BHSD = k_BGSD.to(wide).repeat_interleave(H // G, dim=1)
-    v_BHSD = v_BGSD.to(wide).repeat_interleave(H // G, dim=1)
+    k_BHSD = k_BGSD.to(wide).repeat_interleave(repeats, dim=1)
+    v_BHSD = v_BGSD.to(wide).repeat_interleave(repeats, dim=1)
     scores = q_BHTD.to(wide) @ k_BHSD.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -83,19 +82,22 @@ def attention_reference(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, mask:
 def plan_attention(n_queries: int, n_keys: int, *, causal: bool = True, window: int = 0, softcap: float = 0.0,
                    documents_BS: Tensor | None = None, impl: Impl = "auto", device: torch.device,
                    head_dim: int) -> AttentionPlan:
-    """Choose the implementation and build its mask. Raises ValueError where a named impl cannot do the case."""
+    """Choose the implementation and build its mask; ValueError where a named impl cannot do the case."""
     if window and not causal:
         raise ValueError(f"attention: window={window} needs causal=True")
     if n_keys < n_queries:
-        raise ValueError(f"attention: {n_queries} queries but only {n_keys} keys; the keys end with the queries' own")
+        raise ValueError(f"attention: {n_queries} queries but only {n_keys} keys; the keys end with the queries' "
+                         "own")
     if documents_BS is not None and documents_BS.shape[1] != n_keys:
-        raise ValueError(f"attention: documents have {documents_BS.shape[1]} places but there are {n_keys} keys")
+        raise ValueError(f"attention: documents have {documents_BS.shape[1]} places, but there are {n_keys} "
+                         "keys")
     window = window if causal and window < n_keys else 0
     masked = documents_BS is not None or bool(window)
     chosen = _choose(impl, masked=masked, softcap=softcap, square=n_queries == n_keys, device=device,
                      head_dim=head_dim)
     if chosen == "flex":
-        return AttentionPlan("flex", False, None, _block_mask(n_queries, n_keys, causal, window, documents_BS, device))
+        block_mask = _block_mask(n_queries, n_keys, causal, window, documents_BS, device)
+        return AttentionPlan("flex", False, None, block_mask)
     if not masked and (not causal or n_queries == 1):
         return AttentionPlan(chosen, False, None)
     if not masked and n_queries == n_keys:
@@ -137,7 +139,7 @@ def _choose(impl: Impl, *, masked: bool, softcap: float, square: bool, device: t
     if impl == "flex":
         if no_flex:
             raise ValueError(f"attention: impl=flex cannot run: {no_flex}. Use impl=auto")
-        return "flex" if square else "reference" if softcap else "sdpa"  # decoding steps are no matter of speed
+        return "flex" if square else "reference" if softcap else "sdpa"  # decoding: one query, nothing to fuse
     if impl == "sdpa":
         if softcap:
             raise ValueError(f"attention: impl=sdpa has no softcap (softcap={softcap}). Use impl=auto")
@@ -145,7 +147,7 @@ def _choose(impl: Impl, *, masked: bool, softcap: float, square: bool, device: t
     if softcap:
         if square and not no_flex:
             return "flex"
-        _log_once(f"attention: auto takes the reference: sdpa has no softcap, {no_flex or 'one query at a time'}")
+        _log_once(f"attention: auto takes the reference: sdpa has no softcap, {no_flex or 'decoding'}")
         return "reference"
     if masked and square and device.type == "cuda":
         if not no_flex:
@@ -156,8 +158,8 @@ def _choose(impl: Impl, *, masked: bool, softcap: float, square: bool, device: t
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
-    # On a GPU only the flash kernel knows grouped heads, and it takes neither masks nor fp32: without repeating the
-    # heads SDPA would fall back, silently, to a path that holds all scores.
+    # On a GPU only the flash kernel knows grouped heads, and it takes neither masks nor fp32: without
+    # repeating the heads SDPA would fall back, silently, to a path that holds all scores.
     if grouped and q.is_cuda and (plan.mask is not None or q.dtype not in (torch.bfloat16, torch.float16)):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         grouped = False
@@ -167,8 +169,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) ->
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, softcap: float) -> Tensor:
     run = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else _plain_flex()
-    return run(q, k, v, score_mod=_softcap_mod(softcap) if softcap else None, block_mask=plan.block_mask, scale=scale,
-               enable_gqa=q.shape[1] != k.shape[1])
+    return run(q, k, v, score_mod=_softcap_mod(softcap) if softcap else None, block_mask=plan.block_mask,
+               scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _full_mask(plan: AttentionPlan, n_queries: int, device: torch.device) -> Tensor | None:
@@ -190,7 +192,7 @@ def _block_mask(n_queries: int, n_keys: int, causal: bool, window: int, document
         return seen
 
     rows = None if documents_BS is None else documents_BS.shape[0]
-    # Compiled, the mask is reduced to blocks on the fly; otherwise all B x T x S entries would be held for a moment.
+    # Compiled, the mask is reduced to blocks on the fly; else all B x T x S entries exist for a moment.
     create = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
     return create(sees, rows, None, n_queries, n_keys, device=device)
 

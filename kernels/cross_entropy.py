@@ -2,8 +2,9 @@
 
     loss = sum over tokens with a label of  lse(z) - z[label] + z_loss lse(z)^2,   z = softcap(W x)
 
-The forward pass goes over chunks of tokens and makes the gradient of each chunk's logits at once, while they exist: three
-matrix products in all (6 N V D floating-point operations), where recomputing the logits in the backward pass needs four.
+The forward pass goes over chunks of tokens and makes the gradient of each chunk's logits at once, while they
+exist: three matrix products in all (6 N V D floating-point operations), where recomputing the logits in the
+backward pass needs four.
 Source of the chunked form: Liger, arXiv:2410.10989; z-loss: PaLM, arXiv:2204.02311.
 Shapes: N tokens, V rows of the vocabulary, D model width.
 """
@@ -16,15 +17,15 @@ IGNORE = -100
 """Label of a token without loss."""
 
 CHUNK_LOGITS_GPU, CHUNK_LOGITS_CPU = 2**28, 2**23
-"""Logits held at a time by default: 1 GiB in fp32 on a GPU (few, large products), 32 MiB on a CPU (near its cache)."""
+"""Logits held at a time by default: 1 GiB in fp32 on a GPU (few, large products), 32 MiB on a CPU (its cache)."""
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z_loss: float = 0.0,
                          softcap: float = 0.0, chunk_tokens: int = 0) -> Tensor:
-    """Sum of the token losses as a 0-dim fp32 tensor (fp64 for fp64 inputs); differentiable once in x and weight.
+    """Sum of the token losses, 0-dim fp32 (fp64 for fp64 inputs); differentiable once in x and weight.
 
     Args:
-        labels_N: int64, IGNORE where a token has no loss. With no label at all the sum is 0 and all gradients are zeros.
+        labels_N: int64, IGNORE where a token has no loss. Without any label the sum is 0, all gradients zeros.
         z_loss: weight of the squared log-partition function.
         softcap: tanh cap on the logits; 0 = none.
         chunk_tokens: tokens whose logits exist at a time; 0 = a good value for the device.
@@ -32,8 +33,8 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z
     """
     N, D = x_ND.shape
     if weight_VD.dim() != 2 or weight_VD.shape[1] != D or labels_N.shape != (N,):
-        raise ValueError(f"linear_cross_entropy: x {tuple(x_ND.shape)}, weight {tuple(weight_VD.shape)}, labels "
-                         f"{tuple(labels_N.shape)} do not fit; need (N, D), (V, D), (N,)")
+        raise ValueError(f"linear_cross_entropy: x {tuple(x_ND.shape)}, weight {tuple(weight_VD.shape)}, "
+                         f"labels {tuple(labels_N.shape)} do not fit; need (N, D), (V, D), (N,)")
     if not chunk_tokens:
         chunk_tokens = max(1, (CHUNK_LOGITS_GPU if x_ND.is_cuda else CHUNK_LOGITS_CPU) // weight_VD.shape[0])
     if torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad):
@@ -57,7 +58,8 @@ def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, labels_N: Te
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, labels, z_loss, softcap, chunk_tokens):
-        loss, dx, dweight = _forward(x, weight, labels, z_loss, softcap, chunk_tokens, *ctx.needs_input_grad[:2])
+        want = ctx.needs_input_grad[:2]
+        loss, dx, dweight = _forward(x, weight, labels, z_loss, softcap, chunk_tokens, *want)
         ctx.save_for_backward(dx, dweight)
         ctx.dtypes = x.dtype, weight.dtype
         return loss

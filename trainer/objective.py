@@ -10,9 +10,9 @@ from officina.trainer.errors import OfficinaError
 
 
 def next_token_loss(z_loss: float = 0.0) -> LossFn:
-    """Cross-entropy of the labels plus z_loss times the squared log-partition function, summed over the labels.
+    """Cross-entropy plus z_loss times the squared log-partition function, summed over the labels.
 
-    Without gradient (evaluation) the z-loss is left out: a held-out loss is in nats per token whatever the objective.
+    Without gradient (evaluation) the z-loss is left out: a held-out loss is in nats whatever the objective.
     """
     def loss(module: nn.Module, fields: dict[str, Tensor]) -> Tensor:
         return module(fields["tokens"], labels_BT=fields["labels"], documents_BT=fields.get("documents"),
@@ -24,18 +24,18 @@ def next_token_loss(z_loss: float = 0.0) -> LossFn:
 def record_loss(losses_of: Callable[[nn.Module, dict[str, Tensor]], Tensor], path: str) -> LossFn:
     """The user's losses per record (B,), summed over the records that are there.
 
-    A missing row (`valid` false) takes part in the computation, so that all ranks run the same hooks, and counts nothing.
-    path: the user's dotted path, named in errors. Raises OfficinaError where the result is not (B,) floating point.
+    A missing row (`valid` false) is computed, so that all ranks run the same hooks, but counts nothing.
+    path: the user's dotted path, named in the OfficinaError where the result is not (B,) floating point.
     """
     def loss(module: nn.Module, fields: dict[str, Tensor]) -> Tensor:
         valid_B = fields["valid"]
         losses_B = losses_of(module, {name: value for name, value in fields.items() if name != "valid"})
-        if not isinstance(losses_B, Tensor) or losses_B.shape != valid_B.shape or not losses_B.is_floating_point():
-            found = (f"{losses_B.dtype} {tuple(losses_B.shape)}" if isinstance(losses_B, Tensor)
-                     else type(losses_B).__name__)
+        is_tensor = isinstance(losses_B, Tensor)
+        if not is_tensor or losses_B.shape != valid_B.shape or not losses_B.is_floating_point():
+            found = f"{losses_B.dtype} {tuple(losses_B.shape)}" if is_tensor else type(losses_B).__name__
             raise OfficinaError(
-                f"model.loss={path} returned {found}, but the rule is one floating-point loss per record, shape "
-                f"({valid_B.shape[0]},). Return for example losses.flatten(1).sum(1)")
+                f"model.loss={path} returned {found}, but the rule is one floating-point loss per record, "
+                f"shape ({valid_B.shape[0]},). Return for example losses.flatten(1).sum(1)")
         return torch.where(valid_B, losses_B.float(), 0.0).sum()
 
     return loss

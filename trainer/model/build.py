@@ -35,7 +35,7 @@ class Built:
 
 
 def build_model(run: RunConfig) -> Built:
-    """Build the model of `run`; the same on every rank. Raises ConfigError naming the key that has to change."""
+    """Build the model of `run`, the same on every rank; ConfigError names the key that has to change."""
     if isinstance(run.model, CustomModelConfig):
         return _build_custom(run.model, run.seed)
     check_attention(run.model, run.device)
@@ -50,10 +50,11 @@ def build_transformer(config: DecoderConfig) -> Transformer:
 
 
 def check_attention(config: DecoderConfig, device: str) -> None:
-    """Refuse a named attention implementation that cannot do the model on this device (`auto`, `cpu` or `cuda`)."""
+    """Refuse a named attention implementation that cannot do this model on `device` (auto, cpu or cuda)."""
     key, remedy = "model.attention_impl", "model.attention_impl=auto"
     if config.attention_impl == "sdpa" and config.attn_softcap:
-        raise ConfigError([Problem(key, "sdpa", f"has no softcap, and model.attn_softcap={config.attn_softcap}", remedy)])
+        rule = f"has no softcap, and model.attn_softcap={config.attn_softcap}"
+        raise ConfigError([Problem(key, "sdpa", rule, remedy)])
     if config.attention_impl == "flex":
         kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if why := flex_missing(torch.device(kind), config.head_size):
@@ -61,30 +62,32 @@ def check_attention(config: DecoderConfig, device: str) -> None:
 
 
 def blocks_of(module: nn.Module, attribute: str = "blocks") -> nn.ModuleList:
-    """The module's repeated blocks. attribute: dotted, as `model.blocks`. Raises ConfigError if it names none."""
+    """The repeated blocks that the dotted `attribute` of the module holds; ConfigError if it holds none."""
     found: Any = module
     for part in attribute.split("."):
         found = getattr(found, part, None)
     if not isinstance(found, nn.ModuleList) or not len(found):
-        lists = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList) and len(child)]
+        lists = [name for name, child in module.named_modules()
+                 if isinstance(child, nn.ModuleList) and len(child)]
         raise ConfigError([Problem(
             "model.blocks", attribute,
             f"{type(module).__name__} has no filled nn.ModuleList of that name ({_kind(found)} found)",
-            f"model.blocks={lists[0]}" if lists else "keep the repeated layers of the model in an nn.ModuleList")])
+            f"model.blocks={lists[0]}" if lists else "keep the model's repeated layers in an nn.ModuleList")])
     return found
 
 
 def resolve(path: str, key: str) -> Callable[..., Any]:
-    """The callable that the dotted path `package.module:name` names. key: configuration key, named in errors."""
+    """The callable that `path`, the value of the configuration key `key`, names as `package.module:name`."""
     module_name, colon, name = path.partition(":")
     if not colon or not module_name or not name:
-        raise ConfigError([Problem(key, path, "is not of the form package.module:name", f"{key}=my_model:build")])
+        rule = "is not of the form package.module:name"
+        raise ConfigError([Problem(key, path, rule, f"{key}=my_model:build")])
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises when imported
         raise ConfigError([Problem(
             key, path, f"{module_name} cannot be imported: {type(error).__name__}: {error}",
-            f"python -c 'import {module_name}' must work; put its folder on PYTHONPATH or pip install it")]) from error
+            f"put its folder on PYTHONPATH; `python -c 'import {module_name}'` must work")]) from error
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
@@ -108,14 +111,14 @@ def _build_custom(config: CustomModelConfig, seed: int) -> Built:
         torch.manual_seed(seed)
         module = factory(**config.args)
     if not isinstance(module, nn.Module):
-        raise ConfigError([Problem("model.factory", config.factory, f"returned {_kind(module)}, not an nn.Module",
-                                   "return the module that is to be trained")])
+        rule = f"returned {_kind(module)}, not an nn.Module"
+        raise ConfigError([Problem("model.factory", config.factory, rule, "return the module to be trained")])
     blocks_of(module, config.blocks)
     if on_meta := [name for name, value in module.state_dict().items() if value.is_meta]:
-        raise ConfigError([Problem("model.factory", config.factory, f"left {on_meta[0]} on the meta device, without "
-                                   "values", "build the module on the CPU")])
+        rule = f"left {on_meta[0]} on the meta device, without values"
+        raise ConfigError([Problem("model.factory", config.factory, rule, "build the module on the CPU")])
     for child in module.modules():
-        # Buffers computed by the constructor would be lost on the way over the meta device: all travel with the state.
+        # What the constructor computed would be lost on the way over the meta device: save every buffer.
         child._non_persistent_buffers_set.clear()
     values = {name: p.detach().float() for name, p in module.named_parameters()}
     values |= {name: b.detach().clone() for name, b in module.named_buffers()}

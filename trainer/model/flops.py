@@ -1,8 +1,9 @@
-"""Parameters and floating-point operations of the transformer, by arithmetic on its configuration. No torch here.
+"""Parameters and floating-point operations of the transformer, by arithmetic on its configuration; no torch.
 
-Counted are matrix products (2 m n k each), forward and backward; norms, activations and the softmax are left out, as
-every published MFU does. Attention is counted in both conventions: `causal` counts the pairs of query and key that the
-mask lets through, full counts every pair (6 P + 12 L D T, PaLM's appendix B, arXiv:2204.02311). Recomputation is never counted.
+Counted are matrix products (2 m n k each), forward and backward; norms, activations and the softmax are left
+out, as every published MFU does. Attention is counted in both conventions: `causal` counts the pairs of query
+and key that the mask lets through, full counts every pair (6 P + 12 L D T, PaLM's appendix B,
+arXiv:2204.02311). Recomputation is never counted.
 """
 
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ def parameter_count(config: DecoderConfig) -> ParameterCounts:
 
 
 def flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool) -> float:
-    """Training FLOPs (forward and backward, 3 x forward) per token of a row of seq_len tokens, mean over the row.
+    """Training FLOPs (3 x forward) per token, mean over a row of seq_len tokens.
 
-    causal: count only the query-key pairs that the mask lets through; else min(seq_len, window) keys for every query.
+    causal: count the query-key pairs that the mask lets through; else min(seq_len, window) keys a query.
     """
     matmuls = 2 * (config.n_layers * _matrix_parameters(config) + config.vocab_size * config.d_model)
     keys = sum(mean_keys(seq_len, _window(config, layer), causal=causal) for layer in range(config.n_layers))

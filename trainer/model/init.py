@@ -1,8 +1,9 @@
-"""Initial weights: a pure function of (seed, tensor name, element), so that each rank makes only what it holds.
+"""Initial weights: a pure function of (seed, tensor name, element), so a rank makes only what it holds.
 
-A tensor's elements are cut, in row-major order, into blocks of 2**18; each block has its own random stream, keyed by the
-seed, the tensor's name and the block's number. Whatever range a rank asks for, under whatever sharding, it gets the
-same values. numpy's SFC64 and its ziggurat normals use whole-number arithmetic: the same values on every kind of CPU.
+A tensor's elements are cut, in row-major order, into blocks of 2**18; each block has its own random stream,
+keyed by the seed, the tensor's name and the block's number. Whatever range a rank asks for, under whatever
+sharding, it gets the same values. numpy's SFC64 and its ziggurat normals use whole-number arithmetic: the
+same values on every kind of CPU.
 """
 
 import hashlib
@@ -54,7 +55,7 @@ class InitSource:
         if not fill.std:
             return torch.full((stop - start,), fill.mean)
         values = np.empty(stop - start, dtype=np.float32)
-        # numpy lets go of the interpreter's lock while it draws: as many blocks at a time as torch may use threads.
+        # numpy lets go of the interpreter's lock while it draws: one block per thread that torch may use.
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             list(threads.map(lambda block: _draw(self.seed, name, block, start, stop, values),
                              range(start // BLOCK, -(-stop // BLOCK))))
@@ -62,13 +63,13 @@ class InitSource:
 
 
 class ValuesSource:
-    """A `state.Source` of values held in memory, by name: the first weights and buffers of a user's own module."""
+    """A `state.Source` of named values in memory: the first weights and buffers of a user's own module."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self.values = values
 
     def read(self, name: str, slot: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop); parameters as fp32, buffers in their own dtype. KeyError for an unknown name."""
+        """Elements [start, stop), fp32 or a buffer's own dtype. KeyError for an unknown name."""
         if slot != PARAM:
             raise KeyError(f"initial weights have no slot {slot!r} (asked for {name})")
         return self.values[name].reshape(-1)[start:stop]
@@ -87,7 +88,7 @@ def fill_of(name: str, numel: int, config: DecoderConfig) -> Fill:
     if layer.endswith("norm"):
         return Fill(numel, 0.0 if config.norm_weight == "zero_centred" else 1.0, 0.0)
     if layer in ("o", "down"):
-        # Each adds to the residual stream, 2 n_layers times in all: its variance shall not grow with depth (GPT-2).
+        # 2 n_layers of them add to the residual stream, whose variance shall not grow with depth (GPT-2).
         return Fill(numel, 0.0, config.init_std / math.sqrt(2 * config.n_layers))
     if layer in ("embed", "head", "q", "k", "v", "gate", "up"):
         return Fill(numel, 0.0, config.init_std)

@@ -1,9 +1,9 @@
-"""The layers of the transformer. Parameters are declared, not initialised: `init.InitSource` holds their first values.
+"""The layers of the transformer. They declare parameters; `init.InitSource` holds the first values.
 
-Mixed precision needs no wrapper: each weight is cast to the dtype of the activations at its use. With fp32 master weights
-under one process or DDP this computes exactly what FSDP2 does whose policy hands the weights over in bf16 (there the cast
-is nothing), and gradients come back to the masters in fp32.
-Shapes: B rows, T tokens, D model width, H query heads, G key and value heads, K head width, F inner width, V vocabulary.
+Mixed precision needs no wrapper: each weight is cast to the dtype of the activations at its use. With fp32
+master weights under one process or DDP this computes exactly what FSDP2 does whose policy hands the weights
+over in bf16 (there the cast is nothing), and gradients come back to the masters in fp32.
+Shapes: B rows, T tokens, D model width, V vocabulary.
 """
 
 import torch
@@ -73,21 +73,22 @@ class MLP(nn.Module):
 
 
 def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor) -> Tensor:
-    """Trainable activation with linearly rising slope for x > 0 (arXiv:2411.13010); fp32 inside, x's dtype out.
+    """Trainable activation whose slope rises linearly for x > 0 (arXiv:2411.13010); x's dtype, fp32 inside.
 
     In bf16, exp(x) - 1 - x would lose all its digits near 0.
     """
     wide = at_least_fp32(x)
     rising = F.softplus(at_least_fp32(alpha_p)) * wide.square()
-    falling = (XIELU_BETA + F.softplus(at_least_fp32(alpha_n))) * (torch.expm1(wide.clamp(max=XIELU_EPS)) - wide)
+    bend = XIELU_BETA + F.softplus(at_least_fp32(alpha_n))
+    falling = bend * (torch.expm1(wide.clamp(max=XIELU_EPS)) - wide)
     return (torch.where(wide > 0, rising, falling) + XIELU_BETA * wide).to(x.dtype)
 
 
 class Vocabulary(nn.Module):
-    """The (V, D) matrix between token numbers and vectors, used at either end of the model, or at both when tied.
+    """The (V, D) matrix between tokens and vectors, at either end of the model, or at both when tied.
 
-    All uses are forward calls of the module that owns the weight, so that sharding engines, which gather weights around a
-    module's forward, need not know about tying.
+    All uses are forward calls of the module that owns the weight, so that sharding engines, which gather
+    weights around a module's forward, need not know about tying.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -96,7 +97,7 @@ class Vocabulary(nn.Module):
         self.softcap = config.logit_softcap
 
     def forward(self, x: Tensor, use: str, labels_BT: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
-        """`embed`: (B, T) tokens -> (B, T, D). `logits`: (B, T, D) -> (B, T, V) fp32. `loss`: 0-dim fp32 sum of losses."""
+        """`embed`: (B, T) -> (B, T, D). `logits`: (B, T, D) -> (B, T, V) fp32. `loss`: -> 0-dim fp32 sum."""
         if use == "embed":
             return F.embedding(x, self.weight)
         weight = self.weight.to(x.dtype)

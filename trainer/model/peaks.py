@@ -1,7 +1,7 @@
 """Highest dense bf16 rate of each accelerator, by the exact name that its driver reports. No torch here.
 
-An accelerator that is not in the table has no peak, hence no MFU: a guess would be wrong by a factor. Vendors' headline
-figures with structured sparsity are twice these.
+An accelerator that is not in the table has no peak, hence no MFU: a guess would be wrong by a factor.
+Vendors' headline figures with structured sparsity are twice these.
 """
 
 _A100 = 312e12
@@ -16,7 +16,7 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "NVIDIA A100-SXM4-80GB": _A100,
     "NVIDIA A100-PCIE-40GB": _A100,
     "NVIDIA A100 80GB PCIe": _A100,
-    # Leonardo's custom part. The stock A100's figure: 124 instead of 108 SMs would give more, but CINECA states no rate.
+    # Leonardo's custom part, with the stock A100's figure: more SMs would give more, but no rate is published.
     "NVIDIA A100-SXM-64GB": _A100,
     "NVIDIA H100 80GB HBM3": _H100_SXM,
     # MareNostrum 5's SXM part with HBM2e. The stock H100 SXM's figure: BSC states no other clock.
@@ -25,8 +25,8 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "NVIDIA H100 NVL": 835.5e12,  # NVIDIA H100 NVL datasheet: 1,671 with sparsity
     "NVIDIA H200": _H100_SXM,  # NVIDIA H200 datasheet: the same 1,979 with sparsity
     "NVIDIA H200 NVL": 835.5e12,  # NVIDIA H200 datasheet: 1,671 with sparsity
-    # The name says the host's memory; the GPU has 96 GB. NVIDIA GH200 datasheet: 1,979 with sparsity at full power;
-    # JUPITER runs the superchip at 680 W, which lowers what can be reached, not the peak.
+    # The name says the host's memory; the GPU has 96 GB. NVIDIA GH200 datasheet: 1,979 with sparsity at full
+    # power; JUPITER runs the superchip at 680 W, which lowers what can be reached, not the peak.
     "NVIDIA GH200 120GB": _H100_SXM,
     "NVIDIA GH200 480GB": _H100_SXM,
     "NVIDIA GH200 144G HBM3e": _H100_SXM,
@@ -34,7 +34,7 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "AMD Instinct MI250X / MI250": _MI250X_GCD,
     "AMD Instinct MI300X": 1307.4e12,  # AMD MI300X datasheet: 1,307.4 bf16 dense
 }
-"""Device name as `torch.cuda.get_device_name()` gives it -> FLOP/s, bf16, dense, per device that software sees."""
+"""Name as `torch.cuda.get_device_name()` gives it -> dense bf16 FLOP/s of one device as software sees it."""
 
 
 def peak_bf16_flops(device_name: str) -> float | None:

@@ -1,7 +1,7 @@
 """Rotary position embedding: frequencies as plain numbers, and the rotation.
 
-Sources: Su et al., arXiv:2104.09864; yarn arXiv:2309.00071; llama3 scaling arXiv:2407.21783 section 3.4.3. The frequencies
-agree with those of transformers, whose conventions the published models were trained with.
+Sources: Su et al., arXiv:2104.09864; yarn arXiv:2309.00071; llama3 scaling arXiv:2407.21783 section 3.4.3.
+The frequencies agree with those of transformers, whose conventions the published models were trained with.
 """
 
 import functools
@@ -17,7 +17,7 @@ from officina.trainer.config import RopeConfig
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[tuple[float, ...], float]:
     """Angular frequency (radians per token) of each of the head_dim / 2 pairs, and the factor on cos and sin.
 
-    Plain floats: they need no device, survive meta construction, and are computed in fp64 once per configuration.
+    Plain floats need no device and survive meta construction; computed in fp64, once per configuration.
     """
     plain = [rope.theta ** (-2 * pair / head_dim) for pair in range(head_dim // 2)]
     if rope.scaling == "linear":
@@ -49,7 +49,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def _llama3(frequency: float, rope: RopeConfig) -> float:
     """Keep short wavelengths, divide the frequency of long ones by `factor`, and blend in between."""
-    turns = rope.original_seq_len * frequency / (2 * math.pi)  # within the length the model was first trained for
+    turns = rope.original_seq_len * frequency / (2 * math.pi)  # in the length first trained for
     if turns < rope.low_freq_factor:
         return frequency / rope.factor
     if turns > rope.high_freq_factor:

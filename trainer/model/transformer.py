@@ -1,7 +1,7 @@
-"""The decoder-only transformer: one module, switched by `DecoderConfig`, that knows nothing of devices or ranks.
+"""The decoder-only transformer: one module, switched by `DecoderConfig`, that knows no devices and no ranks.
 
 It may be built under `torch.device("meta")`; nothing but the parameters has to be filled afterwards.
-Shapes: B rows, T tokens, S keys, D model width, H query heads, G key and value heads, K head width, V vocabulary.
+Shapes: B rows, T tokens, D model width, H query heads, K head width, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from officina.trainer.model.rope import rope_frequencies, rope_tables, rotate
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all blocks of one forward share. No tensor argument of the blocks: FSDP2 would cast its fp32 to bf16."""
+    """What all blocks of one forward share; an object because FSDP2 would cast tensor arguments to bf16."""
 
     ropes: tuple[tuple[Tensor, Tensor], ...]
     """cos and sin of `rope` and of `local_rope`."""
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream, with the norms where `norm_placement` puts them."""
+    """Attention and MLP, each added to the residual stream, with norms where `norm_placement` puts them."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -96,10 +96,11 @@ class Transformer(nn.Module):
         """Raises ValueError where heads do not divide."""
         super().__init__()
         if config.n_heads % config.kv_heads:
-            raise ValueError(f"model.n_heads={config.n_heads} is not a multiple of model.n_kv_heads={config.kv_heads}")
+            raise ValueError(f"model.n_heads={config.n_heads} is not a multiple of "
+                             f"model.n_kv_heads={config.kv_heads}")
         if not config.head_dim and config.d_model % config.n_heads:
-            raise ValueError(f"model.d_model={config.d_model} is not a multiple of model.n_heads={config.n_heads}; "
-                             "set model.head_dim")
+            raise ValueError(f"model.d_model={config.d_model} is not a multiple of "
+                             f"model.n_heads={config.n_heads}; set model.head_dim")
         if config.head_size % 2 and any(rope_of_layer(config, i) for i in range(config.n_layers)):
             raise ValueError(f"model.head_dim={config.head_size} is odd; RoPE turns pairs")
         self.config = config
@@ -113,23 +114,25 @@ class Transformer(nn.Module):
         self._windows = {window_of_layer(config, layer) for layer in layers}
         self._frequencies: dict[tuple[RopeConfig, torch.device], Tensor] = {}
 
-    def forward(self, tokens_BT: Tensor, *, labels_BT: Tensor | None = None, documents_BT: Tensor | None = None,
-                positions_BT: Tensor | None = None, z_loss: float = 0.0, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) in fp32; with labels the sum of the token losses over labels other than IGNORE, 0-dim fp32.
+    def forward(self, tokens_BT: Tensor, *, labels_BT: Tensor | None = None,
+                documents_BT: Tensor | None = None, positions_BT: Tensor | None = None, z_loss: float = 0.0,
+                cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V), or with labels the sum of the losses of all labels but IGNORE, 0-dim; fp32.
 
         Args:
             documents_BT: a number per document; attention stays within it. None: each row is one document.
-            positions_BT: place of each token for RoPE; None: counted from the row's (or the cache's) beginning.
+            positions_BT: place of each token for RoPE; None: counted from the beginning of the row or cache.
             z_loss: weight of the squared log-partition function in the loss.
             cache: keys and values of the tokens before these; these are added to it. Not with documents.
         """
         if cache is not None and documents_BT is not None:
-            raise ValueError("Transformer: a cache holds one document per row; pass documents_BT or cache, not both")
+            raise ValueError("a cache holds one document per row: pass documents_BT or cache, not both")
         x_BTD = self.embed(tokens_BT, "embed")
         if self.compute_dtype is not None:
             x_BTD = x_BTD.to(self.compute_dtype)
         if self.config.embed_scale != 1:
-            x_BTD = x_BTD * x_BTD.new_full((), self.config.embed_scale)  # the factor rounded to the dtype, as Gemma does
+            # The factor is rounded to the dtype of the activations, as Gemma's is.
+            x_BTD = x_BTD * x_BTD.new_full((), self.config.embed_scale)
         shared = self._share(tokens_BT, documents_BT, positions_BT, cache)
         for layer, block in enumerate(self.blocks):
             # x is the one positional argument: DeepSpeed and checkpointing watch the positional ones.
@@ -165,7 +168,8 @@ class Transformer(nn.Module):
 
     def _frequencies_on(self, rope: RopeConfig, device: torch.device) -> Tensor:
         if (rope, device) not in self._frequencies:
-            made = torch.tensor(rope_frequencies(rope, self.config.head_size)[0], dtype=torch.float32, device=device)
+            numbers, _ = rope_frequencies(rope, self.config.head_size)
+            made = torch.tensor(numbers, dtype=torch.float32, device=device)
             if type(made) is not Tensor:  # a fake tensor must not outlive the mode that made it
                 return made
             self._frequencies[rope, device] = made
