@@ -1,16 +1,39 @@
-# The two commands of the README are `make demo` and `make test`; each sets up .venv by itself.
+# The README's two commands are `make demo` and `make test`; each sets up .venv by itself.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export PYTHONSAFEPATH = 1
 
-.PHONY: help venv
-help:
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+.PHONY: help demo test test-full lint bench gpu venv clean
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-venv: $(VENV)/.done
-$(VENV)/.done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,deepspeed,kernels]'
+demo: venv ## build shards, train on 2 ranks, resume on others, generate, report: about 4 minutes on 2 cores
+	$(BIN)/officina demo
+
+test: venv lint ## everything but the full counts and what needs a GPU
+	$(BIN)/python -m pytest -m "not slow" --durations 15
+
+test-full: venv lint ## also the full counts (hours)
+	$(BIN)/python -m pytest
+
+lint: venv ## style and imports; changes nothing
+	$(BIN)/ruff check .
+
+bench: venv ## the CPU benchmarks that stand in docs/benchmarks.md
+	$(BIN)/officina bench all
+
+gpu: ## on a machine with one GPU: gpu-marked tests, then the benchmarks, records to $$OUT
+	bash benchmarks/gpu.sh
+
+venv: $(VENV)/.installed ## .venv with the tested set of packages
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"officina needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; try: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	@echo "Setting up $(VENV) (once, a few minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,deepspeed,kernels,mpi,datasets]'
 	@touch $@
+
+clean: ## remove .venv and what the demo made
+	rm -rf $(VENV) demo build *.egg-info

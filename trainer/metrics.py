@@ -51,7 +51,7 @@ class StepMetrics:
     mfu_full: float | None = None
     """The same with attention counted over the whole square."""
     peak_memory_bytes: int | None = None
-    """Highest use on any rank so far: allocated device memory, on the CPU the resident set of the process."""
+    """Highest use so far, mean over ranks: allocated device memory, on the CPU the resident set of the process."""
     time: float = 0.0
     """Unix time of the line in seconds; 0 = now, when it is written."""
 

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,15 +74,18 @@ class Loader:
             self.close()
             raise found
         self._position = found.stop_sample
-        return StepData(found.micros, found.first_sample, found.stop_sample, found.loss_tokens, found.digest,
-                        found.skipped, found.source_rows, wait_s=time.perf_counter() - begun)
+        return replace(found, wait_s=time.perf_counter() - begun)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the position of the next sample, and what makes its meaning."""
+    def state(self, position: int | None = None) -> dict[str, Any]:
+        """What a checkpoint keeps: the position of the next sample, and what makes its meaning.
+
+        position: `stop_sample` of the last step that was trained; none = of the last one that was handed out.
+        """
+        position = self._position if position is None else position
         order = self._reader.order
-        cursors = order.mixture.cursors(self._position)
+        cursors = order.mixture.cursors(position)
         return {
-            "position": self._position, "seed": self._run.seed, "seq_len": self._reader.seq_len,
+            "position": position, "seed": self._run.seed, "seq_len": self._reader.seq_len,
             "shuffle": int(self._run.data.shuffle), "split": self._run.data.split,
             "cursors": {name: int(n) for name, n in zip(order.names, cursors, strict=True)},
             "fingerprints": dict(sorted((self._earlier | self._reader.fingerprints).items())),
@@ -222,16 +225,22 @@ def _document_fields(row: np.ndarray, column: np.ndarray, B: int, T: int,
                      pin: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """documents (B, T) int32 and positions (B, T) int64 from sorted borders; a border at column T lies outside."""
     inside = column < T
-    row, column = row[inside], column[inside]
-    starts = np.arange(B) * T
-    before = np.searchsorted(row, np.arange(B))  # borders in earlier rows
-    starts = np.insert(row * T + column, before, starts)  # (segments,) flat start of each document's part in a row
-    number = np.arange(len(starts)) - np.repeat(before + np.arange(B), np.diff([*before, len(row)]) + 1)
-    lengths = np.diff(starts, append=B * T)
+    row, flat_border = row[inside], (row * T + column)[inside]
+    flat_row = np.arange(0, B * T, T)
     documents = torch.empty((B, T), dtype=torch.int32, pin_memory=pin)
     positions = torch.empty((B, T), dtype=torch.int64, pin_memory=pin)
-    documents.numpy().reshape(-1)[:] = np.repeat(number.astype(np.int32), lengths)
-    np.subtract(np.arange(B * T), np.repeat(starts, lengths), out=positions.numpy().reshape(-1))
+    # Both are running sums in place: of +1 per border, taken back at each row; of +1 per token, taken back at each border.
+    steps = documents.numpy().reshape(-1)
+    steps[:] = 0
+    steps[flat_border] = 1
+    steps[flat_row[1:]] = -np.bincount(row, minlength=B)[:-1]
+    np.cumsum(steps, out=steps)
+    steps = positions.numpy().reshape(-1)
+    starts = np.sort(np.concatenate((flat_row, flat_border)))
+    steps[:] = 1
+    steps[starts[1:]] = 1 - np.diff(starts)
+    steps[0] = 0
+    np.cumsum(steps, out=steps)
     return documents, positions
 
 

@@ -1,0 +1,258 @@
+"""Everything that a run is made of, put together on one rank: what `loop.train` works with."""
+
+import hashlib
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from officina.trainer.checkpoint.content import verify_loaded
+from officina.trainer.checkpoint.layout import TrainState
+from officina.trainer.checkpoint.read import OpenCheckpoint, open_checkpoint
+from officina.trainer.checkpoint.write import SaveOutcome, Saver
+from officina.trainer.config import AdamWConfig, RunConfig
+from officina.trainer.data.ledger import Ledger
+from officina.trainer.data.loader import Loader
+from officina.trainer.environment import code_diff, describe, device_facts, rank_facts, write_environment
+from officina.trainer.errors import CheckpointError
+from officina.trainer.loggers import Trackers, open_trackers
+from officina.trainer.metrics import EvalMetrics, MetricsWriter, SaveMetrics, StartMetrics, StepMetrics, StopMetrics
+from officina.trainer.model.build import build_model
+from officina.trainer.model.flops import flops_per_token
+from officina.trainer.model.peaks import peak_bf16_flops
+from officina.trainer.parallel.engine import Engine, Parts, build_engine, resolve_precision
+from officina.trainer.profile import Profiler
+from officina.trainer.progress import Progress
+from officina.trainer.ranks import Ranks
+from officina.trainer.run_dir import committed_steps, dump_run, read_history, read_run_id
+from officina.trainer.spikes import SpikeDetector
+
+
+@dataclass(slots=True)
+class Job:
+    """One rank's run in progress. Rank 0 alone writes; the others hold the same counters."""
+
+    run: RunConfig
+    run_dir: Path
+    ranks: Ranks
+    engine: Engine
+    loader: Loader
+    saver: Saver
+    profiler: Profiler
+    progress: Progress
+    metrics: MetricsWriter | None
+    ledger: Ledger | None
+    trackers: Trackers
+    loss_spikes: SpikeDetector
+    norm_spikes: SpikeDetector
+    flops: tuple[float, float] | None
+    """Training FLOPs per token, attention counted causally and in full; None for custom models."""
+    peak_flops: float | None
+    step: int = 0
+    """Steps done."""
+    tokens: int = 0
+    """Loss-bearing tokens trained on."""
+    position: int = 0
+    """Global sample index of the next sample."""
+    nonfinite_in_a_row: int = 0
+    saved_step: int = -1
+    """Step of the newest checkpoint."""
+    unchecked: bool = True
+    """No step of this start has yet been seen to change the parameters."""
+    finished: bool = field(default=False)
+
+    def write(self, record: StepMetrics | EvalMetrics | SaveMetrics | StartMetrics | StopMetrics) -> None:
+        """To metrics.jsonl, the trackers and the terminal; rank 0 only."""
+        if self.metrics is None:
+            return
+        self.metrics.write(record)
+        if isinstance(record, StepMetrics | EvalMetrics):
+            self.trackers.write(record)
+        if isinstance(record, StepMetrics):
+            self.progress.update(record)
+        elif isinstance(record, EvalMetrics):
+            self.progress.evaluated(record)
+        elif isinstance(record, SaveMetrics) and record.problem:
+            self.progress.say(f"checkpoint of step {record.step} was not written, training goes on: {record.problem}")
+
+    def train_state(self) -> TrainState:
+        """What a checkpoint holds besides the engine's state."""
+        loader = self.loader.state(self.position)
+        return TrainState(
+            step=self.step, tokens=self.tokens, position=self.position, optimizer_steps=self.engine.optimizer_steps,
+            loader=loader, rng={"scheme": "seed, step and rank", "seed": self.run.seed},
+            config_fingerprint=fingerprint(self.run), data_fingerprints=loader["fingerprints"],
+            spikes={"loss": self.loss_spikes.state(), "grad_norm": self.norm_spikes.state()})
+
+    def save(self, *, wait: bool) -> None:
+        """Write a checkpoint of this step; `wait`: return only when it is committed or has failed."""
+        if self.saved_step == self.step:
+            return
+        self.progress.phase("saving")
+        outcomes = [self.saver.save(self.step, self.engine.export_state(), self.train_state())]
+        if wait:
+            outcomes.append(self.saver.wait())
+        for outcome in outcomes:
+            self.saved(outcome)
+        self.progress.phase("")
+
+    def saved(self, outcome: SaveOutcome | None) -> None:
+        """Take in how a save ended; None if it goes on in the background."""
+        if outcome is None:
+            return
+        if outcome.problem is None:
+            self.saved_step = outcome.step
+        self.write(SaveMetrics(
+            step=outcome.step, path=f"checkpoints/step-{outcome.step:08d}", bytes=outcome.bytes, stall_s=outcome.stall_s,
+            durable_s=outcome.durable_s, problem=outcome.problem))
+
+    def finish(self, reason: str, exit_status: int) -> int:
+        """The orderly end. Raises CheckpointError if what was trained could not be saved."""
+        self.write(StopMetrics(step=self.step, reason=reason, exit_status=exit_status))
+        self.trackers.close(exit_status)
+        self.finished = True
+        if self.saved_step != self.step:
+            newest = max(committed_steps(self.run_dir), default=None)
+            raise CheckpointError(
+                f"step {self.step} could not be saved (the reason is above and in {self.run_dir}/metrics.jsonl); the newest "
+                f"checkpoint is {'none' if newest is None else f'of step {newest}'}. "
+                f"Make room, then: officina resume {self.run_dir}")
+        return exit_status
+
+
+@contextmanager
+def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
+    """Build the job on this rank and load its newest whole checkpoint; take everything down again at the end."""
+    with ExitStack() as stack:
+        rank0 = ranks.rank == 0
+        progress = stack.enter_context(Progress(run.steps, enabled=rank0))
+        precision = resolve_precision(run.precision, ranks.device)
+        built = build_model(run)
+        parameters = sum(p.numel() for p in built.module.parameters())
+        engine = build_engine(Parts(run, ranks, built.module, built.loss_fn, precision))
+        stack.callback(engine.close)
+
+        opened = _newest_checkpoint(run_dir, ranks)
+        if opened is None:
+            engine.import_state(built.source, optimizer_steps=None)
+            state = TrainState(step=0)
+        else:
+            stack.enter_context(opened)
+            state = opened.train_state
+            opened.check_fits({n: tuple(p.shape) for n, p in built.module.named_parameters()})
+            engine.import_state(opened, optimizer_steps=state.optimizer_steps)
+            if precision != "bf16_pure":  # which holds fewer bits than were saved
+                verify_loaded(engine.export_state(), opened, ranks)
+
+        loader = stack.enter_context(Loader(run, rank=ranks.rank, world_size=ranks.world_size, position=state.position,
+                                            device=ranks.device))
+        if state.loader:
+            loader.check_state(dict(state.loader))
+        spikes = {name: SpikeDetector(run.objective.spike_window, run.objective.spike_sigma) for name in ("loss", "grad_norm")}
+        for name, values in state.spikes.items():
+            spikes[name].load(values)
+
+        metrics = stack.enter_context(MetricsWriter(run_dir, say=progress.say)) if rank0 else None
+        job = Job(
+            run=run, run_dir=run_dir, ranks=ranks, engine=engine, loader=loader,
+            saver=Saver(run_dir, ranks, run.checkpoint, read_run_id(run_dir)),
+            profiler=stack.enter_context(Profiler(run.profile, run_dir, ranks.rank, say=progress.say)),
+            progress=progress, metrics=metrics, ledger=stack.enter_context(Ledger(run_dir)) if rank0 else None,
+            trackers=stack.enter_context(open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),
+            loss_spikes=spikes["loss"], norm_spikes=spikes["grad_norm"], flops=_flops(run), peak_flops=_peak(ranks, precision),
+            step=state.step, tokens=state.tokens, position=state.position,
+            saved_step=state.step if opened is not None else -1)
+        progress.start(job.step)
+        _announce(job, precision, parameters, opened)
+        if opened is not None:
+            opened.close()
+        yield job
+
+
+def _newest_checkpoint(run_dir: Path, ranks: Ranks) -> OpenCheckpoint | None:
+    """The newest whole checkpoint of this run, or of the run it branched from; None before the first save."""
+    [started] = ranks.sum([float(ranks.rank == 0 and bool(committed_steps(run_dir)))])
+    if not started:
+        return None
+    opened = open_checkpoint(run_dir, ranks=ranks)
+    known = {start.get("run_id") for start in read_history(run_dir)}
+    known |= {(start.get("origin") or {}).get("run_id") for start in read_history(run_dir)}
+    if opened.run_id not in known:
+        raise CheckpointError(f"{opened.path} is a checkpoint of run {opened.run_id}, not of this one ({read_run_id(run_dir)}). "
+                              f"Move it away, or branch from the run it is of: officina train from=THAT_RUN@{opened.step}")
+    return opened
+
+
+def fingerprint(run: RunConfig) -> str:
+    """Hash of the whole configuration: says whether two starts were asked for the same."""
+    return hashlib.sha256(json.dumps(dump_run(run), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest allocation on the GPU so far; on the CPU the highest resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _flops(run: RunConfig) -> tuple[float, float] | None:
+    if run.model.kind != "decoder":
+        return None
+    return (flops_per_token(run.model, run.batch.seq_len, causal=True), flops_per_token(run.model, run.batch.seq_len, causal=False))
+
+
+def _peak(ranks: Ranks, precision: str) -> float | None:
+    """Peak of one device, for MFU; the table is of bf16 rates, so fp32 runs have none."""
+    if ranks.device.type != "cuda" or precision == "fp32":
+        return None
+    return peak_bf16_flops(torch.cuda.get_device_name(ranks.device))
+
+
+def _announce(job: Job, precision: str, parameters: int, opened: OpenCheckpoint | None) -> None:
+    """Say and record what starts here, and on what."""
+    run, ranks = job.run, job.ranks
+    facts = [json.loads(text) for text in ranks.gather_text(json.dumps(rank_facts(ranks.rank, ranks.env.local_rank)))]
+    if ranks.rank != 0:
+        return
+    modules = [run.model.factory.partition(":")[0], run.model.loss.partition(":")[0]] if run.model.kind == "custom" else []
+    write_environment(job.run_dir, describe(launcher=ranks.env.launcher, threads=torch.get_num_threads(), device=device_facts(),
+                                            ranks=facts, modules=modules), code_diff(modules))
+    _keep_tokenizer(job)
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+    history = read_history(job.run_dir)
+    job.write(StartMetrics(
+        step=job.step, action=str(history[-1]["action"]) if history else "start", engine=engine_name(run), world_size=ranks.world_size,
+        device=device, precision=precision, parameters=parameters,
+        flops_per_token_causal=job.flops and job.flops[0], flops_per_token_full=job.flops and job.flops[1], peak_flops=job.peak_flops,
+        checkpoint=opened and f"checkpoints/{opened.path.name}", problems=opened.passed_over if opened else ()))
+    for problem in opened.passed_over if opened else ():
+        job.progress.say(f"not taken: {problem}")
+    from_step = f" from step {job.step:,}" if job.step else ""
+    why = ""
+    if run.precision == "auto":
+        why = " (this processor has no bf16 arithmetic)" if precision == "fp32" else " (the hardware has it)"
+    job.progress.say(f"{run.name}{from_step}: {parameters / 1e6:,.1f}M parameters, {engine_name(run)} on {ranks.world_size} "
+                     f"rank{'s' * (ranks.world_size > 1)} ({device}), {precision}{why}, "
+                     f"{run.batch.rows * run.batch.seq_len:,} tokens a step")
+
+
+def engine_name(run: RunConfig) -> str:
+    """The engine as people call it, e.g. `zero2`."""
+    return run.engine.kind + (str(run.engine.stage) if run.engine.kind == "zero" else "")
+
+
+def _keep_tokenizer(job: Job) -> None:
+    """Copy the data's tokenizer beside the run, so that a checkpoint can be read without the data set."""
+    for source in job.run.data.sources.values():
+        found = Path(source.path) / "tokenizer.json"
+        if found.exists():
+            shutil.copyfile(found, job.run_dir / "tokenizer.json")
+            return

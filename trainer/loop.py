@@ -1,0 +1,136 @@
+"""The training loop, to be read from top to bottom: step, evaluation, saving and stopping stand in plain sight."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+
+from officina.trainer.assemble import Job, assemble, peak_memory_bytes
+from officina.trainer.checkpoint.content import state_hashes, verify_changed
+from officina.trainer.data.loader import StepData, validation_rows, validation_sources
+from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, NoProgressError
+from officina.trainer.metrics import EvalMetrics, StepMetrics
+from officina.trainer.ranks import Ranks
+from officina.trainer.run_dir import load_config
+from officina.trainer.schedule import lr_factor
+from officina.trainer.signals import StopRequest
+from officina.trainer.state import PARAM
+from officina.trainer.step import StepResult, train_step
+
+
+def train(run_dir: Path, ranks: Ranks) -> int:
+    """Train the run in `run_dir` on these ranks, from its newest whole checkpoint or from the start.
+
+    Returns EXIT_DONE, or EXIT_CONTINUE when a signal or the time limit stopped it in good order. Raises OfficinaError for
+    what the user can mend and NoProgressError where going on is useless; the last good checkpoint is intact in each case.
+    """
+    began_s = time.monotonic()
+    run = load_config(run_dir)
+    with StopRequest() as stop, assemble(run_dir, run, ranks) as job:
+        if job.step >= run.steps:
+            job.progress.say(f"step {job.step:,} of {run.steps:,} is done already; to go on: officina resume {run_dir} steps=N")
+            return job.finish("done", EXIT_DONE)
+        data = job.loader.next_step()
+        step_tokens, stop_votes = ranks.sum([data.loss_tokens, stop.wanted])
+        clock = time.perf_counter()
+        while job.step < run.steps and not stop_votes:
+            factor = lr_factor(run.lr_schedule, job.step, run.steps)
+            torch.manual_seed(_seed(run.seed, job.step, ranks.rank))  # dropout follows from the step, not from history
+            before = state_hashes(job.engine.export_state(), slots={PARAM}) if job.unchecked else None
+            job.profiler.step(job.step + 1)
+            result = train_step(
+                job.engine, data.micros, device=ranks.device, step_tokens=max(int(step_tokens), 1), lr_factor=factor,
+                max_norm=job.norm_spikes.bound() if run.objective.on_spike == "skip" else math.inf)
+            job.step += 1
+            following = job.loader.next_step() if job.step < run.steps else None
+
+            # The one collective of a step beyond the engine's own.
+            late = run.time_limit is not None and time.monotonic() - began_s > run.time_limit
+            loss_sum, digest, next_tokens, stop_votes, save_votes, peak_bytes = ranks.sum([
+                result.loss_sum_nats, data.digest, following.loss_tokens if following else 0, stop.wanted or late,
+                job.saver.pending_vote(), peak_memory_bytes(ranks.device)])
+            step_time_s = time.perf_counter() - clock
+
+            job.position = data.stop_sample
+            job.tokens += int(step_tokens) if result.applied else 0
+            _record(job, data, result, tokens=int(step_tokens), loss_sum=loss_sum, digest=int(digest) % 2**32, factor=factor,
+                    step_time_s=step_time_s, peak_bytes=int(peak_bytes / ranks.world_size))
+            if before is not None and result.applied:
+                verify_changed(before, state_hashes(job.engine.export_state(), slots={PARAM}), ranks)
+                job.unchecked = False
+            job.saved(job.saver.settle(save_votes))
+
+            last = job.step == run.steps
+            if not stop_votes and (last or _due(job.step, run.eval.every_steps)):
+                evaluate(job)
+            if last or stop_votes or _due(job.step, run.checkpoint.every_steps):
+                job.save(wait=bool(last or stop_votes))
+            data, step_tokens = following, next_tokens
+            clock = time.perf_counter()
+
+        if job.step < run.steps:
+            job.save(wait=True)  # a stop that came before the first step
+            job.progress.say(f"stopped in good order after step {job.step:,} ({stop.reason or 'time limit'}); "
+                             f"to go on: officina resume {run_dir}")
+            return job.finish(f"signal {stop.reason}" if stop.reason else "time limit", EXIT_CONTINUE)
+        return job.finish("done", EXIT_DONE)
+
+
+def evaluate(job: Job) -> None:
+    """Held-out loss of every source that has a validation split; the same rows whatever the number of ranks."""
+    job.progress.phase("evaluating")
+    for source in validation_sources(job.run):
+        began_s = time.perf_counter()
+        loss_sum, tokens = torch.zeros((), device=job.ranks.device, dtype=torch.float64), 0
+        for batch in validation_rows(job.run, job.ranks.rank, job.ranks.world_size, source, job.ranks.device):
+            loss_sum += job.engine.evaluate(batch.to(job.ranks.device))
+            tokens += batch.loss_tokens
+        total, count = job.ranks.sum([loss_sum.item(), tokens])
+        job.write(EvalMetrics(step=job.step, source=source, loss_nats=total / max(count, 1), tokens=int(count),
+                              eval_time_s=time.perf_counter() - began_s))
+    job.progress.phase("")
+
+
+def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_sum: float, digest: int, factor: float,
+            step_time_s: float, peak_bytes: int) -> None:
+    """Metrics and ledger of one step; raises NoProgressError where going on is useless."""
+    objective = job.run.objective
+    loss = loss_sum / tokens if tokens else 0.0
+    finite = math.isfinite(result.grad_norm) and math.isfinite(loss)
+    spike = job.loss_spikes.observe(loss) | job.norm_spikes.observe(result.grad_norm)
+    tokens_per_s = tokens / step_time_s
+    mfu = [None, None]
+    if job.flops and job.peak_flops:
+        mfu = [tokens_per_s * flops / (job.peak_flops * job.ranks.world_size) for flops in job.flops]
+    job.write(StepMetrics(
+        step=job.step, tokens=tokens, loss_nats=loss, grad_norm=result.grad_norm, lr=job.run.optim.lr * factor,
+        step_time_s=step_time_s, data_wait_s=data.wait_s, tokens_per_s=tokens_per_s, applied=result.applied, spike=spike,
+        mfu_causal=mfu[0], mfu_full=mfu[1], peak_memory_bytes=peak_bytes))
+    if job.ledger is not None:
+        job.ledger.write(job.step, data, digest)
+
+    job.nonfinite_in_a_row = 0 if finite else job.nonfinite_in_a_row + 1
+    if job.nonfinite_in_a_row >= objective.max_nonfinite_steps:
+        raise NoProgressError(
+            f"loss or gradient norm was not finite in {job.nonfinite_in_a_row} steps in a row (up to step {job.step}, loss {loss:g}, "
+            f"gradient norm {result.grad_norm:g}); none of them changed the model. The newest checkpoint is intact. "
+            f"Try: officina resume {job.run_dir} optim.lr={job.run.optim.lr / 2:g}, or leave the samples out: "
+            f"data.skip=[[{data.first_sample},{data.stop_sample}]]")
+    if spike and objective.on_spike == "stop":
+        raise NoProgressError(
+            f"step {job.step} is a spike (loss {loss:.4g}, gradient norm {result.grad_norm:.4g}) and objective.on_spike=stop. The "
+            f"newest checkpoint is intact. Try: officina resume {job.run_dir} 'data.skip=[[{data.first_sample},{data.stop_sample}]]', "
+            f"or objective.on_spike=flag")
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    """One seed for each step and rank: splitmix64's finaliser over the three."""
+    z = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return (z ^ (z >> 31)) % 2**63
