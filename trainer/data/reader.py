@@ -5,7 +5,7 @@ one token: the last label of one is the first token of the next. A custom model'
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +171,7 @@ class RowReader:
         for number in numbers:
             here = np.flatnonzero(places.source == number)
             part = self._stream(number).gather(places.row[here], self.seq_len, borders=self._borders)
-            digest += sum(_digest(row, int(k)) for row, k in zip(part[0], samples[here], strict=True))
+            digest += _digest(part[0], samples[here])
             if len(numbers) == 1:
                 return Rows(*part, digest % DIGEST_MODULUS)
             parts.append((here, part))
@@ -188,8 +188,7 @@ class RowReader:
         places = self.order.place(samples)
         records = [self._stream(source).record(int(row))
                    for source, row in zip(places.source, places.row, strict=True)]
-        digest = sum(_digest(record, int(k)) for (record, _), k in zip(records, samples, strict=True))
-        return records, digest % DIGEST_MODULUS
+        return records, _digest([record for record, _ in records], samples)
 
     def digest(self, samples: np.ndarray) -> int:
         """Digest of the global samples as their shards hold them now."""
@@ -208,8 +207,9 @@ class RowReader:
         return self.streams[self.order.names[number]]
 
 
-def _digest(content: object, sample: int) -> int:
-    return xxhash.xxh3_64_intdigest(content, seed=sample) % DIGEST_MODULUS
+def _digest(rows: Iterable[object], samples: np.ndarray) -> int:
+    hashes = map(xxhash.xxh3_64_intdigest, rows, samples.tolist())  # seeded with the index: a swap of rows shows
+    return sum(h % DIGEST_MODULUS for h in hashes) % DIGEST_MODULUS
 
 
 def open_source(run: RunConfig, name: str) -> Dataset:
@@ -244,8 +244,7 @@ def _same_tokenizer(run: RunConfig, streams: dict[str, Stream]) -> None:
 def validation_streams(run: RunConfig) -> dict[str, Stream]:
     """The validation split of every source that has one, by source name."""
     streams: dict[str, Stream] = {}
-    sources: Sequence[str] = sorted(run.data.sources)
-    for name in sources:
+    for name in sorted(run.data.sources):
         dataset = open_source(run, name)
         if run.data.validation_split in dataset.manifest.splits:
             streams[name] = Stream(dataset, run.data.validation_split)

@@ -194,7 +194,7 @@ class Shard:
     def __init__(self, path: Path, entry: ShardEntry | None = None) -> None:
         self.path = path
         try:
-            self._map = np.memmap(path, np.uint8, mode="r")
+            self._map = np.asarray(np.memmap(path, np.uint8, mode="r"))
         except (OSError, ValueError) as exc:  # ValueError: an empty file cannot be mapped
             raise DataError(f"{path}: cannot be opened ({exc}). {_REMEDY}") from exc
         header = _parse_header(path, self._map)

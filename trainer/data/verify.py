@@ -1,0 +1,75 @@
+"""Checks every byte of a data set against its manifest."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from officina.trainer.data.manifest import TOKENIZER, Dataset, ShardEntry, open_dataset
+from officina.trainer.data.shards import Shard
+from officina.trainer.errors import DataError
+
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found."""
+
+    dataset: Dataset
+    bytes: int
+    """Bytes read."""
+    faults: list[str]
+    """One message per damaged file or part of it; empty if all is sound."""
+
+
+def verify(folder: str | Path, progress: Callable[[int], None] = lambda done_bytes: None) -> VerifyReport:
+    """Compare sha256 of the tokenizer and of each shard; where one differs, find the damaged part.
+
+    `progress` is called with the bytes read so far. Raises DataError if there is no readable manifest.
+    """
+    dataset = open_dataset(folder)
+    faults, done_bytes = _tokenizer_faults(dataset), 0
+    for entry in dataset.shards:
+        found, done_bytes = _sha256(dataset.folder / entry.path, done_bytes, progress)
+        faults += _shard_faults(dataset, entry, found)
+    return VerifyReport(dataset, done_bytes, faults)
+
+
+def _tokenizer_faults(dataset: Dataset) -> list[str]:
+    wanted, path = dataset.manifest.tokenizer, dataset.folder / TOKENIZER
+    if wanted is None:
+        return []
+    found, _ = _sha256(path, 0, lambda done_bytes: None)
+    if found == wanted.sha256:
+        return []
+    return [f"{path}: {'missing' if found is None else f'sha256 {found}'}, but dataset.json says {wanted.sha256}. "
+            "Restore the file from a copy: with another tokenizer the token ids mean something else."]
+
+
+def _shard_faults(dataset: Dataset, entry: ShardEntry, sha256: str | None) -> list[str]:
+    path = dataset.folder / entry.path
+    if sha256 is None:
+        return [f"{path}: missing, but shards.jsonl lists it with {entry.bytes} bytes. Restore it from a copy."]
+    if sha256 == entry.sha256:
+        return []
+    try:
+        parts = Shard(path, entry).check_all()
+    except DataError as exc:
+        parts = [str(exc)]
+    return parts or [f"{path}: sha256 {sha256}, but shards.jsonl says {entry.sha256}: bytes between the sections differ; "
+                     "tokens, documents and checksums are sound. Restore the file from a copy."]
+
+
+def _sha256(path: Path, done_bytes: int, progress: Callable[[int], None]) -> tuple[str | None, int]:
+    """Hash of a file, and bytes read so far; no hash if the file is not there."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                done_bytes += len(chunk)
+                progress(done_bytes)
+    except OSError:
+        return None, done_bytes
+    return digest.hexdigest(), done_bytes
