@@ -2,13 +2,14 @@
 
     RUN/config.yaml        the resolved RunConfig, every key written out: all that a rank reads
     RUN/history.jsonl      one JSON object a start: what was asked for, what changed, with which code and packages
-    RUN/environment.json   packages of the newest start
-    RUN/code.diff          uncommitted changes of the code, if there were any (one file for each that differs)
+    RUN/environment.json   packages and machine of the newest start; code.diff its uncommitted code (trainer/environment.py)
+    RUN/code/*.diff        uncommitted code of every start, named by its hash; history.jsonl says which
     RUN/metrics.jsonl, ledger.jsonl, checkpoints/, logs/, report.html, report.json, tensorboard/
 
 Nothing in them depends on user, host or the run's own path. No torch and no Hydra here.
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -23,8 +24,7 @@ from officina.trainer.config import RunConfig
 from officina.trainer.errors import ConfigError, OfficinaError
 from officina.trainer.schema import dump_run, read_run
 
-CONFIG, HISTORY, ENVIRONMENT, CODE_DIFF = "config.yaml", "history.jsonl", "environment.json", "code.diff"
-CHECKPOINTS, METRICS, LEDGER, LOGS = "checkpoints", "metrics.jsonl", "ledger.jsonl", "logs"
+CONFIG, HISTORY, CODE = "config.yaml", "history.jsonl", "code"
 
 _HEAD = """\
 # The whole run, every key written out. Ranks read only this file. To change it: officina resume RUN key=value
@@ -90,7 +90,7 @@ class Start:
     """One start of a run: a line of history.jsonl."""
 
     run_id: str
-    """The same for all starts of a run; it moves with the directory."""
+    """The same for all starts of a run and for its branches; checkpoints carry it, and it moves with the directory."""
     action: str
     """`start`, `resume` or `branch`."""
     words: Sequence[str]
@@ -103,7 +103,7 @@ class Start:
     commit: str | None
     """Commit of officina's code; None if it is not in a git repository."""
     diff: str | None = None
-    """File in the run directory with the uncommitted changes."""
+    """File in the run directory with the code's uncommitted changes."""
     versions: dict[str, str] = field(default_factory=dict)
     changes: Sequence[dict[str, object]] = ()
     """`{"key": ..., "old": ..., "new": ...}` against the configuration before."""
@@ -112,6 +112,16 @@ class Start:
     """branch: `{"name": ..., "run_id": ..., "step": ...}` of the run it comes from."""
     time: str = ""
     """UTC, ISO 8601."""
+
+
+def keep_diff(run_dir: Path, diff: str) -> str | None:
+    """Store uncommitted changes of the code under their hash; the file's name below the run directory, None if there are none."""
+    if not diff:
+        return None
+    name = f"{CODE}/{hashlib.sha256(diff.encode()).hexdigest()[:12]}.diff"
+    (Path(run_dir) / CODE).mkdir(exist_ok=True)
+    _write_whole(Path(run_dir) / name, diff)
+    return name
 
 
 def new_run_id() -> str:
@@ -146,13 +156,6 @@ def read_history(run_dir: Path) -> list[dict[str, object]]:
 def read_run_id(run_dir: Path) -> str:
     """The run's id from its history; empty for a directory that no `officina train` made."""
     return next((str(start["run_id"]) for start in read_history(run_dir) if start.get("run_id")), "")
-
-
-# ---- checkpoints, as far as a login node needs them ----------------------------------------------------------------
-def committed_steps(run_dir: Path) -> list[int]:
-    """Steps whose checkpoint has its commit file, oldest first. Whether the data is whole is found when it is read."""
-    found = (Path(run_dir) / CHECKPOINTS).glob("step-*/COMMIT")
-    return sorted(int(path.parent.name[5:]) for path in found if path.parent.name[5:].isdigit())
 
 
 def _write_whole(path: Path, text: str) -> None:

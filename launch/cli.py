@@ -1,0 +1,173 @@
+"""The console script `officina`: words in, exit status out. Imports nothing heavy until a command needs it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from officina.trainer.errors import OfficinaError
+
+_INTERRUPTED = 130
+"""128 + SIGINT, as a shell reports it."""
+_TRAIN_EXAMPLES = """\
+examples:
+  officina train experiment=demo
+  officina train experiment=demo name=warm optim.lr=1e-3 steps=1e3 engine=zero2
+  officina train model=eurollm_1b7 engine=fsdp2 data.sources.wiki.path=data/wiki batch.global_tokens=512Ki batch.seq_len=4096
+  officina train experiment=./my_experiment.yaml time_limit=8h
+  officina train from=runs/demo@200 name=decay lr_schedule=wsd lr_schedule.decay_steps=100   a branch
+"""
+_COMMANDS = {
+    "train": "start a run (or a branch of one) on this machine; inside srun, torchrun or mpirun, be one rank",
+    "resume": "go on with a run from its newest checkpoint, also with other ranks, engine, rate, length or mixture",
+    "check": "every problem of a configuration at once, else what the run would be",
+    "generate": "text from a run's checkpoint",
+    "data": "build, verify, inspect and audit data sets",
+    "report": "report.html and report.json of a run",
+    "demo": "the whole way of a run in four minutes on two cores",
+    "bench": "the benchmark suite",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. 0 done; 2 the user can mend it (message on stderr); 75 to be continued; 76 no progress; 1 our bug."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        if not hasattr(args, "words") or any(word.startswith("-") for word in rest):
+            parser.error(f"{args.name} does not know {' '.join(rest)}; see officina {args.name} --help")
+        args.words = [*args.words, *rest]  # words that stood after an option
+    try:
+        module, function = args.command.split(":")
+        return getattr(import_module(module), function)(args) or 0
+    except OfficinaError as error:
+        print(f"officina {args.name}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"officina {args.name}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="officina", description="Train language models on one machine or a supercomputer: the run you asked for, provably.",
+        epilog="Each command shows examples: officina train --help\nThe whole way in four minutes: officina demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+    for name, help_text in _COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".",
+                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        command.set_defaults(command=f"officina.launch.commands:{name}")
+        _ARGUMENTS[name](command, argv)
+    return parser
+
+
+def _train(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    _words(command)
+    _runs_dir(command)
+    _force(command)
+    command.epilog = _TRAIN_EXAMPLES
+
+
+def _check(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    _words(command)
+    _runs_dir(command)
+    _force(command)
+    command.add_argument("--ranks", type=int, default=None, metavar="N", help="judge for N ranks, wherever they will be")
+    command.add_argument("--yaml", action="store_true", help="print the whole configuration instead of a summary")
+    command.epilog = """\
+examples:
+  officina check experiment=demo
+  officina check experiment=demo engine=hsdp engine.shard_size=4 --ranks 16
+  officina check experiment=h200_8b --yaml
+  officina check from=runs/demo lr_schedule=wsd
+"""
+
+
+def _resume(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.add_argument("run", metavar="RUN", help="run directory, such as runs/demo")
+    _words(command)
+    _force(command)
+    command.epilog = """\
+examples:
+  officina resume runs/demo
+  officina resume runs/demo steps=2000 ranks=4 engine=zero2
+  officina resume runs/demo lr_schedule=wsd lr_schedule.decay_steps=500
+  officina resume runs/demo data.sources.code.path=data/code data.sources.code.weight=0.3
+  officina resume runs/demo precision=fp32 --force
+"""
+
+
+def _generate(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.add_argument("run", metavar="RUN", help="run directory, or RUN@STEP")
+    command.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    command.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to write (default: 128)")
+    command.add_argument("--temperature", type=float, default=0.8, metavar="T",
+                         help="0 takes the likeliest token each time (default: 0.8)")
+    command.add_argument("--top-p", type=float, default=0.95, metavar="P",
+                         help="smallest set of tokens whose probability reaches P (default: 0.95)")
+    command.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (default: 0)")
+    command.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    command.epilog = """\
+examples:
+  officina generate runs/demo "def read_lines(path):"
+  officina generate runs/demo@200 "class Queue:" --temperature 0 --max-new-tokens 64
+"""
+
+
+def _data(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.epilog = """\
+examples:
+  officina data build demo/data
+  officina data verify demo/data
+  officina data audit runs/demo
+  officina data build --help
+"""
+    if argv[:1] == ["data"]:  # its own options come from the module that does the work
+        import_module("officina.launch.data_commands").add_parsers(
+            command.add_subparsers(dest="data_command", metavar="COMMAND", required=True))
+
+
+def _report(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.add_argument("run", metavar="RUN", help="run directory")
+    command.epilog = """\
+examples:
+  officina report runs/demo
+"""
+
+
+def _demo(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.epilog = """\
+examples:
+  officina demo
+"""
+
+
+def _bench(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.add_argument("words", nargs="*", metavar="NAME", help="benchmarks to run; none lists them, `all` runs all")
+    command.epilog = """\
+examples:
+  officina bench
+  officina bench all
+"""
+
+
+def _words(command: argparse.ArgumentParser) -> None:
+    command.add_argument("words", nargs="*", metavar="WORD", help="group=option, key=value, +key=value or ~key")
+
+
+def _runs_dir(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--runs-dir", default="runs", metavar="DIR",
+                         help="folder of run directories; the run goes to DIR/name (default: runs)")
+
+
+def _force(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--force", action="store_true", help="allow changes that the table of resume rules asks this for")
+
+
+_ARGUMENTS = {"train": _train, "resume": _resume, "check": _check, "generate": _generate, "data": _data,
+              "report": _report, "demo": _demo, "bench": _bench}
+
+if __name__ == "__main__":
+    sys.exit(main())

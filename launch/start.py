@@ -1,0 +1,264 @@
+"""What happens before the ranks: words become a run, the run is judged, and its directory is made ready. Torch-free."""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from officina.configs.compose import Composed, compose_all, recompose
+from officina.trainer.checkpoint.layout import Unreadable, checkpoints_dir, read_commit, step_dir
+from officina.trainer.checkpoint.verify import list_checkpoints
+from officina.trainer.config import RunConfig
+from officina.trainer.environment import code_diff, describe
+from officina.trainer.errors import CheckpointError, ConfigError, LaunchError, Problem
+from officina.trainer.resume import Change, carry_forward, changes, resume_problems
+from officina.trainer.run_dir import (
+    CONFIG,
+    Start,
+    append_history,
+    config_text,
+    keep_diff,
+    load_config,
+    new_run_id,
+    read_history,
+    read_run_id,
+    save_config,
+)
+from officina.trainer.validate import problems
+
+_WAIT_FOR_RANK_0_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a run goes on from: a directory and one of its checkpoints. Step 0 is the very beginning."""
+
+    run_dir: Path
+    run: RunConfig
+    step: int
+    position: int
+    """Global sample index of the next sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run that is composed and judged, but of which nothing is written yet."""
+
+    run: RunConfig
+    run_dir: Path
+    action: str
+    """`start`, `resume` or `branch`."""
+    words: tuple[str, ...]
+    defaults: list[tuple[str, str]]
+    """Words from a person's or centre's defaults, with their files."""
+    problems: list[Problem]
+    changes: list[Change]
+    origin: Origin | None = None
+    forced: bool = False
+
+    def checked(self) -> "Plan":
+        """Itself, or ConfigError with all problems."""
+        if self.problems:
+            raise ConfigError(self.problems)
+        return self
+
+
+# ---- planning ------------------------------------------------------------------------------------------------------
+def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, devices: int | None = None,
+               force: bool = False) -> Plan:
+    """A new run from the words; `from=RUN@STEP` among them makes it a branch of RUN."""
+    origins = [word.removeprefix("from=") for word in words if word.startswith("from=")]
+    words = tuple(words)
+    if not origins:
+        composed = compose_all(words)
+        found = _all_problems(composed, world_size, devices)
+        return Plan(composed.run, runs_dir / composed.run.name, "start", words, composed.defaults, found, [])
+    if len(origins) > 1:
+        raise ConfigError([Problem("from", " ".join(origins), "names more than one run", f"from={origins[0]}")])
+    origin = _read_origin(origins[0])
+    own_words = [word for word in words if not word.startswith("from=")]
+    plan = _go_on(origin, own_words, world_size=world_size, devices=devices, force=force, branch=True)
+    if not any(word.lstrip("+").startswith("name=") for word in own_words):
+        plan = replace(plan, run=replace(plan.run, name=f"{origin.run.name}-from-{origin.step}"))
+    return replace(plan, run_dir=runs_dir / plan.run.name, words=words)
+
+
+def plan_resume(run_dir: Path, words: Sequence[str], *, world_size: int | None, devices: int | None = None,
+                force: bool = False) -> Plan:
+    """The run in `run_dir`, gone on with from its newest checkpoint, with the words applied."""
+    return _go_on(_read_origin(str(run_dir), exact=True), words, world_size=world_size, devices=devices, force=force,
+                  branch=False)
+
+
+def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devices: int | None, force: bool,
+           branch: bool) -> Plan:
+    composed = recompose(origin.run, words)
+    found = _all_problems(composed, world_size, devices)
+    against = resume_problems(origin.run, composed.run, step=origin.step, position=origin.position, force=force, branch=branch)
+    reported = {problem.key for problem in found}
+    found += [problem for problem in against if problem.key not in reported]
+    named = {match[1] for word in words if (match := re.match(r"\+*data\.sources\.([^.=]+)", word))}
+    run = composed.run if found else carry_forward(origin.run, composed.run, origin.position, named)
+    return Plan(run, origin.run_dir, "branch" if branch else "resume", tuple(words), composed.defaults, found,
+                changes(origin.run, run), origin, force)
+
+
+def _all_problems(composed: Composed, world_size: int | None, devices: int | None) -> list[Problem]:
+    """Faults of typing first; then of rules between keys, unless a key in them was already found wrong."""
+    reported = {problem.key for problem in composed.problems}
+    ruled = problems(composed.run, world_size, devices=devices)
+    return composed.problems + [p for p in ruled if not any(p.key == key or p.key.startswith(f"{key}.") for key in reported)]
+
+
+def _read_origin(text: str, exact: bool = False) -> Origin:
+    """RUN or RUN@STEP. exact: the text is a path, whatever it holds."""
+    folder, _, step = (text, "", "") if exact or Path(text, CONFIG).is_file() else text.rpartition("@")
+    run_dir = Path(folder or step)
+    step = step if folder else ""
+    run = load_config(run_dir / CONFIG)
+    if step and not step.isdigit():
+        raise ConfigError([Problem("from", text, "STEP must be a number", f"from={run_dir}@{(_steps(run_dir) or [100])[-1]}")])
+    there = _steps(run_dir)
+    if step and int(step) not in there:
+        known = ", ".join(map(str, there)) or "none"
+        raise CheckpointError(f"{run_dir} has no whole checkpoint of step {int(step)}; there are: {known}. "
+                              + (f"Try: from={run_dir}@{there[-1]}" if there else f"Try: officina resume {run_dir}"))
+    if not there:
+        return Origin(run_dir, run, 0, 0)
+    chosen = int(step) if step else there[-1]
+    try:
+        state = read_commit(step_dir(run_dir, chosen)).train_state
+    except (OSError, Unreadable) as error:
+        raise CheckpointError(f"{step_dir(run_dir, chosen)}: {error}. Try an earlier one of {run_dir}: "
+                              f"{', '.join(map(str, there[:-1])) or 'there is none'}") from error
+    return Origin(run_dir, run, chosen, state.position)
+
+
+def _steps(run_dir: Path) -> list[int]:
+    return sorted(info.step for info in list_checkpoints(run_dir) if info.status == "complete")
+
+
+# ---- the run directory ---------------------------------------------------------------------------------------------
+def refuse_existing(plan: Plan, runs_dir: Path) -> None:
+    """A new run must not be written over another. A directory without a checkpoint holds nothing worth keeping."""
+    if plan.action == "resume" or not any(checkpoints_dir(plan.run_dir).glob("step-*")):
+        return
+    free = next(name for i in range(2, 10_000) if not (runs_dir / (name := f"{plan.run.name}-{i}")).exists())
+    raise ConfigError([Problem("name", plan.run.name, f"{plan.run_dir} is a run with checkpoints",
+                               f"name={free}, or go on with it: officina resume {plan.run_dir}")])
+
+
+def write_start(plan: Plan, world_size: int | None) -> None:
+    """Make the run directory ready: for a branch the checkpoint, then a line of history, last config.yaml."""
+    try:
+        plan.run_dir.mkdir(parents=True, exist_ok=True)
+        if plan.action == "branch":
+            _lend_checkpoint(plan.origin, plan.run_dir)
+        if plan.action == "start":
+            _clear(plan.run_dir)
+        modules = [plan.run.model.factory, plan.run.model.loss] if plan.run.model.kind == "custom" else []
+        about = describe(modules=modules)
+        append_history(plan.run_dir, Start(
+            run_id=read_run_id(plan.origin.run_dir if plan.origin else plan.run_dir) or new_run_id(),
+            action=plan.action, words=plan.words, step=plan.origin.step if plan.origin else 0, world_size=world_size,
+            engine=_engine_name(plan.run), commit=about["code"]["officina"]["commit"],
+            diff=keep_diff(plan.run_dir, code_diff(modules)),
+            versions={"officina": about["officina"], "python": about["python"], **about["packages"]},
+            changes=[{"key": c.key, "old": c.old, "new": c.new} for c in plan.changes], forced=plan.forced,
+            origin=_origin_record(plan) if plan.action == "branch" else None))
+        save_config(plan.run, plan.run_dir / CONFIG)
+    except OSError as error:
+        raise LaunchError(f"{error.filename or plan.run_dir}: {error.strerror}, so the run directory cannot be made. "
+                          "Choose another place: --runs-dir DIR") from error
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove the history of a start that never came to a checkpoint: this is another run."""
+    for name in ("history.jsonl", "metrics.jsonl", "ledger.jsonl"):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def _origin_record(plan: Plan) -> dict[str, object]:
+    return {"name": plan.origin.run.name, "run_id": read_run_id(plan.origin.run_dir), "step": plan.origin.step,
+            "starts": len(read_history(plan.origin.run_dir))}
+
+
+def _engine_name(run: RunConfig) -> str:
+    return f"zero{run.engine.stage}" if run.engine.kind == "zero" else run.engine.kind
+
+
+def _lend_checkpoint(origin: Origin, run_dir: Path) -> None:
+    """Give the branch the checkpoint it starts from: hard links where the file system can, else copies.
+
+    So a branch stands on its own: its origin may be moved or removed. Files of a checkpoint are never written again.
+    """
+    if not origin.step:
+        return
+    source, target = step_dir(origin.run_dir, origin.step), step_dir(run_dir, origin.step)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=_link_or_copy)
+    os.replace(partial, target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def wait_for_start(plan: Plan, wait_s: float = _WAIT_FOR_RANK_0_S) -> None:
+    """Return when rank 0 has written the very configuration that this rank came to."""
+    path, wanted = plan.run_dir / CONFIG, config_text(plan.run)
+    for _ in _until(time.monotonic() + wait_s):
+        if path.is_file() and path.read_text(encoding="utf-8") == wanted:
+            return
+    found = "holds another run than this rank composed" if path.is_file() else "has not appeared"
+    raise LaunchError(f"{path} {found} after {wait_s:.0f} s. All ranks must see the same directory, words and files of "
+                      f"~/.config/officina; check that {plan.run_dir.parent} is on a shared file system")
+
+
+def _until(deadline: float, every_s: float = 0.1) -> Iterator[None]:
+    yield
+    while time.monotonic() < deadline:
+        time.sleep(every_s)
+        yield
+
+
+def describe_run(run: RunConfig, world_size: int | None) -> list[tuple[str, str]]:
+    """A run in a few lines: what a person wants to see before it starts."""
+    n = world_size or 1
+    batch, rows = run.batch, run.batch.rows
+    lines = [("run", f"{run.name}, seed {run.seed}"),
+             ("ranks", f"{world_size if world_size else 'as the launcher starts'}, engine {_engine_name(run)}, "
+                       f"precision {run.precision}"),
+             ("model", _model_line(run)),
+             ("data", ", ".join(f"{name} ({source.path}) x {source.weight:g}" for name, source in run.data.sources.items())),
+             ("batch", f"{batch.global_tokens:,} tokens a step = {rows:,} rows x {batch.seq_len:,}, in "
+                       f"{batch.micro_steps(n)} micro-batch{'es' if batch.micro_steps(n) > 1 else ''} of up to "
+                       f"{batch.micro_rows} rows a rank"),
+             ("length", f"{run.steps:,} steps = {run.steps * batch.global_tokens:,} tokens"),
+             ("rate", f"{run.optim.kind}, lr {run.optim.lr:g}, {run.lr_schedule.kind} schedule with "
+                      f"{run.lr_schedule.warmup_steps} steps of warm-up")]
+    return lines
+
+
+def _model_line(run: RunConfig) -> str:
+    if run.model.kind == "custom":
+        return f"{run.model.factory}"
+    from officina.trainer.model.flops import parameter_count
+
+    counts = parameter_count(run.model)
+    return f"{_human(counts.total)} parameters ({counts.total:,}), {run.model.n_layers} layers x {run.model.d_model}"
+
+
+def _human(number: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+

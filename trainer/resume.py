@@ -1,0 +1,178 @@
+"""What may change when a run goes on: the table, and how a change is told, judged and applied. Torch-free.
+
+Everything of how and where a run is run may change, and so may what is everyday work in the middle of one: learning rate,
+schedule, length, batch size, mixture. What the weights, the moments or the order of past samples rest on may not.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from officina.trainer.config import RunConfig
+from officina.trainer.errors import Problem
+from officina.trainer.schema import as_text, dump_run, generic, word
+
+Ruling = Literal["free", "force", "refused"]
+
+RULES: tuple[tuple[str, Ruling, str], ...] = (
+    # where and how
+    ("ranks", "free", "any number of ranks reads any checkpoint"),
+    ("device", "free", "a checkpoint is fp32 and belongs to no device"),
+    ("threads", "free", "sums differ in the last bit between thread counts"),
+    ("time_limit", "free", "says when to stop"),
+    ("engine.*", "free", "any engine reads any checkpoint"),
+    ("site.*", "free", "a run can move"),
+    ("logging.*", "free", "changes what is written"),
+    ("checkpoint.*", "free", "changes what is kept"),
+    ("eval.*", "free", "changes what is measured"),
+    ("profile.*", "free", "changes what is recorded"),
+    ("precision", "force", "the loss curve gets another rounding, and bf16_pure loses what bf16 keeps"),
+    # the course of training
+    ("steps", "free", "the schedule follows it"),
+    ("lr_schedule.*", "free", "a pure function of the step: a WSD decay or a cut is a change here"),
+    ("optim.kind", "refused", "one optimizer's moments mean nothing to another"),
+    ("optim.*", "free", "takes effect at the next step"),
+    ("objective.*", "free", "takes effect at the next step"),
+    ("batch.seq_len", "refused", "rows would be cut elsewhere, so that past samples could not be told from new ones"),
+    ("batch.*", "free", "samples are counted in rows, whatever the batch"),
+    # data
+    ("data.sources.*.path", "free", "a data set may move; its fingerprint is checked"),
+    ("data.sources.*.weight", "free", "a new mixture from the next sample on"),
+    ("data.skip", "free", "of samples that are still to come"),
+    ("data.timeline", "refused", "is written by officina itself; change data.sources.NAME.weight"),
+    ("data.mask_documents", "force", "attention and labels change their meaning in the middle of a run"),
+    ("data.split", "refused", "past samples would belong to other data"),
+    ("data.validation_split", "free", "changes what is measured"),
+    ("data.shuffle", "refused", "the order of past samples rests on it"),
+    ("data.prefetch_batches", "free", "changes no sample"),
+    ("seed", "refused", "the order of past samples rests on it"),
+    # the model
+    ("model.attention_impl", "free", "the same mathematics"),
+    ("model.init_std", "refused", "is of the first step only"),
+    ("model.rope.*", "force", "the weights were trained with other positions; meant for extending the context"),
+    ("model.local_rope", "force", "the weights were trained with other positions; meant for extending the context"),
+    ("model.local_rope.*", "force", "the weights were trained with other positions; meant for extending the context"),
+    ("model.rope_pattern", "force", "the weights were trained with other positions"),
+    ("model.window", "force", "the weights were trained to see another context"),
+    ("model.window_pattern", "force", "the weights were trained to see another context"),
+    ("model.attn_scale", "force", "the weights were trained with another scale"),
+    ("model.attn_softcap", "force", "the weights were trained with another cap"),
+    ("model.logit_softcap", "force", "the weights were trained with another cap"),
+    ("model.embed_scale", "force", "the weights were trained with another scale"),
+    ("model.norm_eps", "force", "the weights were trained with another value"),
+    ("model.norm_cast", "force", "the weights were trained with another rounding"),
+    ("model.loss", "force", "another goal in the middle of a run"),
+    ("model.decoder", "force", "records would be read in another way than those before"),
+    ("model.blocks", "free", "names the unit of sharding; parameters keep their names"),
+    ("model.*", "refused", "the weights have the shape and the meaning of this model"),
+    ("name", "refused", "is the name of the run's directory"),
+)
+"""Pattern of the dotted key, ruling, why. The first that matches counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One key that differs. A key that one side does not have is None there."""
+
+    key: str
+    old: object
+    new: object
+
+
+def ruling(key: str) -> tuple[Ruling, str]:
+    """What the table says about a key, and why."""
+    declared = generic(key) or key
+    return next((rule, why) for pattern, rule, why in RULES if fnmatchcase(declared, pattern))
+
+
+def changes(old: RunConfig, new: RunConfig) -> list[Change]:
+    """All keys in which two runs differ."""
+    before, after = _flat(dump_run(old)), _flat(dump_run(new))
+    return [Change(key, before.get(key), after.get(key)) for key in {**before, **after} if before.get(key) != after.get(key)]
+
+
+def _flat(values: Mapping, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def resume_problems(old: RunConfig, new: RunConfig, *, step: int, position: int, force: bool = False,
+                    branch: bool = False) -> list[Problem]:
+    """What stands against going on with `new` where `old` stopped.
+
+    Args:
+        step, position: optimizer steps done and next global sample index, of the checkpoint that is gone on from.
+        force: the user said --force.
+        branch: a new run with a name of its own.
+    """
+    return list(_resume_problems(old, new, step, position, force, branch))
+
+
+def _resume_problems(old: RunConfig, new: RunConfig, step: int, position: int, force: bool, branch: bool) -> Iterator[Problem]:
+    judged: set[str] = set()
+    for change in changes(old, new):
+        if change.key.startswith("data.sources."):
+            continue  # sources come and go: the timeline keeps what past samples need
+        if change.key == "name" and branch:
+            continue
+        rule, why = ruling(change.key)
+        whole = "model.kind" if old.model.kind != new.model.kind and change.key.startswith("model.") else change.key
+        if rule == "free" or whole in judged:
+            continue
+        judged.add(whole)
+        if rule == "refused":
+            kept = _flat(dump_run(old)).get(whole)
+            yield Problem(whole, as_text(_flat(dump_run(new)).get(whole)), f"cannot change in the middle of a run: {why}",
+                          "officina train name=NEW for a new run" if kept is None else word(whole, kept))
+        elif not force:
+            yield Problem(change.key, as_text(change.new), f"was {as_text(change.old)}; {why}", "the same command with --force")
+    if new.steps <= step:
+        yield Problem("steps", new.steps, f"the run has done {step} steps already", f"steps={step + max(1, step // 10)}")
+    for a, b in _skip_changes(old.data.skip, new.data.skip, position):
+        yield Problem("data.skip", as_text(new.data.skip), f"changes samples {a} to {b}, and those before {position} are past",
+                      word("data.skip", _skip_that_works(old.data.skip, new.data.skip, position)))
+        break
+
+
+def _below(ranges: list[list[int]], position: int) -> set[tuple[int, int]]:
+    """The ranges' parts before `position`, joined."""
+    joined: list[tuple[int, int]] = []
+    for a, b in sorted((a, min(b, position)) for a, b in ranges if a < position):
+        if joined and a <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(b, joined[-1][1]))
+        else:
+            joined.append((a, b))
+    return set(joined)
+
+
+def _skip_changes(old: list[list[int]], new: list[list[int]], position: int) -> list[tuple[int, int]]:
+    return sorted(_below(old, position) ^ _below(new, position))
+
+
+def _skip_that_works(old: list[list[int]], new: list[list[int]], position: int) -> list[list[int]]:
+    past = [[a, b] for a, b in sorted(_below(old, position))]
+    return past + sorted([max(a, position), b] for a, b in new if b > position)
+
+
+# ---- applying ------------------------------------------------------------------------------------------------------
+def carry_forward(old: RunConfig, new: RunConfig, position: int, named: Collection[str] = ()) -> RunConfig:
+    """`new` with the mixture's timeline that `old` and the change from sample `position` on make together.
+
+    named: sources that the user named; one that had left the mixture and is kept for the audit comes back by this.
+    """
+    from officina.trainer.data.order import extend_timeline, timeline_of  # needs numpy, which --help should not wait for
+
+    last = timeline_of(old.data)[-1].weights
+    current = {name: source for name, source in new.data.sources.items() if name in last or name in named
+               or name not in old.data.sources}
+    if {name: source.weight for name, source in current.items()} == last:
+        return new  # at most a path has changed
+    data = extend_timeline(old.data, position, current)
+    paths = {name: replace(source, path=new.data.sources.get(name, source).path) for name, source in data.sources.items()}
+    return replace(new, data=replace(new.data, sources=paths, timeline=data.timeline))
