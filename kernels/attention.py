@@ -23,20 +23,21 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What a call needs besides q, k and v; built once per forward, shared by all layers with the same window."""
+    """What a call needs besides q, k and v: built once per forward, shared by layers with the same window."""
 
     impl: Literal["reference", "sdpa", "flex"]
     is_causal: bool
     """The mask is the plain causal triangle over T = S, which kernels know without a mask tensor."""
     mask: Tensor | None
-    """(T, S) or (B, 1, T, S) bool, true where a query sees a key. None: as is_causal says, else all is seen."""
+    """(T, S) or (B, 1, T, S) bool, true where a query sees a key; None: see is_causal, else all."""
     block_mask: Any = None
     """The same as a BlockMask of flex attention."""
 
 
 def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = True,
               scale: float | None = None, window: int = 0, softcap: float = 0.0,
-              documents_BS: Tensor | None = None, impl: Impl = "auto", plan: AttentionPlan | None = None) -> Tensor:
+              documents_BS: Tensor | None = None, impl: Impl = "auto",
+              plan: AttentionPlan | None = None) -> Tensor:
     """Attention of each query to the keys it may see; (B, H, T, D) in q's dtype.
 
     Args:
@@ -50,8 +51,9 @@ def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = 
     """
     B, H, T, D = q_BHTD.shape
     if k_BGSD.shape != v_BGSD.shape or k_BGSD.shape[0] != B or k_BGSD.shape[3] != D or H % k_BGSD.shape[1]:
-        raise ValueError(f"attention: q {tuple(q_BHTD.shape)}, k {tuple(k_BGSD.shape)}, v {tuple(v_BGSD.shape)} "
-                         "do not fit; need q (B, H, T, D) and k, v (B, G, S, D) with H a multiple of G")
+        shapes = f"q {tuple(q_BHTD.shape)}, k {tuple(k_BGSD.shape)}, v {tuple(v_BGSD.shape)}"
+        raise ValueError(f"attention: {shapes} do not fit; need q (B, H, T, D) and k, v (B, G, S, D) with H a "
+                         "multiple of G")
     if plan is None:
         plan = plan_attention(T, k_BGSD.shape[2], causal=causal, window=window, softcap=softcap,
                               documents_BS=documents_BS, impl=impl, device=q_BHTD.device, head_dim=D)
@@ -86,8 +88,8 @@ def plan_attention(n_queries: int, n_keys: int, *, causal: bool = True, window: 
     if window and not causal:
         raise ValueError(f"attention: window={window} needs causal=True")
     if n_keys < n_queries:
-        raise ValueError(f"attention: {n_queries} queries but only {n_keys} keys; the keys end with the queries' "
-                         "own")
+        raise ValueError(f"attention: {n_queries} queries but only {n_keys} keys; the last keys are the "
+                         "queries' own")
     if documents_BS is not None and documents_BS.shape[1] != n_keys:
         raise ValueError(f"attention: documents have {documents_BS.shape[1]} places, but there are {n_keys} "
                          "keys")
@@ -139,7 +141,7 @@ def _choose(impl: Impl, *, masked: bool, softcap: float, square: bool, device: t
     if impl == "flex":
         if no_flex:
             raise ValueError(f"attention: impl=flex cannot run: {no_flex}. Use impl=auto")
-        return "flex" if square else "reference" if softcap else "sdpa"  # decoding: one query, nothing to fuse
+        return "flex" if square else "reference" if softcap else "sdpa"  # decoding has nothing to fuse
     if impl == "sdpa":
         if softcap:
             raise ValueError(f"attention: impl=sdpa has no softcap (softcap={softcap}). Use impl=auto")

@@ -17,7 +17,7 @@ IGNORE = -100
 """Label of a token without loss."""
 
 CHUNK_LOGITS_GPU, CHUNK_LOGITS_CPU = 2**28, 2**23
-"""Logits held at a time by default: 1 GiB in fp32 on a GPU (few, large products), 32 MiB on a CPU (its cache)."""
+"""Logits held at a time by default: 1 GiB in fp32 on a GPU (large products), 32 MiB on a CPU (its cache)."""
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z_loss: float = 0.0,
@@ -25,7 +25,7 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z
     """Sum of the token losses, 0-dim fp32 (fp64 for fp64 inputs); differentiable once in x and weight.
 
     Args:
-        labels_N: int64, IGNORE where a token has no loss. Without any label the sum is 0, all gradients zeros.
+        labels_N: int64, IGNORE where a token has no loss. Without any label sum and gradients are zeros.
         z_loss: weight of the squared log-partition function.
         softcap: tanh cap on the logits; 0 = none.
         chunk_tokens: tokens whose logits exist at a time; 0 = a good value for the device.

@@ -105,8 +105,9 @@ def _build_custom(config: CustomModelConfig, seed: int) -> Built:
     try:
         inspect.signature(factory).bind(**config.args)
     except TypeError as error:
-        raise ConfigError([Problem("model.args", config.args, f"{config.factory} does not take them: {error}",
-                                   f"the arguments of {config.factory}{inspect.signature(factory)}")]) from error
+        rule = f"{config.factory} does not take them: {error}"
+        remedy = f"the arguments of {config.factory}{inspect.signature(factory)}"
+        raise ConfigError([Problem("model.args", config.args, rule, remedy)]) from error
     with torch.random.fork_rng(devices=[]):  # the factory's draws must not shift anyone else's
         torch.manual_seed(seed)
         module = factory(**config.args)

@@ -17,7 +17,7 @@ class LayerCache:
         """(2, B, G, capacity, K); the first `length` places are filled."""
 
     def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new tokens; returns the keys and values that they may see, (B, G, S, K) each, their own last."""
+        """Add new tokens; returns the keys and values they may see, (B, G, S, K) each, their own last."""
         new = torch.stack((k_BGTK, v_BGTK))
         T = new.shape[3]
         if self.window:

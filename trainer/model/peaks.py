@@ -16,7 +16,7 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "NVIDIA A100-SXM4-80GB": _A100,
     "NVIDIA A100-PCIE-40GB": _A100,
     "NVIDIA A100 80GB PCIe": _A100,
-    # Leonardo's custom part, with the stock A100's figure: more SMs would give more, but no rate is published.
+    # Leonardo's custom part, with the stock A100's figure: more SMs would give more; no rate is published.
     "NVIDIA A100-SXM-64GB": _A100,
     "NVIDIA H100 80GB HBM3": _H100_SXM,
     # MareNostrum 5's SXM part with HBM2e. The stock H100 SXM's figure: BSC states no other clock.

@@ -1,0 +1,148 @@
+"""Text from a checkpoint: `officina generate RUN "prompt"`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tokenizers import Tokenizer
+
+from officina.trainer.checkpoint.read import open_checkpoint
+from officina.trainer.config import DecoderConfig, RunConfig
+from officina.trainer.data.build import EOS_NAMES
+from officina.trainer.errors import OfficinaError
+from officina.trainer.model.build import build_transformer, check_attention
+from officina.trainer.model.transformer import Transformer
+from officina.trainer.run_dir import load_config
+from officina.trainer.state import PARAM, Source
+
+EXAMPLES = """examples:
+  officina generate runs/demo "def fibonacci(n):"
+  officina generate runs/demo "class Queue:" --step 200 --temperature 0
+"""
+
+
+def generate(module: Transformer, tokens: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
+             top_p: float = 1.0, seed: int = 0, stop_id: int | None = None) -> Iterator[int]:
+    """Continue `tokens` one token at a time; the same seed gives the same tokens.
+
+    temperature: 0 takes the most likely token. top_p: draw from the fewest tokens whose probability reaches this.
+    stop_id: end before this token. Raises OfficinaError for values that make no sense.
+    """
+    _check(tokens, module.config.vocab_size, max_new_tokens, temperature, top_p)
+    return _continue(module, tokens, max_new_tokens, temperature, top_p, seed, stop_id)
+
+
+def load(run: RunConfig, source: Source, device: torch.device) -> Transformer:
+    """The run's model on one device, ready to generate: bf16 on a GPU, fp32 elsewhere."""
+    if not isinstance(run.model, DecoderConfig):
+        raise OfficinaError("model.kind=custom: `officina generate` continues text with the built-in decoder only. "
+                            "Call your own module: see docs/bring_your_own_model.md")
+    check_attention(run.model, device.type)
+    module = build_transformer(run.model).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    module = module.to_empty(device=device).eval().requires_grad_(False)
+    for name, parameter in module.named_parameters():
+        parameter.copy_(source.read(name, PARAM, 0, parameter.numel()).view_as(parameter))
+    return module
+
+
+def main(argv: Sequence[str]) -> int:
+    """`officina generate ...`: writes prompt and continuation to stdout as they come."""
+    args = _parser().parse_args(argv)
+    run_dir = Path(args.run)
+    run = load_config(run_dir)
+    path = run_dir / "tokenizer.json"
+    if not path.exists():
+        raise OfficinaError(f"{path} does not exist; it is copied from the data set when a run on text starts. "
+                            f"Copy it there: cp DATASET/tokenizer.json {path}")
+    tokenizer = Tokenizer.from_file(str(path))
+    use_gpu = run.device != "cpu" and torch.cuda.is_available()
+    with open_checkpoint(run_dir, step=args.step) as checkpoint:
+        for fault in checkpoint.passed_over:
+            print(f"officina generate: {fault}", file=sys.stderr)
+        module = load(run, checkpoint, torch.device("cuda" if use_gpu else "cpu"))
+    stop_id = _end_of_document(tokenizer)
+    tokens = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [0 if stop_id is None else stop_id]
+    sys.stdout.write(args.prompt)
+    new = generate(module, tokens, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                   top_p=args.top_p, seed=args.seed, stop_id=stop_id)
+    for text in stream_text(tokenizer.decode, tokens, new):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+def stream_text(decode: Callable[[list[int]], str], prompt: Sequence[int], new: Iterator[int]) -> Iterator[str]:
+    """The text that each new token adds; a character of several tokens is held back until it is whole."""
+    tokens = list(prompt)
+    written = decode(tokens)
+    for token in new:
+        tokens.append(token)
+        text = decode(tokens)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(written):]
+            written = text
+
+
+@torch.no_grad()
+def _continue(module: Transformer, tokens: Sequence[int], max_new_tokens: int, temperature: float, top_p: float,
+              seed: int, stop_id: int | None) -> Iterator[int]:
+    device = module.embed.weight.device
+    random = torch.Generator().manual_seed(seed)  # on the CPU: the same draws whatever the device
+    cache = module.new_cache()
+    fed = torch.tensor([list(tokens)], device=device)
+    for _ in range(max_new_tokens):
+        logits_V = module(fed, cache=cache)[0, -1]
+        token = _sample(logits_V.cpu(), temperature, top_p, random)
+        if token == stop_id:
+            return
+        yield token
+        fed = torch.tensor([[token]], device=device)
+
+
+def _sample(logits_V: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    sorted_V, order_V = (logits_V.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    before_V = sorted_V.cumsum(-1) - sorted_V
+    kept_V = sorted_V.masked_fill(before_V >= top_p, 0.0)  # the first is always kept: nothing is before it
+    return int(order_V[torch.multinomial(kept_V, 1, generator=random)])
+
+
+def _check(tokens: Sequence[int], vocab_size: int, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if not len(tokens):
+        raise OfficinaError("the prompt has no tokens; give at least one, for example 'def '")
+    if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        raise OfficinaError(f"the prompt holds token {max(tokens)}, but model.vocab_size={vocab_size}. "
+                            "Use the tokenizer that the run was trained with")
+    if max_new_tokens < 1:
+        raise OfficinaError(f"--max-new-tokens {max_new_tokens} must be at least 1, for example 200")
+    if not 0 <= temperature < float("inf"):
+        raise OfficinaError(f"--temperature {temperature} must be 0 (most likely token) or more, for example 0.8")
+    if not 0 < top_p <= 1:
+        raise OfficinaError(f"--top-p {top_p} must be above 0 and at most 1, for example 0.95")
+
+
+def _end_of_document(tokenizer: Tokenizer) -> int | None:
+    """The token that ends documents; None if the tokenizer has none that `officina data build` would take."""
+    ids = (tokenizer.token_to_id(name) for name in EOS_NAMES)
+    return next((found for found in ids if found is not None), None)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="officina generate", description="Continue a prompt with the model of a run.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    parser.add_argument("--step", type=int, help="checkpoint to use; default: the newest that is whole")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="X",
+                        help="0 takes the most likely token; default: %(default)s")
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P",
+                        help="draw from the fewest tokens that reach this probability; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    return parser
