@@ -98,7 +98,7 @@ def build(folder: str | Path, options: BuildOptions, progress: Progress = lambda
         provenance["python"] = platform.python_version()
     about = {key: words[key] for key in ("description", "licence") if key in words} | options.about
     name = folder.resolve().name if options.inputs else sources[0].name
-    about = {"name": name} | {key: value for key, value in about.items() if value not in (None, "")}
+    about = {"name": name} | about
 
     if options.tokenizer is None:
         text = _train_tokenizer(sources, options, progress)
