@@ -1,7 +1,9 @@
 """From the words of a command line to a checked RunConfig. The only module that imports Hydra.
 
-Hydra composes the YAML groups of this folder (and a user's own files) and reads lists and dicts in its grammar. Typing,
-closedness and everything a user is told about a mistake come from `officina.trainer.schema`, all problems at once.
+Hydra composes the YAML groups of this folder (and a user's own files) and reads lists and dicts in its
+grammar. Typing,
+closedness and everything a user is told about a mistake come from `officina.trainer.schema`, all problems at
+once.
 Scalars reach the types as the text that was typed: `site.account=1e5` stays text, `steps=1e3` is 1000.
 """
 
@@ -18,11 +20,13 @@ import yaml
 
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import ConfigError, Problem
-from officina.trainer.schema import GROUPS, Values, as_text, dump_run, generic, optional, read_run, unknown_key
+from officina.trainer.keys import GROUPS, Values, as_text, generic, optional
+from officina.trainer.schema import dump_run, read_run, unknown_key
 
 _FOLDER = Path(__file__).parent
 _PERSONAL = ("site", "logging", "checkpoint", "profile", "device", "ranks", "threads", "time_limit")
-"""What a person's or a centre's defaults may set, besides paths of data: where and how a run is run, not what it computes."""
+"""What a person's or a centre's defaults may set, besides paths of data: where and how a run is run, not
+what it computes."""
 _SOURCE_PATH = re.compile(r"data\.sources\.([^.]+)\.path")
 _TYPED_BY_HYDRA = "model.args."
 """Arguments of a user's own model have no declared type: here `192` is a number because Hydra says so."""
@@ -52,7 +56,8 @@ class _Word:
 
 
 def compose(words: Sequence[str]) -> RunConfig:
-    """The run that `group=option`, `key=value`, `+key=value` and `~key` describe. Raises ConfigError with every fault."""
+    """The run that `group=option`, `key=value`, `+key=value` and `~key` describe. Raises ConfigError with
+    every fault."""
     composed = compose_all(words)
     if composed.problems:
         raise ConfigError(composed.problems)
@@ -60,7 +65,8 @@ def compose(words: Sequence[str]) -> RunConfig:
 
 
 def compose_all(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> Composed:
-    """Like `compose`, but gives the problems back. `environ`: where XDG_CONFIG_HOME and XDG_CONFIG_DIRS are looked up."""
+    """Like `compose`, but gives the problems back. `environ`: where XDG_CONFIG_HOME and XDG_CONFIG_DIRS are
+    looked up."""
     problems: list[Problem] = []
     typed = _read_words(words, problems)
     personal = [(word, text, origin) for text, origin in _personal(environ, problems)
@@ -74,19 +80,21 @@ def compose_all(words: Sequence[str], environ: Mapping[str, str] = os.environ) -
     _apply(values, [p[0] for p in personal] + typed, problems)
     run, faults = read_run(values, good=good)
     origin_of = {word.key: origin for word, _, origin in personal} | {w.key: None for w in typed}
-    faults = [replace(p, rule=f"{p.rule} ({origin})") if (origin := origin_of.get(p.key)) else p for p in faults]
+    faults = [replace(p, rule=f"{p.rule} ({file})") if (file := origin_of.get(p.key)) else p for p in faults]
     return Composed(run, problems + faults, [(text, origin) for _, text, origin in personal])
 
 
 def recompose(saved: RunConfig, words: Sequence[str]) -> Composed:
-    """The saved run with the words applied. A newly chosen option keeps the values that it shares with the old one."""
+    """The saved run with the words applied. A newly chosen option keeps the values that it shares with the
+    old one."""
     problems: list[Problem] = []
     typed = _read_words(words, problems)
     values = dump_run(saved)
     good = copy.deepcopy(values)
     for word in typed:
         if word.chooses and word.key == "experiment":
-            problems.append(Problem("experiment", word.value, "is chosen when a run is started and kept from then on",
+            problems.append(Problem("experiment", word.value, "is chosen when a run is started and kept from "
+                                    "then on",
                                     "name the keys that change instead, such as optim.lr=1e-4"))
         elif word.chooses:
             before = len(problems)
@@ -111,7 +119,7 @@ def _carry_over(group: str, old: Values, option: Values) -> Values:
     return kept | option
 
 
-# ---- words ---------------------------------------------------------------------------------------------------------
+# ---- words -------------------------------------------------------------------------------------------------
 def _read_words(words: Sequence[str], problems: list[Problem]) -> list[_Word]:
     read = []
     for text in words:
@@ -186,13 +194,14 @@ def _apply(values: Values, words: list[_Word], problems: list[Problem]) -> None:
 
 
 def _merged(old: dict, new: dict) -> dict:
-    return old | {name: _merged(old[name], value) if isinstance(value, dict) and isinstance(old.get(name), dict) else value
-                  for name, value in new.items()}
+    both = {name for name in new if isinstance(new[name], dict) and isinstance(old.get(name), dict)}
+    return old | {name: _merged(old[name], new[name]) if name in both else new[name] for name in new}
 
 
-# ---- groups --------------------------------------------------------------------------------------------------------
+# ---- groups ------------------------------------------------------------------------------------------------
 def _compose_groups(choices: Mapping[str, str], problems: list[Problem]) -> Values:
-    """The values of config.yaml with the chosen options; options that do not exist become problems and are left out."""
+    """The values of config.yaml with the chosen options; options that do not exist become problems and are
+    left out."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -206,7 +215,8 @@ def _compose_groups(choices: Mapping[str, str], problems: list[Problem]) -> Valu
                 if (path := Path(option).expanduser()).is_file():
                     overrides.append(f"{group}={_lend(path, group, Path(own))}")
                 else:
-                    problems.append(Problem(group, option, "there is no such file", f"{group}={options(group)[0]}"))
+                    problems.append(Problem(group, option, "there is no such file",
+                                            f"{group}={options(group)[0]}"))
             elif option in options(group) or (option == "null" and group == "experiment"):
                 overrides.append(f"{group}={option}")
             else:
@@ -216,17 +226,14 @@ def _compose_groups(choices: Mapping[str, str], problems: list[Problem]) -> Valu
                 composed = hydra_compose("config", overrides)
             values = OmegaConf.to_container(composed, resolve=False)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-            group, option = next(((g, o) for g, o in choices.items() if o.endswith((".yaml", ".yml"))), ("experiment", None))
+            own_files = [(g, o) for g, o in choices.items() if o.endswith((".yaml", ".yml"))]
+            group, option = own_files[0] if own_files else ("experiment", None)
             message = " ".join(str(error).replace(own, "").split())
-            problems.append(Problem(group, option, f"cannot be composed: {message}", "start from a shipped one, such as "
-                                    f"{_shipped_example(group)}"))
+            problems.append(Problem(group, option, f"cannot be composed: {message}",
+                                    f"{group}={options(group)[0]}"))
             return _compose_groups({}, []) if choices else {}
     _drop_marks(values, "", problems)
     return values
-
-
-def _shipped_example(group: str) -> str:
-    return f"{group}={options(group)[0]}"
 
 
 def _lend(path: Path, group: str, folder: Path) -> str:
@@ -244,9 +251,10 @@ def _no_such_option(group: str, option: str) -> Problem:
     there = options(group)
     near = difflib.get_close_matches(option, there, 1, 0.3) or there
     elsewhere = [g for g in GROUPS if g != group and option in options(g)]
-    remedy = f"{elsewhere[0]}={option}" if elsewhere and not difflib.get_close_matches(option, there, 1, 0.6) \
-        else f"{group}={near[0]}"
-    return Problem(group, option, f"there is no such option; there are {', '.join(there)}, and your own file, ./my.yaml", remedy)
+    slip = difflib.get_close_matches(option, there, 1, 0.6)
+    remedy = f"{elsewhere[0]}={option}" if elsewhere and not slip else f"{group}={near[0]}"
+    return Problem(group, option, f"there is no such option; there are {', '.join(there)}, and your own "
+                   "file, ./my.yaml", remedy)
 
 
 def _drop_marks(values: Values, prefix: str, problems: list[Problem]) -> None:
@@ -256,16 +264,18 @@ def _drop_marks(values: Values, prefix: str, problems: list[Problem]) -> None:
         if isinstance(value, dict):
             _drop_marks(value, f"{key}.", problems)
         elif isinstance(value, str) and "${" in value:
-            problems.append(Problem(key, value, "holds an interpolation; nothing in a run may depend on the machine",
+            problems.append(Problem(key, value, "holds an interpolation; nothing in a run may depend on the "
+                                    "machine",
                                     f"{key}=VALUE written out"))
             values.pop(name)
         elif value == "???":
             values.pop(name)
 
 
-# ---- a person's defaults -------------------------------------------------------------------------------------------
+# ---- a person's defaults -----------------------------------------------------------------------------------
 def _personal(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[tuple[str, str]]:
-    """Words of a centre's (XDG_CONFIG_DIRS) and then the person's (XDG_CONFIG_HOME) `officina/*.yaml`, with their files."""
+    """Words of a centre's (XDG_CONFIG_DIRS) and then the person's (XDG_CONFIG_HOME) `officina/*.yaml`, with
+    their files."""
     home = environ.get("XDG_CONFIG_HOME") or str(Path(environ.get("HOME", "~")).expanduser() / ".config")
     centre = [folder for folder in environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":") if folder]
     for folder in [*reversed(centre), home]:
@@ -277,14 +287,17 @@ def _personal(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[t
                                         f"mend or remove {path}"))
                 continue
             if not isinstance(values, dict):
-                problems.append(Problem(str(path), values, "must hold keys and values", "site: {account: my_project}"))
+                problems.append(Problem(str(path), values, "must hold keys and values", "site: {account: "
+                                        "my_project}"))
                 continue
             for key, value in _flat(values, ""):
                 if key.split(".")[0] in _PERSONAL or _SOURCE_PATH.fullmatch(key):
                     yield f"{key}={as_text(value)}", str(path)
                 else:
-                    problems.append(Problem(key, value, f"stands in {path}, but defaults of a person or a centre may not change "
-                                            f"what a run computes, only {', '.join(_PERSONAL)} and paths of data",
+                    problems.append(Problem(key, value, f"stands in {path}, but defaults of a person or a "
+                                            "centre may not change "
+                                            f"what a run computes, only {', '.join(_PERSONAL)} and paths of "
+                                            "data",
                                             "move it into a file of yours and say experiment=./my.yaml"))
 
 

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from officina.launch.allocation import find_allocation, gpus_per_node, on_login_node, refuse_login_node
 from officina.launch.devices import visible_devices
 from officina.launch.start import (
     Plan,
@@ -17,59 +19,65 @@ from officina.launch.start import (
     write_start,
 )
 from officina.trainer.config import RunConfig
-from officina.trainer.errors import EXIT_DONE, EXIT_USER, ConfigError, LaunchError, OfficinaError
+from officina.trainer.errors import EXIT_DONE, ConfigError, LaunchError, OfficinaError
 from officina.trainer.rank_env import RankEnv, read_rank_env
 from officina.trainer.run_dir import config_text
-from officina.trainer.validate import missing_packages
+from officina.trainer.validate import missing_packages, problems
 
 
 def train(args: argparse.Namespace) -> int:
     """A new run, or a branch of one."""
-    env, devices = read_rank_env(os.environ), visible_devices(os.environ)
     runs_dir = Path(args.runs_dir)
-    return _start(env, lambda: plan_train(args.words, runs_dir, world_size=env and env.world_size, devices=devices,
-                                          force=args.force), runs_dir, devices)
+    return _start(lambda world_size, devices: plan_train(
+        args.words, runs_dir, world_size=world_size, devices=devices, force=args.force))
 
 
 def resume(args: argparse.Namespace) -> int:
     """Go on with a run."""
-    env, devices = read_rank_env(os.environ), visible_devices(os.environ)
-    run_dir = Path(args.run)
-    return _start(env, lambda: plan_resume(run_dir, args.words, world_size=env and env.world_size, devices=devices,
-                                           force=args.force), run_dir.parent, devices)
+    return _start(lambda world_size, devices: plan_resume(
+        Path(args.run), args.words, world_size=world_size, devices=devices, force=args.force))
 
 
-def _start(env: RankEnv | None, make_plan, runs_dir: Path, devices: int) -> int:
+def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
+    """Plan, check, write the run directory, train; `make_plan(world_size, devices)`.
+
+    Where a launcher started this process as one rank of several, rank 0 writes, and the others wait until
+    what they
+    composed themselves stands in config.yaml.
+    """
+    devices = visible_devices(os.environ)
+    env = read_rank_env(os.environ)
+    rank = env.rank if env else 0
     try:
-        plan = make_plan().checked()
-        world_size = env.world_size if env else ranks_here(plan.run, devices)
-        plan = _checked_here(plan, world_size)
-        if env is None or env.rank == 0:
-            refuse_existing(plan, runs_dir)
+        plan = make_plan(env.world_size if env and env.world_size > 1 else None, devices).checked()
+        world_size = ranks_to_be(plan.run, env, devices)
+        if found := problems(plan.run, world_size, read_data=False) + missing_packages(plan.run):
+            raise ConfigError(found)  # with the ranks that will be, and the packages that are here
+        if rank == 0:
+            refuse_existing(plan)
             write_start(plan, world_size)
         else:
             wait_for_start(plan)
     except OfficinaError as error:
-        if env is not None and env.rank:  # rank 0 meets the same and says it
+        if rank:  # rank 0 meets the same and says it
             return error.exit_status
         raise
-    if env is not None:  # a launcher started this process as one rank: be it
-        return import_module("officina.trainer.__main__").main(plan.run_dir)
-    return import_module("officina.launch.local").run_ranks(plan.run_dir, plan.run)
+    return import_module("officina.launch.local").start(plan.run_dir, plan.run, os.environ)
 
 
-def _checked_here(plan: Plan, world_size: int) -> Plan:
-    """Judge once more with the number of ranks that will really be, and the packages that are really here."""
-    from officina.trainer.validate import problems
-
-    if found := problems(plan.run, world_size, read_data=False) + missing_packages(plan.run):
-        raise ConfigError(found)
-    return plan
-
-
-def ranks_here(run: RunConfig, devices: int) -> int:
-    """Ranks that `officina train` starts on this machine."""
-    return run.ranks or (max(1, devices) if run.device != "cpu" else 1)
+def ranks_to_be(run: RunConfig, env: RankEnv | None, devices: int) -> int:
+    """Ranks that `officina.launch.local.start` will come to from here. Raises LaunchError where it would
+    start none."""
+    here = run.ranks or (1 if run.device == "cpu" else devices) or 1
+    if env is not None:
+        return here if env.launcher == "srun" and env.world_size == 1 else env.world_size
+    allocation = find_allocation(os.environ)
+    if allocation is not None and (len(allocation.hosts) > 1 or not allocation.here):
+        per_node = run.ranks or (1 if run.device == "cpu" else gpus_per_node(os.environ, allocation)) or 1
+        return per_node * len(allocation.hosts)
+    if allocation is None and not run.ranks and on_login_node(os.environ):
+        raise refuse_login_node()
+    return here
 
 
 def check(args: argparse.Namespace) -> int:
@@ -78,15 +86,16 @@ def check(args: argparse.Namespace) -> int:
     world_size = args.ranks
     if world_size is not None and world_size < 1:
         raise OfficinaError(f"--ranks {world_size}: a run has at least 1 rank. Try: --ranks 1")
-    plan = plan_train(args.words, Path(args.runs_dir), world_size=world_size, devices=None if world_size else devices,
+    plan = plan_train(args.words, Path(args.runs_dir), world_size=world_size, devices=None if world_size
+                      else devices,
                       force=args.force)
     if plan.problems:
         raise ConfigError(plan.problems)
     if args.yaml:
         print(config_text(plan.run), end="")
         return EXIT_DONE
-    shown = world_size or ranks_here(plan.run, devices)
-    lines = describe_run(plan.run, shown)
+    lines = describe_run(plan.run, world_size or plan.run.ranks or (1 if plan.run.device == "cpu"
+                                                                    else devices) or 1)
     if plan.origin:
         lines.insert(1, ("from", f"{plan.origin.run_dir} at step {plan.origin.step:,}"))
     width = max(len(name) for name, _ in lines)
@@ -102,14 +111,10 @@ def check(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def generate(args: argparse.Namespace) -> int:
-    """Text from a checkpoint. The one command here that computes, so it brings torch in."""
-    return import_module("officina.trainer.generate").main(args)
-
-
 def data(args: argparse.Namespace) -> int:
     """`args.run` is the function that the chosen data command set."""
-    return args.run(args)
+    status: int = args.run(args)
+    return status
 
 
 def report(args: argparse.Namespace) -> int:

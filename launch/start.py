@@ -1,4 +1,5 @@
-"""What happens before the ranks: words become a run, the run is judged, and its directory is made ready. Torch-free."""
+"""What happens before the ranks: words become a run, the run is judged, and its directory is made ready.
+Torch-free."""
 
 import os
 import re
@@ -66,7 +67,7 @@ class Plan:
         return self
 
 
-# ---- planning ------------------------------------------------------------------------------------------------------
+# ---- planning ----------------------------------------------------------------------------------------------
 def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, devices: int | None = None,
                force: bool = False) -> Plan:
     """A new run from the words; `from=RUN@STEP` among them makes it a branch of RUN."""
@@ -77,7 +78,8 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
         found = _all_problems(composed, world_size, devices)
         return Plan(composed.run, runs_dir / composed.run.name, "start", words, composed.defaults, found, [])
     if len(origins) > 1:
-        raise ConfigError([Problem("from", " ".join(origins), "names more than one run", f"from={origins[0]}")])
+        raise ConfigError([Problem("from", " ".join(origins), "names more than one run",
+                                   f"from={origins[0]}")])
     origin = _read_origin(origins[0])
     own_words = [word for word in words if not word.startswith("from=")]
     plan = _go_on(origin, own_words, world_size=world_size, devices=devices, force=force, branch=True)
@@ -89,7 +91,8 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
 def plan_resume(run_dir: Path, words: Sequence[str], *, world_size: int | None, devices: int | None = None,
                 force: bool = False) -> Plan:
     """The run in `run_dir`, gone on with from its newest checkpoint, with the words applied."""
-    return _go_on(_read_origin(str(run_dir), exact=True), words, world_size=world_size, devices=devices, force=force,
+    return _go_on(_read_origin(str(run_dir), exact=True), words, world_size=world_size, devices=devices,
+                  force=force,
                   branch=False)
 
 
@@ -97,7 +100,8 @@ def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devi
            branch: bool) -> Plan:
     composed = recompose(origin.run, words)
     found = _all_problems(composed, world_size, devices)
-    against = resume_problems(origin.run, composed.run, step=origin.step, position=origin.position, force=force, branch=branch)
+    against = resume_problems(origin.run, composed.run, step=origin.step, position=origin.position,
+                              force=force, branch=branch)
     reported = {problem.key for problem in found}
     found += [problem for problem in against if problem.key not in reported]
     named = {match[1] for word in words if (match := re.match(r"\+*data\.sources\.([^.=]+)", word))}
@@ -110,7 +114,8 @@ def _all_problems(composed: Composed, world_size: int | None, devices: int | Non
     """Faults of typing first; then of rules between keys, unless a key in them was already found wrong."""
     reported = {problem.key for problem in composed.problems}
     ruled = problems(composed.run, world_size, devices=devices)
-    return composed.problems + [p for p in ruled if not any(p.key == key or p.key.startswith(f"{key}.") for key in reported)]
+    return composed.problems + [p for p in ruled if not any(p.key == key or p.key.startswith(f"{key}.")
+                                                            for key in reported)]
 
 
 def _read_origin(text: str, exact: bool = False) -> Origin:
@@ -120,12 +125,14 @@ def _read_origin(text: str, exact: bool = False) -> Origin:
     step = step if folder else ""
     run = load_config(run_dir / CONFIG)
     if step and not step.isdigit():
-        raise ConfigError([Problem("from", text, "STEP must be a number", f"from={run_dir}@{(_steps(run_dir) or [100])[-1]}")])
+        raise ConfigError([Problem("from", text, "STEP must be a number",
+                                   f"from={run_dir}@{(_steps(run_dir) or [100])[-1]}")])
     there = _steps(run_dir)
     if step and int(step) not in there:
         known = ", ".join(map(str, there)) or "none"
         raise CheckpointError(f"{run_dir} has no whole checkpoint of step {int(step)}; there are: {known}. "
-                              + (f"Try: from={run_dir}@{there[-1]}" if there else f"Try: officina resume {run_dir}"))
+                              + (f"Try: from={run_dir}@{there[-1]}" if there else f"Try: officina resume "
+                                 f"{run_dir}"))
     if not there:
         return Origin(run_dir, run, 0, 0)
     chosen = int(step) if step else there[-1]
@@ -141,11 +148,13 @@ def _steps(run_dir: Path) -> list[int]:
     return sorted(info.step for info in list_checkpoints(run_dir) if info.status == "complete")
 
 
-# ---- the run directory ---------------------------------------------------------------------------------------------
-def refuse_existing(plan: Plan, runs_dir: Path) -> None:
-    """A new run must not be written over another. A directory without a checkpoint holds nothing worth keeping."""
+# ---- the run directory -------------------------------------------------------------------------------------
+def refuse_existing(plan: Plan) -> None:
+    """A new run must not be written over another. A directory without a checkpoint holds nothing worth
+    keeping."""
     if plan.action == "resume" or not any(checkpoints_dir(plan.run_dir).glob("step-*")):
         return
+    runs_dir = plan.run_dir.parent
     free = next(name for i in range(2, 10_000) if not (runs_dir / (name := f"{plan.run.name}-{i}")).exists())
     raise ConfigError([Problem("name", plan.run.name, f"{plan.run_dir} is a run with checkpoints",
                                f"name={free}, or go on with it: officina resume {plan.run_dir}")])
@@ -163,7 +172,8 @@ def write_start(plan: Plan, world_size: int | None) -> None:
         about = describe(modules=modules)
         append_history(plan.run_dir, Start(
             run_id=read_run_id(plan.origin.run_dir if plan.origin else plan.run_dir) or new_run_id(),
-            action=plan.action, words=plan.words, step=plan.origin.step if plan.origin else 0, world_size=world_size,
+            action=plan.action, words=plan.words, step=plan.origin.step if plan.origin else 0,
+            world_size=world_size,
             engine=_engine_name(plan.run), commit=about["code"]["officina"]["commit"],
             diff=keep_diff(plan.run_dir, code_diff(modules)),
             versions={"officina": about["officina"], "python": about["python"], **about["packages"]},
@@ -171,7 +181,8 @@ def write_start(plan: Plan, world_size: int | None) -> None:
             origin=_origin_record(plan) if plan.action == "branch" else None))
         save_config(plan.run, plan.run_dir / CONFIG)
     except OSError as error:
-        raise LaunchError(f"{error.filename or plan.run_dir}: {error.strerror}, so the run directory cannot be made. "
+        raise LaunchError(f"{error.filename or plan.run_dir}: {error.strerror}, so the run directory cannot "
+                          "be made. "
                           "Choose another place: --runs-dir DIR") from error
 
 
@@ -182,7 +193,8 @@ def _clear(run_dir: Path) -> None:
 
 
 def _origin_record(plan: Plan) -> dict[str, object]:
-    return {"name": plan.origin.run.name, "run_id": read_run_id(plan.origin.run_dir), "step": plan.origin.step,
+    return {"name": plan.origin.run.name, "run_id": read_run_id(plan.origin.run_dir),
+            "step": plan.origin.step,
             "starts": len(read_history(plan.origin.run_dir))}
 
 
@@ -193,7 +205,8 @@ def _engine_name(run: RunConfig) -> str:
 def _lend_checkpoint(origin: Origin, run_dir: Path) -> None:
     """Give the branch the checkpoint it starts from: hard links where the file system can, else copies.
 
-    So a branch stands on its own: its origin may be moved or removed. Files of a checkpoint are never written again.
+    So a branch stands on its own: its origin may be moved or removed. Files of a checkpoint are never
+    written again.
     """
     if not origin.step:
         return
@@ -218,7 +231,8 @@ def wait_for_start(plan: Plan, wait_s: float = _WAIT_FOR_RANK_0_S) -> None:
         if path.is_file() and path.read_text(encoding="utf-8") == wanted:
             return
     found = "holds another run than this rank composed" if path.is_file() else "has not appeared"
-    raise LaunchError(f"{path} {found} after {wait_s:.0f} s. All ranks must see the same directory, words and files of "
+    raise LaunchError(f"{path} {found} after {wait_s:.0f} s. All ranks must see the same directory, words "
+                      "and files of "
                       f"~/.config/officina; check that {plan.run_dir.parent} is on a shared file system")
 
 
@@ -234,12 +248,15 @@ def describe_run(run: RunConfig, world_size: int | None) -> list[tuple[str, str]
     n = world_size or 1
     batch, rows = run.batch, run.batch.rows
     lines = [("run", f"{run.name}, seed {run.seed}"),
-             ("ranks", f"{world_size if world_size else 'as the launcher starts'}, engine {_engine_name(run)}, "
+             ("ranks", f"{world_size if world_size else 'as the launcher starts'}, engine "
+              f"{_engine_name(run)}, "
                        f"precision {run.precision}"),
              ("model", _model_line(run)),
-             ("data", ", ".join(f"{name} ({source.path}) x {source.weight:g}" for name, source in run.data.sources.items())),
+             ("data", ", ".join(f"{name} ({source.path}) x {source.weight:g}" for name,
+                                source in run.data.sources.items())),
              ("batch", f"{batch.global_tokens:,} tokens a step = {rows:,} rows x {batch.seq_len:,}, in "
-                       f"{batch.micro_steps(n)} micro-batch{'es' if batch.micro_steps(n) > 1 else ''} of up to "
+                       f"{batch.micro_steps(n)} micro-batch{'es' if batch.micro_steps(n) > 1 else ''} of up "
+              "to "
                        f"{batch.micro_rows} rows a rank"),
              ("length", f"{run.steps:,} steps = {run.steps * batch.global_tokens:,} tokens"),
              ("rate", f"{run.optim.kind}, lr {run.optim.lr:g}, {run.lr_schedule.kind} schedule with "
@@ -253,7 +270,8 @@ def _model_line(run: RunConfig) -> str:
     from officina.trainer.model.flops import parameter_count
 
     counts = parameter_count(run.model)
-    return f"{_human(counts.total)} parameters ({counts.total:,}), {run.model.n_layers} layers x {run.model.d_model}"
+    shape = f"{run.model.n_layers} layers x {run.model.d_model}"
+    return f"{_human(counts.total)} parameters ({counts.total:,}), {shape}"
 
 
 def _human(number: float) -> str:

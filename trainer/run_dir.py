@@ -1,8 +1,11 @@
-"""The run directory: its files' names, the strict reading and writing of config.yaml, and the history of its starts.
+"""The run directory: its files' names, the strict reading and writing of config.yaml, and the history of its
+starts.
 
     RUN/config.yaml        the resolved RunConfig, every key written out: all that a rank reads
-    RUN/history.jsonl      one JSON object a start: what was asked for, what changed, with which code and packages
-    RUN/environment.json   packages and machine of the newest start; code.diff its uncommitted code (trainer/environment.py)
+    RUN/history.jsonl      one JSON object a start: what was asked for, what changed, with which code and
+    packages
+    RUN/environment.json   packages and machine of the newest start; code.diff its uncommitted code
+    (trainer/environment.py)
     RUN/code/*.diff        uncommitted code of every start, named by its hash; history.jsonl says which
     RUN/metrics.jsonl, ledger.jsonl, checkpoints/, logs/, report.html, report.json, tensorboard/
 
@@ -24,7 +27,7 @@ from officina.trainer.config import RunConfig
 from officina.trainer.errors import ConfigError, OfficinaError
 from officina.trainer.schema import dump_run, read_run
 
-CONFIG, HISTORY, CODE = "config.yaml", "history.jsonl", "code"
+CONFIG, HISTORY, CODE, CHECKPOINTS = "config.yaml", "history.jsonl", "code", "checkpoints"
 
 _HEAD = """\
 # The whole run, every key written out. Ranks read only this file. To change it: officina resume RUN key=value
@@ -32,7 +35,8 @@ _HEAD = """\
 
 
 class _Dumper(yaml.SafeDumper):
-    """Floats as Python writes them with a dot, so that every YAML reader sees a number (1e-05 is text in YAML 1.1)."""
+    """Floats as Python writes them with a dot, so that every YAML reader sees a number (1e-05 is text in
+    YAML 1.1)."""
 
 
 def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
@@ -45,9 +49,10 @@ def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
 _Dumper.add_representer(float, _float)
 
 
-# ---- config.yaml ---------------------------------------------------------------------------------------------------
+# ---- config.yaml -------------------------------------------------------------------------------------------
 def config_text(run: RunConfig) -> str:
-    """config.yaml's content: a pure function of the run, so that ranks can tell whether they mean the same one."""
+    """config.yaml's content: a pure function of the run, so that ranks can tell whether they mean the same
+    one."""
     return _HEAD + yaml.dump(dump_run(run), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -59,7 +64,8 @@ def save_config(run: RunConfig, path: Path) -> None:
 def load_config(path: Path) -> RunConfig:
     """The run in `path` (config.yaml, or the run directory that holds it).
 
-    Unknown keys and wrong values raise ConfigError; keys that are missing (written by an older officina) take defaults.
+    Unknown keys and wrong values raise ConfigError; keys that are missing (written by an older officina)
+    take defaults.
     A missing or unreadable file raises OfficinaError.
     """
     path = _config_path(path)
@@ -70,10 +76,12 @@ def load_config(path: Path) -> RunConfig:
                             "Start a run with `officina train`, or list yours with `ls runs`.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OfficinaError(f"{path} cannot be read: {' '.join(str(error).split())}. "
-                            "Restore the file; history.jsonl beside it holds the words the run was started with.") from error
+                            "Restore the file; history.jsonl beside it holds the words the run was started "
+                            "with.") from error
     if not isinstance(values, dict):
         raise OfficinaError(f"{path} holds no run, but {str(values)[:40]!r}. "
-                            "Restore the file; history.jsonl beside it holds the words the run was started with.")
+                            "Restore the file; history.jsonl beside it holds the words the run was started "
+                            "with.")
     run, problems = read_run(values)
     if problems:
         raise ConfigError(problems, source=str(path))
@@ -84,13 +92,14 @@ def _config_path(path: Path) -> Path:
     return Path(path) / CONFIG if Path(path).is_dir() else Path(path)
 
 
-# ---- history -------------------------------------------------------------------------------------------------------
+# ---- history -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """One start of a run: a line of history.jsonl."""
 
     run_id: str
-    """The same for all starts of a run and for its branches; checkpoints carry it, and it moves with the directory."""
+    """The same for all starts of a run and for its branches; checkpoints carry it, and it moves with the
+    directory."""
     action: str
     """`start`, `resume` or `branch`."""
     words: Sequence[str]
@@ -115,7 +124,8 @@ class Start:
 
 
 def keep_diff(run_dir: Path, diff: str) -> str | None:
-    """Store uncommitted changes of the code under their hash; the file's name below the run directory, None if there are none."""
+    """Store uncommitted changes of the code under their hash; the file's name below the run directory, None
+    if there are none."""
     if not diff:
         return None
     name = f"{CODE}/{hashlib.sha256(diff.encode()).hexdigest()[:12]}.diff"
@@ -135,7 +145,8 @@ def append_history(run_dir: Path, start: Start) -> None:
     path = Path(run_dir) / HISTORY
     broken_tail = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
     with open(path, "a", encoding="utf-8") as file:
-        file.write(("\n" if broken_tail else "") + json.dumps({"time": line.pop("time"), **line}, default=str) + "\n")
+        file.write(("\n" if broken_tail else "") + json.dumps({"time": line.pop("time"), **line},
+                                                              default=str) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -156,6 +167,13 @@ def read_history(run_dir: Path) -> list[dict[str, object]]:
 def read_run_id(run_dir: Path) -> str:
     """The run's id from its history; empty for a directory that no `officina train` made."""
     return next((str(start["run_id"]) for start in read_history(run_dir) if start.get("run_id")), "")
+
+
+def committed_steps(run_dir: Path) -> list[int]:
+    """Steps whose checkpoint has its commit file, oldest first. Whether the data is whole is found when it
+    is read."""
+    found = (Path(run_dir) / CHECKPOINTS).glob("step-*/COMMIT")
+    return sorted(int(path.parent.name[5:]) for path in found if path.parent.name[5:].isdigit())
 
 
 def _write_whole(path: Path, text: str) -> None:
