@@ -16,7 +16,15 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from officina.trainer.errors import LaunchError
-from officina.trainer.rank_env import LONE, LOOPBACK, RankEnv, is_loopback, port_of, read_rank_env, resolve_ipv4
+from officina.trainer.rank_env import (
+    LONE,
+    LOOPBACK,
+    RankEnv,
+    is_loopback,
+    port_of,
+    read_rank_env,
+    resolve_ipv4,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["LONE", "RankEnv", "Ranks", "read_rank_env", "start_ranks", "stop_ranks"]
 
 COLLECTIVE_TIMEOUT_S = 1800.0
-"""After this long in one collective a rank gives up: longer than any save of one rank that others wait for."""
+"""A rank gives up after this long in one collective: longer than any save of one rank that others wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +113,10 @@ class Ranks:
 
 
 def start_ranks(env: RankEnv, *, device: str = "auto", threads: int = 0, timeout_s: float = 300.0) -> Ranks:
-    """Meet the other ranks. Sets this process's device, CPU threads, and RANK, MASTER_ADDR and so on for libraries.
+    """Meet the other ranks. Sets this process's device, CPU threads, and for libraries RANK, MASTER_ADDR and so on.
 
-    device: `auto`, `cpu` or `cuda`. threads: CPU threads of this rank; 0 = its fair share of the cores it may run on.
-    timeout_s: how long to wait for the others. Raises LaunchError, naming address, port and the ranks that did not come.
+    device: `auto`, `cpu` or `cuda`. threads: CPU threads of this rank; 0 = its fair share of the cores it may use.
+    timeout_s: how long to wait for the others. Raises LaunchError with address, port and the ranks that did not come.
     """
     import torch
 
@@ -116,17 +124,20 @@ def start_ranks(env: RankEnv, *, device: str = "auto", threads: int = 0, timeout
     chosen = _pick_device(env, device)
     env = _locate(env)
     os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.local_rank), WORLD_SIZE=str(env.world_size),
-                      LOCAL_WORLD_SIZE=str(env.local_world_size), MASTER_ADDR=env.master_addr, MASTER_PORT=str(env.master_port))
+                      LOCAL_WORLD_SIZE=str(env.local_world_size), MASTER_ADDR=env.master_addr,
+                      MASTER_PORT=str(env.master_port))
     if env.world_size > 1:
-        store = _open_store(env, end)
-        _meet(store, env, end)
+        store = _open_store(env, end, timeout_s)
+        _meet(store, env, end, timeout_s)
         _choose_interface(env)
         try:
             _init_group(env, chosen, torch.distributed.PrefixStore("officina/group", store))
         except RuntimeError as error:
-            raise LaunchError(f"rank {env.rank} on {socket.gethostname()} met the others at {_where(env)}, but could not "
-                              f"connect to them over {os.environ.get('GLOO_SOCKET_IFNAME', 'the default interface')}: {error}. "
-                              "Set GLOO_SOCKET_IFNAME to the interface of the cluster's network (ip -4 addr)") from error
+            interface = os.environ.get("GLOO_SOCKET_IFNAME", "the default interface")
+            raise LaunchError(
+                f"rank {env.rank} on {socket.gethostname()} met the others at {_where(env)}, but could not connect to "
+                f"them over {interface}: {error}. Set GLOO_SOCKET_IFNAME to the interface of the cluster's network, "
+                "as ip -4 addr shows it") from error
     ranks = Ranks(env, chosen)
     n_threads = _agree_on_hosts(ranks, threads)
     torch.set_num_threads(n_threads)
@@ -149,41 +160,42 @@ def _init_group(env: RankEnv, device: torch.device, store: Store) -> None:
                                          timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
 
 
-# ---- device and threads --------------------------------------------------------------------------------------------
+# ---- device and threads ---------------------------------------------------------------------------------------
 def _pick_device(env: RankEnv, device: str) -> torch.device:
     import torch
 
-    n_visible = torch.cuda.device_count() if device != "cpu" else 0
+    host, n_visible = socket.gethostname(), torch.cuda.device_count() if device != "cpu" else 0
     if device == "cpu" or (device == "auto" and n_visible == 0):
         return torch.device("cpu")
     if n_visible == 0:
-        raise LaunchError(f"device=cuda: rank {env.rank} on {socket.gethostname()} sees no GPU with torch {torch.__version__}. "
+        raise LaunchError(f"device=cuda: rank {env.rank} on {host} sees no GPU with torch {torch.__version__}. "
                           "Ask the job for GPUs, install a torch for this GPU, or use device=cpu")
-    # One visible GPU among several local ranks: the launcher gave each its own. `_agree_on_hosts` checks it.
+    # One visible GPU among several local ranks: the launcher gave each its own. `_refuse_bad_devices` checks it.
     index = 0 if n_visible == 1 else env.local_rank
     if index >= n_visible:
-        raise LaunchError(f"local rank {env.local_rank} on {socket.gethostname()} has no GPU: {env.local_world_size} ranks, "
+        raise LaunchError(f"local rank {env.local_rank} on {host} has no GPU: {env.local_world_size} ranks, "
                           f"{n_visible} GPUs visible. Start {n_visible} ranks per host, or use device=cpu")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def _agree_on_hosts(ranks: Ranks, threads: int) -> int:
-    """Compare host, device and cores of all ranks: refuses two ranks on one GPU; returns CPU threads for this rank."""
+    """Compare host, device and cores of all ranks: refuses two on one GPU; returns CPU threads for this rank."""
     import torch
 
+    host = socket.gethostname()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     gpu = str(torch.cuda.get_device_properties(ranks.device).uuid) if ranks.device.type == "cuda" else ""
-    everyone = [json.loads(t) for t in ranks.gather_text(json.dumps([socket.gethostname(), ranks.device.type, gpu, cores]))]
+    mine = json.dumps([host, ranks.device.type, gpu, cores])
+    everyone = [json.loads(text) for text in ranks.gather_text(mine)]
     _refuse_bad_devices(everyone)
-    return threads or _fair_threads(cores, [e[3] for e in everyone if e[0] == socket.gethostname()])
+    return threads or _fair_threads(cores, [other[3] for other in everyone if other[0] == host])
 
 
 def _refuse_bad_devices(everyone: list[list]) -> None:
     """everyone: [host, device type, GPU uuid, cores] per rank."""
-    kinds = {kind for _, kind, _, _ in everyone}
-    if len(kinds) > 1:
-        on_cpu = next(r for r, e in enumerate(everyone) if e[1] == "cpu")
+    if len({kind for _, kind, _, _ in everyone}) > 1:
+        on_cpu = next(rank for rank, other in enumerate(everyone) if other[1] == "cpu")
         raise LaunchError(f"rank {on_cpu} on {everyone[on_cpu][0]} sees no GPU, others do. "
                           "Ask for GPUs on every node, or use device=cpu")
     holder: dict[tuple[str, str], int] = {}
@@ -194,7 +206,7 @@ def _refuse_bad_devices(everyone: list[list]) -> None:
 
 
 def _fair_threads(cores: list[int], cores_of_local_ranks: list[list[int]]) -> int:
-    """This rank's share of its cores: a core that k ranks may use counts 1/k. Hardware threads of one core count once."""
+    """This rank's share of its cores: one that k ranks may use counts 1/k. A core's hardware threads count once."""
     import psutil
 
     share = sum(1 / max(sum(core in other for other in cores_of_local_ranks), 1) for core in cores)
@@ -202,7 +214,7 @@ def _fair_threads(cores: list[int], cores_of_local_ranks: list[list[int]]) -> in
     return max(1, int(share / threads_per_core + 1e-6))
 
 
-# ---- meeting -------------------------------------------------------------------------------------------------------
+# ---- meeting --------------------------------------------------------------------------------------------------
 def _where(env: RankEnv) -> str:
     return f"{env.master_addr}:{env.master_port}"
 
@@ -210,97 +222,116 @@ def _where(env: RankEnv) -> str:
 def _locate(env: RankEnv) -> RankEnv:
     """The same rank, with rank 0's IPv4 address and port known."""
     if env.world_size == 1:
-        return dataclasses.replace(env, master_addr=LOOPBACK, master_port=env.master_port or port_of(str(os.getpid())))
+        port = env.master_port or port_of(str(os.getpid()))
+        return dataclasses.replace(env, master_addr=LOOPBACK, master_port=port)
     if not env.master_addr:
         return _locate_by_mpi(env)
     address = resolve_ipv4(env.master_addr)
     if is_loopback(address) and not is_loopback(env.master_addr) and env.n_hosts > 1 and env.rank != 0:
-        raise LaunchError(f"{socket.gethostname()} takes {env.master_addr} for itself ({address}, see /etc/hosts), but rank 0 may "
-                          f"be on another of {env.n_hosts} hosts. Set MASTER_ADDR to the address of the first node's network")
+        raise LaunchError(
+            f"{socket.gethostname()} takes {env.master_addr} for itself ({address}, see /etc/hosts), but rank 0 may be on "
+            f"another of {env.n_hosts} hosts. Set MASTER_ADDR to the first node's address in the cluster's network")
     return dataclasses.replace(env, master_addr=address)
 
 
 def _locate_by_mpi(env: RankEnv) -> RankEnv:
-    """Rank 0's name and a free port of its host, told to all over MPI: mpirun on several hosts says neither."""
+    """Rank 0's address and a free port of its host, told to all over MPI: mpirun on several hosts says neither."""
     try:
         from mpi4py import MPI
-    except ImportError as error:
-        raise LaunchError(f"mpirun started {env.world_size} ranks on several hosts and does not say where rank 0 is "
-                          f"({error}). Install mpi4py (pip install 'officina[mpi]'), or pass the address of the first host: "
-                          "mpirun -x MASTER_ADDR=$(hostname) ...") from None
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
+        raise LaunchError(
+            f"mpirun started {env.world_size} ranks on several hosts and does not say where rank 0 is ({error}). Install "
+            "mpi4py (pip install 'officina[mpi]'), or pass the address of the first host: "
+            "mpirun -x MASTER_ADDR=$(hostname) ...") from None
     mine = None
     if env.rank == 0:
         with socket.socket() as probe:
             probe.bind(("", 0))
             mine = (socket.gethostname(), probe.getsockname()[1])
-    hosts = MPI.COMM_WORLD.allgather(socket.gethostname())
+    n_hosts = len(set(MPI.COMM_WORLD.allgather(socket.gethostname())))
     name, port = MPI.COMM_WORLD.bcast(mine, root=0)
-    n_hosts = len(set(hosts))
     address = LOOPBACK if n_hosts == 1 else resolve_ipv4(name)
     return dataclasses.replace(env, master_addr=address, master_port=port, n_hosts=n_hosts)
 
 
-def _open_store(env: RankEnv, end: float) -> Store:
+def _open_store(env: RankEnv, end: float, timeout_s: float) -> Store:
     """The key-value store in which the ranks meet: rank 0 (or torchrun's agent) serves it, the others connect."""
     import torch
 
-    remaining = timedelta(seconds=max(end - time.monotonic(), 0.1))
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.launcher == "torchrun"
-    serves = env.rank == 0 and not agent
+    host, remaining = socket.gethostname(), timedelta(seconds=max(end - time.monotonic(), 0.1))
+    by_agent = env.launcher == "torchrun" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = env.rank == 0 and not by_agent
     listen_fd = int(os.environ["OFFICINA_LISTEN_FD"]) if serves and env.launcher == "officina" else None
     try:
-        store = torch.distributed.TCPStore(env.master_addr, env.master_port, is_master=serves, wait_for_workers=False,
-                                           timeout=remaining, master_listen_fd=listen_fd)
+        store = torch.distributed.TCPStore(
+            env.master_addr, env.master_port, is_master=serves, wait_for_workers=False, timeout=remaining,
+            master_listen_fd=listen_fd)
     except torch.distributed.DistError as error:
         if serves:
-            raise LaunchError(f"rank 0 on {socket.gethostname()} cannot listen on port {env.master_port}: {error}. If another "
-                              f"program has it, choose one for all ranks: export MASTER_PORT={port_of(str(time.time()))}") from error
+            raise LaunchError(
+                f"rank 0 on {host} cannot listen on port {env.master_port}: {error}. If another program has it, choose "
+                f"one for all ranks: export MASTER_PORT={port_of(str(time.time()))}") from error
         raise LaunchError(
-            f"rank {env.rank} on {socket.gethostname()} could not reach rank 0 at {_where(env)}. Either rank 0 "
-            "never started (its log says why), or this address is not its own: set MASTER_ADDR to the IPv4 address of the "
-            "first node that the others reach (ip -4 addr)") from error
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if env.launcher == "torchrun" else "0"
-    return torch.distributed.PrefixStore(f"officina/start-{restarts}", store)
+            f"rank {env.rank} on {host} could not reach rank 0 at {_where(env)} within {timeout_s:g} s. Either rank 0 "
+            "never started (its log says why), or this address is not its own: set MASTER_ADDR to the first node's IPv4 "
+            "address in the network that all nodes share, as ip -4 addr shows it there") from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if env.launcher == "torchrun" else "0"
+    return torch.distributed.PrefixStore(f"officina/start-{attempt}", store)
 
 
-def _meet(store: Store, env: RankEnv, end: float) -> None:
-    """Return when all ranks are in the store; on timeout every rank that came raises a LaunchError naming those missing."""
+def _meet(store: Store, env: RankEnv, end: float, timeout_s: float) -> None:
+    """Return when all ranks are in the store; after the time every rank that came raises, naming those missing."""
     import torch
 
     try:
-        store.set(f"here/{env.rank}", socket.gethostname())
-        n_here = store.add("n_here", 1)
-        if env.rank == 0:
-            while n_here < env.world_size and time.monotonic() < end:
-                time.sleep(0.01)
-                n_here = store.add("n_here", 0)
-            missing = [r for r in range(env.world_size) if n_here < env.world_size and not store.check([f"here/{r}"])]
-            store.set("missing", json.dumps(missing))
-            while missing and store.add("n_told", 0) < n_here - 1 and time.monotonic() < end + 2:
-                time.sleep(0.01)  # the others read it before the store goes with this process
-        else:
-            store.set_timeout(timedelta(seconds=max(end - time.monotonic(), 0) + 5))
-            missing = json.loads(store.get("missing"))
-            store.add("n_told", 1)
+        missing = _wait_for_all(store, env, end) if env.rank == 0 else _ask_rank_0(store, env, end)
     except torch.distributed.DistError as error:
-        raise LaunchError(f"rank {env.rank} on {socket.gethostname()} lost rank 0 at {_where(env)} while it waited for the other "
-                          f"ranks to start ({str(error).splitlines()[0]}). Rank 0's log says why") from error
+        raise LaunchError(
+            f"rank {env.rank} on {socket.gethostname()} lost rank 0 at {_where(env)} while it waited for the other ranks "
+            f"to start ({str(error).splitlines()[0]}). Rank 0's log says why") from error
     if missing:
         shown = ", ".join(map(str, missing[:16])) + (f" and {len(missing) - 16} more" if len(missing) > 16 else "")
-        raise LaunchError(f"{env.world_size - len(missing)} of {env.world_size} ranks met at {_where(env)}; missing after the "
-                          f"time limit: rank {shown}. Their logs say why; if they are empty, these ranks never started or "
-                          "cannot reach this address")
+        raise LaunchError(
+            f"{env.world_size - len(missing)} of {env.world_size} ranks met at {_where(env)}; missing after "
+            f"{timeout_s:g} s: {'rank' if len(missing) == 1 else 'ranks'} {shown}. Their logs say why; if these are empty, "
+            "the ranks never started or cannot reach this address")
+
+
+def _wait_for_all(store: Store, env: RankEnv, end: float) -> list[int]:
+    """On rank 0: the ranks that did not come."""
+    store.set("here/0", "")
+    n_here = store.add("n_here", 1)
+    while n_here < env.world_size and time.monotonic() < end:
+        time.sleep(0.01)
+        n_here = store.add("n_here", 0)
+    missing = []
+    if n_here < env.world_size:
+        missing = [rank for rank in range(env.world_size) if not store.check([f"here/{rank}"])]
+    store.set("missing", json.dumps(missing))
+    while missing and store.add("n_told", 0) < n_here - 1 and time.monotonic() < end + 2:
+        time.sleep(0.01)  # the others must read it before the store goes with this process
+    return missing
+
+
+def _ask_rank_0(store: Store, env: RankEnv, end: float) -> list[int]:
+    """On the others: what rank 0 found."""
+    store.set(f"here/{env.rank}", "")
+    store.add("n_here", 1)
+    store.set_timeout(timedelta(seconds=max(end - time.monotonic(), 0) + 5))
+    missing = json.loads(store.get("missing"))
+    store.add("n_told", 1)
+    return missing
 
 
 def _choose_interface(env: RankEnv) -> None:
-    """Tell gloo the interface that leads to rank 0. Its own choice follows the host's name, which often is 127.0.1.1 or
-    cannot be resolved at all; on one host loopback is always right."""
+    """Tell gloo the interface that leads to rank 0. Its own choice follows the host's name, which often is 127.0.1.1
+    or cannot be resolved at all; on one host loopback is always right."""
     if env.n_hosts != 1 and os.environ.get("GLOO_SOCKET_IFNAME"):
         return
     import psutil
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((LOOPBACK if env.n_hosts == 1 else env.master_addr, env.master_port or 9))  # sends nothing
+        probe.connect((LOOPBACK if env.n_hosts == 1 else env.master_addr, env.master_port))  # sends nothing
         own = probe.getsockname()[0]
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.family == socket.AF_INET and a.address == own for a in addresses):

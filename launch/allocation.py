@@ -1,0 +1,112 @@
+"""Where this command runs: a lone machine, a login node, on or beside the nodes of a Slurm allocation."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from officina.launch.devices import visible_devices
+from officina.trainer.errors import LaunchError
+from officina.trainer.slurm_env import ProcessFacts, expand_counts, expand_hosts, process_facts
+
+_SLURM_CONFS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf", "/opt/slurm/etc/slurm.conf")
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """The Slurm job around this command."""
+
+    job: str
+    hosts: tuple[str, ...]
+    here: bool
+    """Does this command run on one of its nodes? An salloc shell may stand on the login node."""
+    cpus_per_node: int
+    """Of the smallest node; 0 = not known."""
+
+
+def find_allocation(environ: Mapping[str, str], facts: ProcessFacts | None = None) -> Allocation | None:
+    """The allocation that this process may use, None outside of one. `facts`: by default those of this process."""
+    facts = facts or process_facts()
+    job = environ.get("SLURM_JOB_ID", "")
+    hosts = tuple(expand_hosts(environ.get("SLURM_JOB_NODELIST", "")))
+    if not job or not hosts:
+        return None
+    if facts.step is None:  # the process tree is hidden: believe the variables
+        here = "SLURMD_NODENAME" in environ
+    else:
+        here = facts.step.split(".")[0] == job
+    here = here or socket.gethostname().split(".")[0] in {host.split(".")[0] for host in hosts}
+    cpus = expand_counts(environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    return Allocation(job, hosts, here, min(cpus, default=0))
+
+
+def on_login_node(environ: Mapping[str, str], confs: tuple[str, ...] = _SLURM_CONFS) -> bool:
+    """Is this a machine that submits to Slurm? It has sbatch, and knows a cluster: by a file, or by asking scontrol.
+
+    A workstation with Slurm's programs but no cluster is none. Asked only outside an allocation.
+    """
+    if shutil.which("sbatch", path=environ.get("PATH")) is None:
+        return False
+    if any(Path(conf).is_file() for conf in (environ.get("SLURM_CONF", ""), *confs) if conf):
+        return True
+    try:  # clusters without a file on the client ("configless") answer by DNS
+        asked = subprocess.run(["scontrol", "ping"], env=dict(environ), capture_output=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return asked.returncode == 0
+
+
+def refuse_login_node(words: str = "officina train ...") -> LaunchError:
+    """The error for ranks that nobody asked for on a login node."""
+    return LaunchError(
+        f"{socket.gethostname()} is a login node of a Slurm cluster, and no ranks are started there unasked. Either submit:\n"
+        "  officina submit site=NAME nodes=1 ...\n"
+        "or take a node and start there:\n"
+        f"  salloc --nodes=1 --time=1:00:00 --gpus-per-node=1 --account=PROJECT {words}\n"
+        "or, for a few CPU ranks on this very machine, say how many: ranks=2")
+
+
+def gpus_per_node(environ: Mapping[str, str], allocation: Allocation) -> int:
+    """GPUs the allocation has on each node: as seen here, or as Slurm tells of nodes that are elsewhere."""
+    if allocation.here:
+        return visible_devices(environ)
+    given = environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_GPUS_PER_NODE") or ""
+    if match := re.search(r"([0-9]+)$", given.split("(")[0]):
+        return int(match[1])
+    try:
+        shown = subprocess.run(["scontrol", "show", "job", "-o", allocation.job], env=dict(environ), capture_output=True,
+                               text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    found = re.search(r"gres/gpu(?::[^=,]+)?=([0-9]+)", shown)
+    return int(found[1]) // len(allocation.hosts) if found else 0
+
+
+def srun_words(allocation: Allocation, ranks_per_node: int, program: list[str]) -> list[str]:
+    """The command of one step over the whole allocation, one task per rank.
+
+    --overlap: the shell that asks may be a step that holds all of the job (srun --pty). --cpus-per-task: srun gives each
+    task one core otherwise, whatever sbatch was asked for. --kill-on-bad-exit and --wait: a dead rank ends the step.
+    """
+    n_hosts = len(allocation.hosts)
+    return ["srun", f"--jobid={allocation.job}", f"--nodes={n_hosts}", f"--ntasks={n_hosts * ranks_per_node}",
+            f"--ntasks-per-node={ranks_per_node}", f"--cpus-per-task={max(allocation.cpus_per_node // ranks_per_node, 1)}",
+            "--overlap", "--mpi=none", "--kill-on-bad-exit=1", "--wait=60", "--unbuffered", *program]
+
+
+def step_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` without what describes the step or the wishes of the job we are in: srun would read them as options."""
+    dropped = re.compile(r"SLURM_(STEP|PTY|NTASKS|NPROCS|TASKS_PER_NODE|CPUS_PER_TASK|DISTRIBUTION|GTIDS|CPU_BIND|PROCID|LOCALID|"
+                         r"NODEID|TASK_PID|MEM_PER|TRES_PER_TASK|GPUS_PER_TASK|NTASKS_PER)")
+    kept = {name: value for name, value in environ.items() if not dropped.match(name)}
+    return kept | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def trainer_program(run_dir: Path) -> list[str]:
+    """The words that start one rank."""
+    return [sys.executable, "-m", "officina.trainer", os.fspath(run_dir)]

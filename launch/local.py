@@ -1,0 +1,255 @@
+"""Start a run's ranks: on this machine, or as one srun step over the allocation; take them all down together."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from officina.launch.allocation import (
+    find_allocation,
+    gpus_per_node,
+    on_login_node,
+    refuse_login_node,
+    srun_words,
+    step_environ,
+    trainer_program,
+)
+from officina.launch.devices import visible_devices
+from officina.launch.postmortem import Ended, explain, name_signal, oom_kills
+from officina.trainer import rank_log
+from officina.trainer.config import RunConfig
+from officina.trainer.errors import EXIT_BUG, EXIT_CONTINUE, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_USER
+from officina.trainer.rank_env import LOOPBACK, read_rank_env
+from officina.trainer.signals import STOP_SIGNALS
+
+_POLL_S = 0.02
+_SETTLE_S = 1.0
+"""After a rank died: time for the others to say what they saw, before they are killed."""
+_SETTLE_TOGETHER_S = 5.0
+"""The same where a rank left with a verdict that usually all reach (exit status 2 or 76), and write down."""
+_INTERRUPTED = 128 + signal.SIGINT
+_GOOD = (EXIT_DONE, EXIT_CONTINUE)
+_KNOWN = (EXIT_BUG, EXIT_USER, EXIT_CONTINUE, EXIT_NO_PROGRESS)
+
+
+def start(run_dir: Path, run: RunConfig, environ: Mapping[str, str]) -> int:
+    """Train the run in `run_dir` from wherever this command was called; returns the exit status of the whole.
+
+    A rank that srun, torchrun or mpirun started trains in this process. Otherwise ranks are started: on this machine, or
+    by one srun step if we stand in an allocation of several nodes or beside it. On a login node only if `ranks` says so;
+    else LaunchError.
+    """
+    env = read_rank_env(environ)
+    n_here = run.ranks or (1 if run.device == "cpu" else visible_devices(environ)) or 1
+    alone_in_step = env is not None and env.launcher == "srun" and env.world_size == 1 and n_here > 1
+    if env is not None and not alone_in_step:
+        from officina.trainer.__main__ import main
+
+        return main(run_dir)
+    allocation = None if alone_in_step else find_allocation(environ)
+    if allocation is not None and (len(allocation.hosts) > 1 or not allocation.here):
+        per_node = run.ranks or (1 if run.device == "cpu" else gpus_per_node(environ, allocation)) or 1
+        words = srun_words(allocation, per_node, trainer_program(run_dir))
+        return run_step(run_dir, words, environ=step_environ(environ), grace_s=run.site.grace)
+    if allocation is None and not alone_in_step and not run.ranks and on_login_node(environ):
+        raise refuse_login_node()
+    return run_ranks(run_dir, n_here, environ=environ, grace_s=run.site.grace)
+
+
+# ---- ranks on this machine -----------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class _Rank:
+    number: int
+    process: subprocess.Popen
+    status: int | None = None
+    """As Popen gives it: negative for a signal."""
+    died_s: float = 0.0
+    """Seconds since 1970 when the parent saw it."""
+
+
+def run_ranks(run_dir: Path, n_ranks: int, *, environ: Mapping[str, str], grace_s: float,
+              command: Sequence[str] | None = None) -> int:
+    """Run `n_ranks` local ranks of the run to their end; returns EXIT_DONE, EXIT_CONTINUE or that of the first failure.
+
+    Rank 0's stdout is ours; everything else goes to RUN/logs. SIGTERM, SIGINT and SIGUSR1 to us ask the ranks to stop in
+    good order, and after `grace_s`, or at a second Ctrl-C, kill them. If one dies, the others follow within seconds, and
+    stderr says which was first and why. command: the program of a rank, by default the trainer; main thread only.
+    """
+    command = list(command or trainer_program(run_dir))
+    rank_log.clear_failures(run_dir)
+    kills_before = oom_kills()
+    ranks: list[_Rank] = []
+    with _Requests() as requests, socket.socket() as listener:
+        listener.bind((LOOPBACK, 0))  # held open and handed to rank 0: no other program can take the port
+        listener.listen(socket.SOMAXCONN)
+        try:
+            for number in range(n_ranks):
+                ranks.append(_spawn(run_dir, number, n_ranks, command, environ, listener))
+            late = _wait(ranks, requests, grace_s)
+        finally:
+            for rank in ranks:
+                _kill_group(rank)
+        return _conclude(run_dir, ranks, requests, late, grace_s, kills_before)
+
+
+def _spawn(run_dir: Path, number: int, n_ranks: int, command: list[str], environ: Mapping[str, str],
+           listener: socket.socket) -> _Rank:
+    env = dict(environ) | {
+        "OFFICINA_RANK": str(number), "OFFICINA_WORLD_SIZE": str(n_ranks), "OFFICINA_PARENT_PID": str(os.getpid()),
+        "OFFICINA_PORT": str(listener.getsockname()[1]), "OFFICINA_LISTEN_FD": str(listener.fileno()),
+        # Without PYTHONSAFEPATH a folder named `kernels` beside the user would hide packages of that name.
+        "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    log = rank_log.open_log(run_dir, number)
+    parent, header = os.getpid(), lambda: os.write(log, rank_log.log_header(number))
+    try:
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=None if number == 0 else log, stderr=log,
+            pass_fds=(listener.fileno(),) if number == 0 else (),
+            start_new_session=True,  # the terminal's Ctrl-C reaches us only; we pass it on as a request
+            preexec_fn=lambda: (header(), _die_with(parent, signal.SIGKILL)))
+    finally:
+        os.close(log)
+    return _Rank(number, process)
+
+
+def _die_with(parent_pid: int, number: signal.Signals) -> None:
+    """In the child: let the kernel send `number` when the parent is gone. The trainer itself watches where there is no prctl."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(number), 0, 0, 0)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent_pid:
+        os._exit(EXIT_BUG)
+
+
+class _Requests:
+    """Stop signals to this parent, counted while the `with` block runs."""
+
+    def __init__(self) -> None:
+        self.first: signal.Signals | None = None
+        self.kill = False
+        self.since_s = 0.0
+        """time.monotonic() of the first."""
+
+    def __enter__(self) -> "_Requests":
+        self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: object) -> None:
+        if self.first is None:
+            self.first, self.since_s = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT:
+            self.kill = True
+
+
+def _wait(ranks: list[_Rank], requests: _Requests, grace_s: float) -> list[int]:
+    """Wait until all ranks have ended or must be killed; returns those that did not stop when asked."""
+    told, killed_at = False, float("inf")
+    while alive := [rank for rank in ranks if _poll(rank) is None]:
+        now = time.monotonic()
+        if failed := [rank for rank in ranks if rank.status not in (None, *_GOOD)]:
+            together = all(rank.status in (EXIT_USER, EXIT_NO_PROGRESS) for rank in failed)
+            killed_at = min(killed_at, now + _SETTLE_TOGETHER_S) if together else min(killed_at, now + _SETTLE_S)
+        if requests.first is not None and not told:
+            told = True
+            for rank in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.process.pid, requests.first)
+            print(f"\nofficina: {requests.first.name}: the ranks finish their step, save and leave "
+                  f"(at most {grace_s:g} s). Ctrl-C again kills them.", file=sys.stderr, flush=True)
+        if requests.kill or now >= killed_at:
+            return []
+        if told and now >= requests.since_s + grace_s:
+            return [rank.number for rank in alive]
+        time.sleep(_POLL_S)
+    return []
+
+
+def _poll(rank: _Rank) -> int | None:
+    if rank.status is None and (status := rank.process.poll()) is not None:
+        rank.status, rank.died_s = status, time.time()
+    return rank.status
+
+
+def _kill_group(rank: _Rank) -> None:
+    """End a rank and everything it started: the session is its own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(rank.process.pid, signal.SIGKILL)
+    rank.process.wait()
+
+
+def _conclude(run_dir: Path, ranks: list[_Rank], requests: _Requests, late: list[int], grace_s: float,
+              kills_before: int | None) -> int:
+    """The exit status of the whole; tells on stderr what went wrong."""
+    if requests.kill:
+        print("officina: killed. The last checkpoint is intact: officina resume RUN".replace("RUN", str(run_dir)),
+              file=sys.stderr)
+        return _INTERRUPTED
+    asked = -requests.first if requests.first is not None else None  # died of the request itself, before it could listen
+    statuses = [EXIT_CONTINUE if rank.status == asked else rank.status for rank in ranks]
+    failed = [Ended(rank.number, status, rank.died_s) for rank, status in zip(ranks, statuses, strict=True)
+              if status is not None and status not in _GOOD]
+    if failed:
+        return explain(run_dir, failed, len(ranks), kills_before)
+    if late:
+        print(f"officina: {_shown(late)} did not stop within {grace_s:g} s of {requests.first.name} and had to be killed; "
+              f"what was trained since the last checkpoint is lost. More time: site.grace={2 * grace_s:g}s",
+              file=sys.stderr)
+        return EXIT_BUG
+    return EXIT_CONTINUE if EXIT_CONTINUE in statuses else EXIT_DONE
+
+
+def _shown(numbers: list[int]) -> str:
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(map(str, numbers))}"
+
+
+# ---- ranks as one srun step ----------------------------------------------------------------------------------------
+def run_step(run_dir: Path, words: list[str], *, environ: Mapping[str, str], grace_s: float) -> int:
+    """Run a step of ranks (`words`: srun ...) to its end; signals, failures and exit status as for `run_ranks`."""
+    rank_log.clear_failures(run_dir)
+    with _Requests() as requests, _step(words, environ) as step:
+        told = False
+        while (status := step.poll()) is None:
+            if requests.first is not None and not told:
+                told = True
+                step.send_signal(signal.SIGUSR1)  # srun passes USR1 on; SIGTERM and SIGINT make it kill the tasks
+                print(f"\nofficina: {requests.first.name}: the ranks finish their step, save and leave "
+                      f"(at most {grace_s:g} s). Ctrl-C again kills them.", file=sys.stderr, flush=True)
+            if requests.kill or (told and time.monotonic() >= requests.since_s + grace_s):
+                step.terminate()
+                step.wait()
+                print(f"officina: the step was killed. The last checkpoint is intact: officina resume {run_dir}",
+                      file=sys.stderr)
+                return _INTERRUPTED if requests.kill else EXIT_BUG
+            time.sleep(_POLL_S)
+    failure = rank_log.first_failure(rank_log.read_failures(run_dir))
+    if status in _GOOD and failure is None:
+        return status
+    if failure is not None:
+        return explain(run_dir, [Ended(failure.rank, failure.exit_status, failure.time_s)], 0, None)
+    how = f"by {name_signal(status - 128)}" if 128 < status < 160 else f"with exit status {status}"
+    print(f"officina: srun ended {how}, and no rank said why. Above is what srun said; the ranks' logs: "
+          f"{rank_log.log_path(run_dir, 0).parent}", file=sys.stderr)
+    return status if status in _KNOWN else EXIT_BUG
+
+
+@contextlib.contextmanager
+def _step(words: list[str], environ: Mapping[str, str]) -> Iterator[subprocess.Popen]:
+    parent = os.getpid()
+    step = subprocess.Popen(words, env=dict(environ), stdin=subprocess.DEVNULL, start_new_session=True,
+                            preexec_fn=lambda: _die_with(parent, signal.SIGTERM))  # on SIGTERM srun ends its tasks
+    try:
+        yield step
+    finally:
+        if step.poll() is None:
+            step.terminate()
+            step.wait()

@@ -1,0 +1,226 @@
+"""Local ranks for real: processes that end well, fail, hang, are stopped and are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from officina.launch import postmortem
+from officina.trainer.config import RunConfig
+from officina.trainer.rank_log import failure_path, log_path
+from officina.trainer.run_dir import save_config
+
+TINY = Path(__file__).with_name("tiny_rank.py")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    path = tmp_path / "runs" / "one"
+    path.mkdir(parents=True)
+    save_config(RunConfig(device="cpu", threads=1), path / "config.yaml")
+    return path
+
+
+def launch(run_dir: Path, n_ranks: int, *deed: object, grace_s: float = 30) -> subprocess.Popen:
+    """A parent process that runs `run_ranks` with tiny ranks, as `officina train` does."""
+    program = f"""
+        import os, sys
+        from pathlib import Path
+        from officina.launch.local import run_ranks
+        run = Path({str(run_dir)!r})
+        command = [sys.executable, {str(TINY)!r}, str(run), *{[str(word) for word in deed]!r}]
+        sys.exit(run_ranks(run, {n_ranks}, environ=os.environ, grace_s={grace_s}, command=command))
+    """
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(parent: subprocess.Popen, timeout_s: float = 60) -> tuple[int, str, str]:
+    out, err = parent.communicate(timeout=timeout_s)
+    return parent.returncode, out, err
+
+
+def started(run_dir: Path, n_ranks: int, timeout_s: float = 60) -> list[int]:
+    """PIDs of the ranks, once all of them train."""
+    end, files = time.monotonic() + timeout_s, [run_dir / f"started-{rank}" for rank in range(n_ranks)]
+    while not all(f.exists() and f.read_text().count("\n") == 2 for f in files):
+        assert time.monotonic() < end, "the ranks did not start"
+        time.sleep(0.02)
+    return [int(f.read_text().splitlines()[0]) for f in files]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_gone(pids: list[int], timeout_s: float = 5) -> None:
+    end = time.monotonic() + timeout_s
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < end, f"orphans: {[pid for pid in pids if alive(pid)]}"
+        time.sleep(0.02)
+
+
+def test_ends_well_with_rank_0_on_the_terminal_and_all_else_in_logs(run_dir: Path):
+    status, out, err = finish(launch(run_dir, 2, "done"))
+    assert (status, out, err) == (0, "stdout of rank 0\n", "")
+    first, second = (log_path(run_dir, rank).read_text() for rank in range(2))
+    assert "stderr of rank 0" in first and "stdout of rank 0" not in first
+    assert "stderr of rank 1" in second and "stdout of rank 1" in second
+    for rank, text in enumerate((first, second)):
+        assert text.splitlines()[0].startswith(f"==== rank {rank} on {os.uname().nodename}, pid ")
+        assert text.count("====") == 2  # one header a start
+    assert "launcher='officina'" in (run_dir / "started-1").read_text()
+    assert (run_dir / "started-1").read_text().endswith("\n1"), "threads of the configuration"
+
+
+def test_exception_in_one_rank_is_named_first_and_takes_the_others_down(run_dir: Path):
+    parent = launch(run_dir, 3, "raise", 1)
+    pids = started(run_dir, 3)
+    began = time.monotonic()
+    status, _, err = finish(parent)
+    assert time.monotonic() - began < 10
+    assert status == 1
+    head = err.strip().splitlines()[0]
+    assert head == f"officina: rank 1 of 3 on {os.uname().nodename} failed: ValueError: this shard is not mine"
+    assert str(log_path(run_dir, 1)) in err.splitlines()[2]
+    assert "Traceback" in err and "and a second line" in err
+    record = json.loads(failure_path(run_dir, 1).read_text())
+    assert (record["rank"], record["error"], record["exit_status"], record["consequence"]) == (1, "ValueError", 1, False)
+    assert "ValueError: this shard is not mine" in log_path(run_dir, 1).read_text()
+    wait_gone(pids)
+
+
+@pytest.mark.parametrize(("deed", "said"), [
+    ("kill", "was killed by SIGKILL (signal 9); the kernel counted no out-of-memory kill on this host meanwhile"),
+    ("segv", "was killed by SIGSEGV (signal 11)"),
+    ("exit", "ended with exit status 3 and left no exception"),
+])
+def test_dead_rank_is_named_first(run_dir: Path, deed: str, said: str):
+    parent = launch(run_dir, 2, deed, 1)
+    pids = started(run_dir, 2)
+    status, _, err = finish(parent)
+    assert status == 1
+    assert err.strip().splitlines()[0].startswith(f"officina: rank 1 of 2 on {os.uname().nodename} {said}")
+    assert "stderr of rank 1" in err, "the end of the dead rank's log"
+    wait_gone(pids)
+
+
+@pytest.mark.parametrize(("deed", "status", "said"), [
+    ("user", 2, "DataError: data.sources.a.path=/nowhere: there is no dataset.json. Try: officina data build"),
+    ("no-progress", 76, "NoProgressError: 5 steps in a row had no finite gradient"),
+])
+def test_verdicts_pass_through_without_a_traceback(run_dir: Path, deed: str, status: int, said: str):
+    got, _, err = finish(launch(run_dir, 2, deed))
+    assert got == status
+    assert said in err and "Traceback" not in err
+
+
+def test_out_of_memory_names_rank_phase_parts_and_keys(run_dir: Path):
+    status, _, err = finish(launch(run_dir, 2, "oom", 1))
+    assert status == 2
+    assert "rank 1 of 2 ran out of memory on cpu" in err
+    assert "DefaultCPUAllocator" in err and "Traceback" not in err
+    assert "parameters" in err and "moments" in err and "ulimit -v" in err
+    assert "engine=fsdp2" in err
+
+
+def test_rank_that_never_starts_is_named_with_the_address(run_dir: Path):
+    parent = launch(run_dir, 3, "hang", 2)
+    status, _, err = finish(parent)
+    assert status == 2
+    assert "2 of 3 ranks met at 127.0.0.1:" in err
+    assert "missing after 3 s: rank 2" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_stop_in_good_order(run_dir: Path, number: signal.Signals):
+    parent = launch(run_dir, 2, "train")
+    pids = started(run_dir, 2)
+    parent.send_signal(number)
+    status, _, err = finish(parent)
+    assert status == 75
+    assert f"officina: {number.name}: the ranks finish their step, save and leave" in err
+    assert [(run_dir / f"stopped-{rank}").read_text() for rank in range(2)] == [number.name] * 2
+    wait_gone(pids)
+
+
+def test_stop_while_the_ranks_are_still_starting(run_dir: Path):
+    parent = launch(run_dir, 2, "train")
+    time.sleep(0.4)  # Python is up or not yet, torch is not
+    parent.send_signal(signal.SIGTERM)
+    assert finish(parent)[0] == 75
+
+
+def test_second_ctrl_c_kills(run_dir: Path):
+    parent = launch(run_dir, 2, "stubborn", 1)
+    pids = started(run_dir, 2)
+    parent.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert parent.poll() is None, "the first one asks"
+    parent.send_signal(signal.SIGINT)
+    status, _, err = finish(parent, timeout_s=5)
+    assert status == 130
+    assert f"officina: killed. The last checkpoint is intact: officina resume {run_dir}" in err
+    wait_gone(pids)
+
+
+def test_ranks_that_do_not_stop_are_killed_and_named(run_dir: Path):
+    parent = launch(run_dir, 2, "stubborn", 1, grace_s=1)
+    pids = started(run_dir, 2)
+    parent.send_signal(signal.SIGTERM)
+    status, _, err = finish(parent, timeout_s=10)
+    assert status == 1
+    assert "did not stop within 1 s of SIGTERM and had to be killed" in err and "site.grace=2s" in err
+    wait_gone(pids)
+
+
+def test_kill_9_of_the_parent_leaves_no_orphan(run_dir: Path):
+    parent = launch(run_dir, 2, "train")
+    pids = started(run_dir, 2)
+    assert all(alive(pid) for pid in pids)
+    parent.kill()
+    parent.wait()
+    wait_gone(pids)
+
+
+def test_a_rank_whose_parent_is_gone_refuses_to_start(run_dir: Path):
+    environ = os.environ | {"OFFICINA_RANK": "0", "OFFICINA_WORLD_SIZE": "1", "OFFICINA_PORT": "1", "OFFICINA_PARENT_PID": "1"}
+    done = subprocess.run([sys.executable, "-m", "officina.trainer", run_dir], env=environ, capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert done.returncode == 2
+    assert "the process 1 that started this rank is gone (OFFICINA_PARENT_PID)" in done.stderr
+
+
+def test_a_rank_with_no_run_directory_says_so(tmp_path: Path):
+    done = subprocess.run([sys.executable, "-m", "officina.trainer", tmp_path / "no"], capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{tmp_path / 'no'}: no such run directory. Make one: officina train ..." in done.stderr
+
+
+def test_failures_of_earlier_starts_are_not_blamed(run_dir: Path):
+    assert finish(launch(run_dir, 2, "raise", 1))[0] == 1
+    assert failure_path(run_dir, 1).exists()
+    status, _, err = finish(launch(run_dir, 1, "done"))
+    assert (status, err) == (0, "")
+    assert not failure_path(run_dir, 1).exists()
+    assert log_path(run_dir, 0).read_text().count("==== rank 0 on ") == 2, "logs go on"
+
+
+def test_oom_kills_are_counted_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    (tmp_path / "vmstat").write_text("nr_free_pages 1\noom_kill 7\n")
+    assert postmortem.oom_kills(tmp_path / "vmstat") == 7
+    assert postmortem.oom_kills(tmp_path / "none") is None
+    monkeypatch.setattr(postmortem, "oom_kills", lambda: 8)
+    assert postmortem.explain(tmp_path, [postmortem.Ended(1, -9, 0.0)], 2, 7) == 1
+    assert "this host's kernel killed 1 process(es) for lack of memory meanwhile" in capsys.readouterr().err
+    assert postmortem.explain(tmp_path, [postmortem.Ended(1, -9, 0.0)], 2, None) == 1
+    assert "often that is the kernel out of memory" in capsys.readouterr().err

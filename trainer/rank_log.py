@@ -1,0 +1,123 @@
+"""What a rank leaves behind: logs/rank-00000.log, and logs/rank-00000.failure.json if it died of an exception."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TextIO
+
+from officina.trainer.errors import EXIT_BUG, OfficinaError
+from officina.trainer.rank_env import RankEnv
+
+_CONSEQUENCE = re.compile(
+    r"connection (was )?(closed|reset|refused) by (peer|remote)|connection reset|broken pipe|remote process (has )?exited|"
+    r"socket (has )?closed|lost rank 0|could not reach rank 0|store.*timed? ?out|watchdog.*timeout|"
+    r"ncclRemoteError|NCCL communicator was aborted", re.IGNORECASE)
+"""What the surviving ranks say when another one is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The exception that ended a rank."""
+
+    rank: int
+    host: str
+    pid: int
+    time_s: float
+    """Seconds since 1970 by the rank's clock."""
+    error: str
+    """Type of the exception."""
+    message: str
+    exit_status: int
+    consequence: bool
+    """Does it only say that another rank was gone?"""
+    traceback: str
+
+
+def log_path(run_dir: Path, rank: int) -> Path:
+    """Log of a rank: its stderr, and its stdout unless it is rank 0."""
+    return run_dir / "logs" / f"rank-{rank:05d}.log"
+
+
+def failure_path(run_dir: Path, rank: int) -> Path:
+    """Where a rank says which exception ended it."""
+    return run_dir / "logs" / f"rank-{rank:05d}.failure.json"
+
+
+def open_log(run_dir: Path, rank: int) -> int:
+    """File descriptor of a rank's log, for appending: a resumed run goes on in the same file."""
+    path = log_path(run_dir, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+
+
+def log_header(rank: int) -> bytes:
+    """The line that each start of a rank writes first; lines after it need no prefix."""
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    return f"==== rank {rank} on {socket.gethostname()}, pid {os.getpid()}, {now} ====\n".encode()
+
+
+def redirect_to_log(run_dir: Path, rank: int) -> TextIO:
+    """Send this process's stderr (and stdout, but for rank 0) to its log; returns the stderr it had.
+
+    Done on file descriptors, so that C++ libraries and child processes write there too.
+    """
+    log = open_log(run_dir, rank)
+    os.write(log, log_header(rank))
+    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    sys.stderr.flush()
+    os.dup2(log, 2)
+    if rank != 0:
+        sys.stdout.flush()
+        os.dup2(log, 1)
+    os.close(log)
+    return terminal
+
+
+def describe(env: RankEnv, error: BaseException) -> Failure:
+    """The failure of this rank by `error`."""
+    return Failure(rank=env.rank, host=socket.gethostname(), pid=os.getpid(), time_s=time.time(),
+                   error=type(error).__name__, message=str(error),
+                   exit_status=error.exit_status if isinstance(error, OfficinaError) else EXIT_BUG,
+                   consequence=isinstance(error, RuntimeError | OSError | OfficinaError)
+                   and bool(_CONSEQUENCE.search(str(error))),
+                   traceback="".join(traceback.format_exception(error)))
+
+
+def write_failure(run_dir: Path, failure: Failure) -> None:
+    """Leave `failure` for the parent to find. Never raises: a full disk must not hide the exception itself."""
+    path = failure_path(run_dir, failure.rank)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(failure), indent=1))
+        partial.replace(path)
+
+
+def clear_failures(run_dir: Path, rank: int | None = None) -> None:
+    """Remove what earlier starts of the run left: of one rank, or of all."""
+    pattern = "rank-*.failure.json" if rank is None else failure_path(run_dir, rank).name
+    for path in (run_dir / "logs").glob(pattern):
+        path.unlink(missing_ok=True)
+
+
+def read_failures(run_dir: Path) -> list[Failure]:
+    """All failures that lie in the run directory, in rank order."""
+    found = []
+    for path in sorted((run_dir / "logs").glob("rank-*.failure.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # half gone with a full disk: the log still speaks
+            found.append(Failure(**json.loads(path.read_text())))
+    return found
+
+
+def first_failure(failures: Iterable[Failure]) -> Failure | None:
+    """The one that brought the others down: the earliest that is not itself the consequence of another rank's death."""
+    return min(failures, key=lambda f: (f.consequence, f.time_s), default=None)
