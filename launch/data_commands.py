@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,51 +32,53 @@ _OTHER_EXAMPLES = """examples:
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the commands of `officina data`; each sets `args.command` to the function that does it."""
-    build = _parser(commands, "build", "tokenise text into shards with a manifest", _BUILD_EXAMPLES)
-    build.add_argument("folder", metavar="OUT", help="folder of the data set to be made")
-    build.add_argument("inputs", metavar="INPUT", nargs="*",
-                       help="folder of text, text file, or .jsonl(.gz); none: the Python standard library's sources")
-    build.add_argument("--include", action="append", metavar="PATTERN", help="names of the files to read in folders")
-    build.add_argument("--field", default="text", help="field of JSON lines that holds the text (default: text)")
-    build.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to use (default: train a byte-level BPE)")
-    build.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="of the trained one (default: 4096)")
-    build.add_argument("--eos", default="", metavar="TOKEN", help="token that ends a document (default: found by name)")
-    build.add_argument("--validation", type=_share, default=0.05, metavar="SHARE",
-                       help="share of documents held out (default: 0.05)")
-    build.add_argument("--shard-bytes", type=_count, default=1 << 30, metavar="N",
-                       help="size at which a new shard begins (default: 1Gi)")
-    build.add_argument("--name", default="", help="name of the data set (default: the folder's)")
-    build.add_argument("--description", default="")
-    build.add_argument("--licence", default="", help="SPDX expression, e.g. CC-BY-4.0")
-    build.add_argument("--personal-data", choices=("none", "pseudonymised", "present"), default="none",
-                       help="with `present`, no text of it is ever shown (default: none)")
-    build.add_argument("--sensitive", action="store_true", help="no text of it is ever shown")
-    build.add_argument("--overwrite", action="store_true", help="replace the data set in OUT")
-    build.set_defaults(command="officina.launch.data_commands:build")
+    """Add the commands of `officina data`; each sets `args.run` to the function that does it."""
+    parser = _parser(commands, "build", "tokenise text into shards with a manifest", _BUILD_EXAMPLES)
+    option = parser.add_argument
+    option("folder", metavar="OUT", help="folder of the data set to be made")
+    option("inputs", metavar="INPUT", nargs="*",
+           help="folder of text, text file, or .jsonl(.gz); none: the Python standard library's sources")
+    option("--include", action="append", metavar="PATTERN", help="names of the files to read in folders")
+    option("--field", default="text", help="field of JSON lines that holds the text (default: text)")
+    option("--tokenizer", metavar="FILE", help="tokenizer.json to use (default: train a byte-level BPE)")
+    option("--vocab-size", type=_count, default=4096, metavar="N", help="of the trained one (default: 4096)")
+    option("--eos", default="", metavar="TOKEN", help="token that ends a document (default: found by name)")
+    option("--validation", type=_share, default=0.05, metavar="SHARE",
+           help="share of documents held out (default: 0.05)")
+    option("--shard-bytes", type=_count, default=1 << 30, metavar="N",
+           help="size at which a new shard begins (default: 1Gi)")
+    option("--name", default="", help="name of the data set (default: the folder's)")
+    option("--description", default="", help="what the data is, in a sentence")
+    option("--licence", default="", help="SPDX expression, e.g. CC-BY-4.0")
+    option("--personal-data", choices=("none", "pseudonymised", "present"), default="none",
+           help="with `present`, no text of it is ever shown (default: none)")
+    option("--sensitive", action="store_true", help="no text of it is ever shown")
+    option("--overwrite", action="store_true", help="replace the data set in OUT")
+    parser.set_defaults(run=build)
 
-    verify = _parser(commands, "verify", "check every byte of a data set", _OTHER_EXAMPLES)
-    verify.add_argument("folder", metavar="DATASET")
-    verify.set_defaults(command="officina.launch.data_commands:verify")
+    parser = _parser(commands, "verify", "check every byte of a data set", _OTHER_EXAMPLES)
+    parser.add_argument("folder", metavar="DATASET")
+    parser.set_defaults(run=verify)
 
-    inspect = _parser(commands, "inspect", "show a data set, or what one step of a run read", _OTHER_EXAMPLES)
-    inspect.add_argument("folder", metavar="DATASET|RUN")
-    inspect.add_argument("--step", type=_count, metavar="N", help="step of a run (default: the last)")
-    inspect.add_argument("--split", default="train", help="split of a data set (default: train)")
-    inspect.add_argument("--document", type=_count, default=0, metavar="N", help="first document to show (default: 0)")
-    inspect.add_argument("--rows", type=_count, default=4, metavar="N", help="rows of a step to show (default: 4)")
-    inspect.set_defaults(command="officina.launch.data_commands:inspect")
+    parser = _parser(commands, "inspect", "show a data set, or what one step of a run read", _OTHER_EXAMPLES)
+    option = parser.add_argument
+    option("folder", metavar="DATASET|RUN")
+    option("--step", type=_count, metavar="N", help="step of a run (default: the last)")
+    option("--split", default="train", help="split of a data set (default: train)")
+    option("--document", type=_count, default=0, metavar="N", help="first document to show (default: 0)")
+    option("--rows", type=_count, default=4, metavar="N", help="rows of a step to show (default: 4)")
+    parser.set_defaults(run=inspect)
 
-    audit = _parser(commands, "audit", "prove from the ledger that every sample was read once and in order",
-                    _OTHER_EXAMPLES)
-    audit.add_argument("folder", metavar="RUN")
-    audit.set_defaults(command="officina.launch.data_commands:audit")
+    what = "prove from the ledger that every sample was read once and in order"
+    parser = _parser(commands, "audit", what, _OTHER_EXAMPLES)
+    parser.add_argument("folder", metavar="RUN")
+    parser.set_defaults(run=audit)
 
 
 def _parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, what: str,
             examples: str) -> argparse.ArgumentParser:
-    return subparsers.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", epilog=examples,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    return subparsers.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".",
+                                 epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def _count(text: str) -> int:
@@ -100,7 +103,7 @@ def _share(text: str) -> float:
     return share
 
 
-# ---- build ---------------------------------------------------------------------------------------------------------
+# ---- build -------------------------------------------------------------------------------------------------
 def build(args: argparse.Namespace) -> int:
     from officina.trainer.data import build as building
     from officina.trainer.data.sources import INCLUDE
@@ -109,8 +112,8 @@ def build(args: argparse.Namespace) -> int:
     about = said | {"personal_data": args.personal_data, "sensitive": args.sensitive}
     options = building.BuildOptions(
         inputs=args.inputs, include=args.include or INCLUDE, text_field=args.field, tokenizer=args.tokenizer,
-        vocab_size=args.vocab_size, eos=args.eos, validation=args.validation, shard_bytes=max(args.shard_bytes, 1),
-        overwrite=args.overwrite, about=about)
+        vocab_size=args.vocab_size, eos=args.eos, validation=args.validation,
+        shard_bytes=max(args.shard_bytes, 1), overwrite=args.overwrite, about=about)
     console, begun = _console(), time.monotonic()
     with _progress(console, {"tokenizer": "reading for the tokenizer", "merges": "training the tokenizer",
                              "tokens": "tokenising"}) as report:
@@ -134,7 +137,7 @@ def build(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-# ---- verify --------------------------------------------------------------------------------------------------------
+# ---- verify ------------------------------------------------------------------------------------------------
 def verify(args: argparse.Namespace) -> int:
     from officina.trainer.data import verify as verifying
     from officina.trainer.data.manifest import open_dataset
@@ -145,13 +148,14 @@ def verify(args: argparse.Namespace) -> int:
         found = verifying.verify(args.folder, lambda done_bytes: report("sha256", done_bytes, total))
     if found.faults:
         raise DataError(f"{args.folder} is damaged:\n" + "\n".join(f"  - {fault}" for fault in found.faults))
-    console.print(f"{args.folder} is sound: {len(found.dataset.shards)} shards, {_size(found.bytes)}, sha256 of each as "
+    console.print(f"{args.folder} is sound: {len(found.dataset.shards)} shards, {_size(found.bytes)}, "
+                  "sha256 of each as "
                   f"in its manifest ({time.monotonic() - begun:.1f} s).", markup=False)
     console.print(f"fingerprint  {found.dataset.manifest.fingerprint}")
     return EXIT_DONE
 
 
-# ---- inspect -------------------------------------------------------------------------------------------------------
+# ---- inspect -----------------------------------------------------------------------------------------------
 def inspect(args: argparse.Namespace) -> int:
     from officina.trainer.data.manifest import MANIFEST, TOKENIZER
     from officina.trainer.run_dir import CONFIG
@@ -159,7 +163,8 @@ def inspect(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     if (folder / MANIFEST).exists():
         if args.step is not None:
-            raise DataError(f"--step {args.step}: {folder} is a data set. Name a run directory, which has {CONFIG}.")
+            raise DataError(f"--step {args.step}: {folder} is a data set. Name a run directory, which has "
+                            f"{CONFIG}.")
         return _inspect_dataset(folder, args.split, args.document, folder / TOKENIZER)
     if (folder / CONFIG).exists():
         return _inspect_step(folder, args.step, args.rows)
@@ -173,19 +178,24 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
 
     console, dataset = _console(), open_dataset(folder)
     manifest = dataset.manifest
-    console.print(f"{manifest.name} {manifest.version}: {manifest.description or manifest.kind}", markup=False)
-    for label, value in (("licence", manifest.licence or "not stated"), ("personal data", manifest.personal_data),
-                         ("kind", f"{manifest.kind}, {manifest.dtype}"), ("sources", ", ".join(manifest.sources)),
+    console.print(f"{manifest.name} {manifest.version}: "
+                  f"{manifest.description or manifest.kind}", markup=False)
+    for label, value in (("licence", manifest.licence or "not stated"),
+                         ("personal data", manifest.personal_data),
+                         ("kind", f"{manifest.kind}, {manifest.dtype}"),
+                         ("sources", ", ".join(manifest.sources)),
                          *manifest.provenance.items(), ("fingerprint", manifest.fingerprint)):
         console.print(f"  {label:<16} {value}", markup=False)
     table = _table("split", "documents", "tokens" if manifest.tokenizer else "bytes", "shards", "size")
     for name, totals in manifest.splits.items():
-        table.add_row(name, f"{totals.documents:,}", f"{totals.tokens:,}", str(totals.shards), _size(totals.bytes))
+        table.add_row(name, f"{totals.documents:,}", f"{totals.tokens:,}", str(totals.shards),
+                      _size(totals.bytes))
     console.print(table)
     stream = Stream(dataset, split)
     total = int(stream.document_starts[-1])
     if document >= total:
-        raise DataError(f"--document {document}: split {split} has {total} documents. Try: --document {total - 1}")
+        raise DataError(f"--document {document}: split {split} has {total} documents. Try: --document "
+                        f"{total - 1}")
     show = _decoder(manifest, tokenizer_file)
     for number in range(document, min(document + 3, total)):
         content, where = stream.record(number)
@@ -202,9 +212,10 @@ def _decoder(manifest: "Manifest", tokenizer_file: Path) -> Callable[[bytes], st
 
     dtype = DTYPES[manifest.dtype]
     if not manifest.shows_text:
-        return lambda content: f"({len(content) // dtype.itemsize} tokens or bytes; not shown: personal or sensitive data)"
+        unit = "bytes" if manifest.kind == "records" else "tokens"
+        return lambda content: f"({len(content) // dtype.itemsize} {unit}; personal or sensitive: not shown)"
     if manifest.kind == "records":
-        return lambda content: f"{len(content)} bytes: {content[:64].hex(' ')}{' ...' if len(content) > 64 else ''}"
+        return lambda content: f"{len(content)} bytes: {content[:64].hex(' ')}{' ...' * (len(content) > 64)}"
     from tokenizers import Tokenizer
 
     if not tokenizer_file.exists():
@@ -230,8 +241,10 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
     samples = entry.samples()
     found = reader.digest(samples)
     console = _console()
-    console.print(f"step {entry.step}: samples {entry.first_sample} to {entry.stop_sample}, {len(samples)} rows; digest "
-                  f"{entry.digest}, {'as the shards give it' if found == entry.digest else f'but the shards give {found}'}",
+    console.print(f"step {entry.step}: samples {entry.first_sample} to {entry.stop_sample}, {len(samples)} "
+                  "rows; digest "
+                  f"{entry.digest}, "
+                  f"{'as the shards give it' if found == entry.digest else f'but the shards give {found}'}",
                   markup=False)
     if entry.skipped:
         console.print(f"left out by data.skip: {entry.skipped}", markup=False)
@@ -257,14 +270,14 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
         content = reader.read(samples[i:i + 1])
         cuts = [0, *content.border_columns.tolist(), reader.seq_len + 1]
         tokens = content.tokens[0].astype(f"<u{ {'u8': 1, 'u16': 2, 'u32': 4}[dataset.manifest.dtype] }")
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in pairwise(cuts):
             if a:
                 console.print("──── document border ────", style="cyan")
             console.print(show(tokens[a:b].tobytes())[:2000], markup=False, highlight=False)
     return EXIT_DONE
 
 
-# ---- audit ---------------------------------------------------------------------------------------------------------
+# ---- audit -------------------------------------------------------------------------------------------------
 def audit(args: argparse.Namespace) -> int:
     from officina.trainer.data import ledger
 
@@ -288,7 +301,7 @@ def audit(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-# ---- terminal ------------------------------------------------------------------------------------------------------
+# ---- terminal ----------------------------------------------------------------------------------------------
 def _console() -> "Console":
     from rich.console import Console
 
@@ -312,8 +325,10 @@ def _size(n_bytes: int) -> str:
 
 
 @contextmanager
-def _progress(console: "Console", phases: dict[str, str], unit: str = "bytes") -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per phase with rate and time left; calls with a total of 0 show that something goes on, without an end."""
+def _progress(console: "Console", phases: dict[str, str],
+              unit: str = "bytes") -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per phase with rate and time left; calls with a total of 0 show that something goes on, without
+    an end."""
     from rich.progress import (
         BarColumn,
         Progress,
@@ -323,8 +338,10 @@ def _progress(console: "Console", phases: dict[str, str], unit: str = "bytes") -
         TransferSpeedColumn,
     )
 
-    rate: ProgressColumn = TransferSpeedColumn() if unit == "bytes" else TextColumn("{task.completed}/{task.total} steps")
-    with Progress(TextColumn("{task.description}"), BarColumn(), rate, TimeRemainingColumn(elapsed_when_finished=True),
+    steps = TextColumn("{task.completed}/{task.total} steps")
+    rate: ProgressColumn = TransferSpeedColumn() if unit == "bytes" else steps
+    remaining = TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(TextColumn("{task.description}"), BarColumn(), rate, remaining,
                   console=console, transient=not console.is_terminal) as bars:
         tasks = {}
 

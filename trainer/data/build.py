@@ -1,7 +1,7 @@
 """Builds a data set of tokens from text files and JSON lines: tokenizer, splits, shards, manifest.
 
-The same files give the same bytes: documents are read in the order of their names, the split follows from a hash of
-the document, the tokenizer's training is deterministic, and no path, host, user or time is stored.
+The same files give the same bytes: documents are read in the order of their names, the split follows from a
+hash of the document, the tokenizer's training is deterministic, and no path, host, user or time is stored.
 """
 
 import hashlib
@@ -42,7 +42,8 @@ EOS_NAMES = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>"
 """Tokens that end a document in known tokenizers, in the order of preference."""
 TRAIN, VALIDATION = "train", "validation"
 SAMPLE_BYTES = 64 << 20
-"""Text a tokenizer is trained on at most, chosen by the documents' hashes: merges no longer change much beyond it."""
+"""Text a tokenizer is trained on at most, chosen by the documents' hashes: merges no longer change much
+beyond it."""
 _BATCH_CHARACTERS = 1 << 21
 """Text tokenised at once, by all cores."""
 
@@ -81,10 +82,13 @@ class BuildResult:
     """As in stats.json."""
 
 
-def build(folder: str | Path, options: BuildOptions, progress: Progress = lambda phase, done, total: None) -> BuildResult:
-    """Build the data set in `folder`; it counts as one only when its dataset.json stands, which is written last.
+def build(folder: str | Path, options: BuildOptions,
+          progress: Progress = lambda phase, done, total: None) -> BuildResult:
+    """Build the data set in `folder`; it counts as one only when its dataset.json stands, which is written
+    last.
 
-    Raises DataError if `folder` holds a data set already, an input is missing or damaged, or nothing is left to train on.
+    Raises DataError if `folder` holds a data set already, an input is missing or damaged, or nothing is left
+    to train on.
     """
     folder = Path(folder)
     _prepare(folder, options.overwrite)
@@ -102,7 +106,7 @@ def build(folder: str | Path, options: BuildOptions, progress: Progress = lambda
 
     if options.tokenizer is None:
         text = _train_tokenizer(sources, options, progress)
-        provenance["tokenizer"] = f"byte-level BPE trained on the train split, at most {SAMPLE_BYTES} bytes of it"
+        provenance["tokenizer"] = f"byte-level BPE trained on at most {SAMPLE_BYTES} bytes of the train split"
     else:
         text = _given_tokenizer(Path(options.tokenizer))
         provenance["tokenizer"] = "given"
@@ -119,8 +123,10 @@ def build(folder: str | Path, options: BuildOptions, progress: Progress = lambda
             counts[split].add(document, len(tokens), sources)
         shards = [entry for writer in writers.values() for entry in writer.close()]
     if not counts[TRAIN].documents:
-        raise DataError(f"{folder}: no document is left to train on ({counts[VALIDATION].documents} held out, "
-                        f"{left_out.empty} empty, {len(left_out.undecodable)} undecodable). Name inputs with more text.")
+        raise DataError(f"{folder}: no document is left to train on ({counts[VALIDATION].documents} held "
+                        "out, "
+                        f"{left_out.empty} empty, {len(left_out.undecodable)} undecodable). Name inputs "
+                        "with more text.")
     stats = {name: c.as_stats() for name, c in counts.items() if c.documents} | {"left_out": {
         "undecodable": len(left_out.undecodable), "undecodable_files": left_out.undecodable[:100],
         "empty": left_out.empty, "duplicates": left_out.duplicates}}
@@ -132,20 +138,22 @@ def build(folder: str | Path, options: BuildOptions, progress: Progress = lambda
 
 
 def _prepare(folder: Path, overwrite: bool) -> None:
-    """Make the folder, and clear what an unfinished or replaced build left: its manifest first, then the shards."""
+    """Make the folder, and clear what an unfinished or replaced build left: its manifest first, then the
+    shards."""
     if (folder / MANIFEST).exists() and not overwrite:
         raise DataError(f"{folder} holds a data set already. Show it with `officina data inspect {folder}`, "
                         "build into another folder, or replace it with --overwrite.")
     try:
         (folder / "shards").mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise DataError(f"{folder}: cannot be made ({exc.strerror}). Name a folder that you may write.") from exc
+        raise DataError(f"{folder}: cannot be made ({exc.strerror}). Name a folder that you may "
+                        "write.") from exc
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in (folder / "shards").glob("*.dls*"):
         path.unlink()
 
 
-# ---- tokenizer -----------------------------------------------------------------------------------------------------
+# ---- tokenizer ---------------------------------------------------------------------------------------------
 def _train_tokenizer(sources: Sequence[TextSource], options: BuildOptions, progress: Progress) -> str:
     """A byte-level BPE (no unknown token, every byte has one) as the text of a tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -188,7 +196,8 @@ def _given_tokenizer(path: Path) -> str:
         Tokenizer.from_str(text)
     except Exception as exc:  # tokenizers raises bare Exception
         raise DataError(f"--tokenizer {path}: is no tokenizer.json ({exc}). "
-                        "Name a file in the format of Hugging Face tokenizers, or leave the option out.") from exc
+                        "Name a file in the format of Hugging Face tokenizers, or leave the option "
+                        "out.") from exc
     return text
 
 
@@ -200,11 +209,11 @@ def _tokenizer_info(text: str, eos: str) -> TokenizerInfo:
     if found is None:
         raise DataError(f"the tokenizer has no token {eos or ' or '.join(EOS_NAMES)} to end documents with. "
                         "Name the one it has: --eos TOKEN")
-    return TokenizerInfo(sha256=hashlib.sha256(text.encode()).hexdigest(), vocab_size=max(vocabulary.values()) + 1,
-                         eos=found, eos_id=vocabulary[found])
+    return TokenizerInfo(sha256=hashlib.sha256(text.encode()).hexdigest(),
+                         vocab_size=max(vocabulary.values()) + 1, eos=found, eos_id=vocabulary[found])
 
 
-# ---- documents -----------------------------------------------------------------------------------------------------
+# ---- documents ---------------------------------------------------------------------------------------------
 def _draws(text: str) -> tuple[float, float, bytes]:
     """Two independent numbers in [0, 1) that depend on the text alone, and its hash."""
     digest = hashlib.sha256(text.encode()).digest()

@@ -1,4 +1,5 @@
-"""Where documents come from: folders and files of text, JSON lines (also gzipped), the standard library's sources."""
+"""Where documents come from: folders and files of text, JSON lines (also gzipped), the standard library's
+sources."""
 
 import gzip
 import json
@@ -13,7 +14,7 @@ from officina.trainer.errors import DataError
 
 INCLUDE = ("*.txt", "*.md", "*.rst", "*.py", "*.jsonl", "*.jsonl.gz")
 """What is read of a folder unless something else is asked for."""
-_STDLIB_WITHOUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
+_STDLIB_WITHOUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "turtledemo"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class LeftOut:
 
 
 def standard_library() -> tuple[list[TextSource], dict[str, str]]:
-    """The sources of this Python's standard library without its tests, and words about them for the manifest."""
+    """The sources of this Python's standard library without its tests, and words about them for the
+    manifest."""
     root = Path(sysconfig.get_path("stdlib"))
     version = platform.python_version()
     files = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")
@@ -66,7 +68,8 @@ def standard_library() -> tuple[list[TextSource], dict[str, str]]:
 
 
 def find_sources(inputs: Sequence[str | Path], include: Sequence[str] = INCLUDE) -> list[TextSource]:
-    """One source for each input: a file, or a folder that is searched for the patterns of `include` (hidden files out).
+    """One source for each input: a file, or a folder that is searched for the patterns of `include` (hidden
+    files out).
 
     Raises DataError for an input that does not exist or has no such file.
     """
@@ -77,12 +80,13 @@ def find_sources(inputs: Sequence[str | Path], include: Sequence[str] = INCLUDE)
         elif given.is_dir():
             found = {path for pattern in include for path in given.rglob(pattern) if path.is_file()}
             named = [(path.relative_to(given).as_posix(), path) for path in found]
-            files = [(name, path) for name, path in named if not any(p.startswith(".") for p in name.split("/"))]
+            files = [(name, path) for name, path in named if not f"/{name}".count("/.")]
         else:
             raise DataError(f"input {given}: no such file or folder. Name a folder of text or a .jsonl file.")
         if not files:
             raise DataError(f"input {given}: no file matches {' '.join(include)}. Try: --include '*.xyz'")
-        sources.append(TextSource(_unused(given.resolve().name.split(".")[0] or "input", sources), tuple(sorted(files))))
+        name = _unused(given.resolve().name.split(".")[0] or "input", sources)
+        sources.append(TextSource(name, tuple(sorted(files))))
     return sources
 
 
@@ -92,10 +96,11 @@ def _unused(name: str, sources: list[TextSource]) -> str:
 
 
 def read_documents(sources: Sequence[TextSource], text_field: str, left_out: LeftOut) -> Iterator[Document]:
-    """All documents in order: a text file is one, a line of JSON is one. What is left out is counted in `left_out`.
+    """All documents in order: a text file is one, a line of JSON is one. What is left out is counted in
+    `left_out`.
 
-    Raises DataError, with file and line, for what is not JSON or has no text under `text_field`, and for files that
-    cannot be read.
+    Raises DataError, with file and line, for what is not JSON or has no text under `text_field`, and for
+    files that cannot be read.
     """
     before_bytes = 0
     for source_id, source in enumerate(sources):
@@ -111,7 +116,8 @@ def read_documents(sources: Sequence[TextSource], text_field: str, left_out: Lef
                     else:
                         left_out.empty += 1
             except (OSError, EOFError, zlib.error) as exc:  # a cut or damaged .gz raises any of them
-                raise DataError(f"{path}: cannot be read ({exc}). Restore the file, or leave it out.") from exc
+                raise DataError(f"{path}: cannot be read ({exc}). Restore the file, or leave it "
+                                "out.") from exc
             before_bytes += path.stat().st_size
 
 
@@ -140,7 +146,8 @@ def _json_lines(path: Path, text_field: str) -> Iterator[tuple[str, bytes | str,
                 text = line  # counted by the caller
             except (ValueError, KeyError, TypeError) as exc:
                 raise DataError(f"{path} line {number}: no JSON object with the field {text_field!r} "
-                                f"({type(exc).__name__}). Mend the line, or name the text's field: --field NAME") from exc
+                                f"({type(exc).__name__}). Mend the line, or name the text's field: --field "
+                                "NAME") from exc
             if not isinstance(text, (str, bytes)):
                 raise DataError(f"{path} line {number}: field {text_field!r} is no text. "
                                 "Name the text's field: --field NAME")
