@@ -27,21 +27,27 @@ class Progress:
     else a plain line comes every PLAIN_S seconds, at the first and at the last step.
     """
 
-    def __init__(self, steps: int, start_step: int = 0, *, enabled: bool = True, stream: TextIO | None = None,
-                 live: bool | None = None, plain_s: float = PLAIN_S) -> None:
+    def __init__(self, steps: int, start_step: int = 0, *, enabled: bool = True,
+                 stream: TextIO | None = None, live: bool | None = None, plain_s: float = PLAIN_S) -> None:
         """steps: of the whole run; start_step: those done before; live=None asks the stream if it is a terminal."""
         self._steps = steps
         self._enabled = enabled
         self._stream = sys.stderr if stream is None else stream
         self._live = enabled and (self._stream.isatty() if live is None else live)
         self._plain_s = plain_s
-        self._pace: deque[tuple[int, float]] = deque([(start_step, time.monotonic())], maxlen=PACE_STEPS)
+        self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)
+        self.start(start_step)
         self._last: StepMetrics | None = None
         self._eval: dict[str, EvalMetrics] = {}
         self._phase = ""
         self._left_out = 0
         self._drawn_at = self._printed_at = -math.inf
         self._on_screen = False
+
+    def start(self, step: int) -> None:
+        """Steps begin now, after `step` of them: the time spent before does not count for the time left."""
+        self._pace.clear()
+        self._pace.append((step, time.monotonic()))
 
     def update(self, metrics: StepMetrics) -> None:
         """One more step is done."""
