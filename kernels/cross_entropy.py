@@ -106,7 +106,7 @@ def _forward(x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, softcap: 
             torch.mm(dlogits, weight, out=dx[rows])
         if dweight is not None:
             if dweight.dtype == x.dtype:
-                dweight.addmm_(dlogits.T, x_c)
+                torch.addmm(dweight, dlogits.T, x_c, out=dweight)  # addmm_, in a form that flop counters know
             else:
                 dweight += dlogits.T @ x_c
     return loss, dx, dweight

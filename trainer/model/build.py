@@ -26,9 +26,9 @@ class Built:
     """All that the model part of a configuration turns into."""
 
     module: nn.Module
-    """Parameters and buffers on the meta device."""
+    """Parameters and saved buffers on the meta device."""
     source: Source
-    """First values of all parameters and buffers."""
+    """First values of all parameters and saved buffers."""
     loss_fn: LossFn
     decode: Decode | None
     """Custom models: from one record's bytes to its fields. None for the decoder-only transformer."""
@@ -59,21 +59,6 @@ def check_attention(config: DecoderConfig, device: str) -> None:
         kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if why := flex_missing(torch.device(kind), config.head_size):
             raise ConfigError([Problem(key, "flex", f"cannot run here: {why}", remedy)])
-
-
-def blocks_of(module: nn.Module, attribute: str = "blocks") -> nn.ModuleList:
-    """The repeated blocks that the dotted `attribute` of the module holds; ConfigError if it holds none."""
-    found: Any = module
-    for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, nn.ModuleList) or not len(found):
-        lists = [name for name, child in module.named_modules()
-                 if isinstance(child, nn.ModuleList) and len(child)]
-        raise ConfigError([Problem(
-            "model.blocks", attribute,
-            f"{type(module).__name__} has no filled nn.ModuleList of that name ({_kind(found)} found)",
-            f"model.blocks={lists[0]}" if lists else "keep the model's repeated layers in an nn.ModuleList")])
-    return found
 
 
 def resolve(path: str, key: str) -> Callable[..., Any]:
@@ -114,21 +99,18 @@ def _build_custom(config: CustomModelConfig, seed: int) -> Built:
     if not isinstance(module, nn.Module):
         rule = f"returned {_kind(module)}, not an nn.Module"
         raise ConfigError([Problem("model.factory", config.factory, rule, "return the module to be trained")])
-    blocks_of(module, config.blocks)
-    if on_meta := [name for name, value in module.state_dict().items() if value.is_meta]:
+    saved = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    if on_meta := [name for name, value in saved.items() if value.is_meta]:
         rule = f"left {on_meta[0]} on the meta device, without values"
         raise ConfigError([Problem("model.factory", config.factory, rule, "build the module on the CPU")])
-    for child in module.modules():
-        # What the constructor computed would be lost on the way over the meta device: save every buffer.
-        child._non_persistent_buffers_set.clear()
-    values = {name: p.detach().float() for name, p in module.named_parameters()}
-    values |= {name: b.detach().clone() for name, b in module.named_buffers()}
+    saved |= {name: parameter.detach().float() for name, parameter in module.named_parameters()}
     _to_meta(module)
-    return Built(module, ValuesSource(values), record_loss(losses_of, config.loss), decode)
+    return Built(module, ValuesSource(saved), record_loss(losses_of, config.loss), decode)
 
 
 def _to_meta(module: nn.Module) -> None:
-    """Like `module.to("meta")`, but a parameter that two modules share stays one."""
+    """Like `module.to("meta")`, but a parameter that two modules share stays one, and buffers that are not
+    saved keep the values that the constructor gave them."""
     moved: dict[nn.Parameter, nn.Parameter] = {}
     for child in module.modules():
         for name, parameter in child._parameters.items():
@@ -137,7 +119,8 @@ def _to_meta(module: nn.Module) -> None:
                     moved[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
                 child._parameters[name] = moved[parameter]
         for name, buffer in child._buffers.items():
-            child._buffers[name] = None if buffer is None else buffer.to("meta")
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                child._buffers[name] = buffer.to("meta")
 
 
 def _kind(found: object) -> str:
