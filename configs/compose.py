@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -198,42 +199,58 @@ def _merged(old: dict, new: dict) -> dict:
     return old | {name: _merged(old[name], new[name]) if name in both else new[name] for name in new}
 
 
-# ---- groups ------------------------------------------------------------------------------------------------
+# ---- groups -----------------------------------------------------------------------------------------------
 def _compose_groups(choices: Mapping[str, str], problems: list[Problem]) -> Values:
     """The values of config.yaml with the chosen options; options that do not exist become problems and are
     left out."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    with tempfile.TemporaryDirectory(prefix="officina-") as own:
-        overrides = [f"hydra.searchpath=[file://{own}]"]
-        for group, option in choices.items():
-            if option.endswith((".yaml", ".yml")):
-                if (path := Path(option).expanduser()).is_file():
-                    overrides.append(f"{group}={_lend(path, group, Path(own))}")
-                else:
-                    problems.append(Problem(group, option, "there is no such file",
-                                            f"{group}={options(group)[0]}"))
-            elif option in options(group) or (option == "null" and group == "experiment"):
-                overrides.append(f"{group}={option}")
-            else:
-                problems.append(_no_such_option(group, option))
+    good = {}
+    for group, option in choices.items():
+        if option.endswith((".yaml", ".yml")):
+            if not Path(option).expanduser().is_file():
+                remedy = f"{group}={options(group)[0]}"
+                problems.append(Problem(group, option, "there is no such file", remedy))
+                continue
+        elif option not in options(group) and (group, option) != ("experiment", "null"):
+            problems.append(_no_such_option(group, option))
+            continue
+        good[group] = option
+    own = {group: option for group, option in good.items() if option.endswith((".yaml", ".yml"))}
+    if not own:
+        return copy.deepcopy(_shipped(tuple(sorted(good.items()))))
+    with tempfile.TemporaryDirectory(prefix="officina-") as folder:
         try:
-            with initialize_config_dir(str(_FOLDER), version_base="1.3", job_name="officina"):
-                composed = hydra_compose("config", overrides)
-            values = OmegaConf.to_container(composed, resolve=False)
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-            own_files = [(g, o) for g, o in choices.items() if o.endswith((".yaml", ".yml"))]
-            group, option = own_files[0] if own_files else ("experiment", None)
-            message = " ".join(str(error).replace(own, "").split())
-            problems.append(Problem(group, option, f"cannot be composed: {message}",
-                                    f"{group}={options(group)[0]}"))
-            return _compose_groups({}, []) if choices else {}
+            lent = {group: _lend(Path(path).expanduser(), group, Path(folder)) for group, path in own.items()}
+            values = _by_hydra({**good, **lent}, [f"hydra.searchpath=[file://{folder}]"])
+        except (*_hydra_errors(), yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+            message = " ".join(str(error).replace(folder, "").split())
+            for group, path in own.items():
+                problems.append(Problem(group, path, f"cannot be composed: {message}",
+                                        f"{group}={options(group)[0]}"))
+            return copy.deepcopy(_shipped(tuple(sorted((g, o) for g, o in good.items() if g not in own))))
     _drop_marks(values, "", problems)
     return values
+
+
+@cache
+def _shipped(choices: tuple[tuple[str, str], ...]) -> Values:
+    return _by_hydra(dict(choices), [])
+
+
+def _by_hydra(choices: Mapping[str, str], overrides: list[str]) -> Values:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(_FOLDER), version_base="1.3", job_name="officina"):
+        composed = hydra_compose("config", [*overrides, *(f"{g}={o}" for g, o in choices.items())])
+    return OmegaConf.to_container(composed, resolve=False)
+
+
+def _hydra_errors() -> tuple[type[Exception], ...]:
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    return HydraException, OmegaConfBaseException
 
 
 def _lend(path: Path, group: str, folder: Path) -> str:

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 
 from officina.trainer.config import (
     CustomModelConfig,
@@ -21,7 +22,7 @@ from officina.trainer.config import (
     SingleConfig,
     ZeroConfig,
 )
-from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.manifest import MANIFEST, open_dataset
 from officina.trainer.errors import DataError, Problem
 from officina.trainer.schema import dump_run
 
@@ -325,10 +326,14 @@ def _data_sets(run: RunConfig) -> Iterator[Problem]:
     tokenizers: dict[str, str] = {}
     for name, source in run.data.sources.items():
         key = f"data.sources.{name}.path"
+        if not (Path(source.path) / MANIFEST).is_file():
+            yield Problem(key, source.path, f"is no data set: there is no {MANIFEST} in it, seen from "
+                          "the folder of this command", f"officina data build {source.path}")
+            continue
         try:
             manifest = open_dataset(source.path).manifest
         except DataError as error:
-            yield Problem(key, source.path, str(error).rstrip("."), f"officina data build {source.path}")
+            yield Problem(key, source.path, str(error).rstrip("."), f"officina data verify {source.path}")
             continue
         if run.data.split not in manifest.splits:
             there = sorted(manifest.splits) or ["train"]
