@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from officina.launch.report_facts import Facts, finite, gather
-from officina.launch.report_page import clock, count, loss, number, page, size, where
+from officina.launch.report_page import page, where
+from officina.launch.report_words import clock, count, loss, number, size
 from officina.trainer.errors import OfficinaError
 
 HTML, JSON = "report.html", "report.json"
@@ -68,7 +69,8 @@ def _loss(value: float | None, perplexity: float | None) -> str:
 def _write(run_dir: Path) -> tuple[Path, Facts]:
     facts, metrics = gather(run_dir)
     try:
-        _replace(run_dir / JSON, json.dumps(_strict(asdict(facts)), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        strict = json.dumps(_strict(asdict(facts)), indent=1, ensure_ascii=False, allow_nan=False)
+        _replace(run_dir / JSON, strict + "\n")
         _replace(run_dir / HTML, page(facts, metrics))
     except OSError as error:
         raise OfficinaError(f"{run_dir / HTML} cannot be written: {error.strerror}. "

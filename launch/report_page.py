@@ -9,6 +9,7 @@ from typing import Any
 from officina.launch.report_charts import Chart, Mark, Series, Span, draw
 from officina.launch.report_facts import FINAL_STEPS, Facts, Life, pooled
 from officina.launch.report_style import CSS, LOGO, SCRIPT
+from officina.launch.report_words import clock, count, date, loss, number, seconds, shown, size
 from officina.trainer.metrics import RunMetrics
 
 WIDE, NARROW = (1036, 340), (480, 300)
@@ -22,8 +23,10 @@ def page(facts: Facts, metrics: RunMetrics) -> str:
     """The whole page."""
     body = "".join([
         _header(facts), _tiles(facts), _loss(facts, metrics), _small_charts(facts, metrics), _sample(facts),
-        _lives(facts), _checkpoints(facts), _events(facts), _data(facts), _config(facts), _environment(facts), _footer(facts)])
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        _lives(facts), _checkpoints(facts), _events(facts), _data(facts), _config(facts), _environment(facts),
+        _footer(facts)])
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
             f"<title>{escape(facts.name)} · officina</title><style>{CSS}</style></head><body><main>{body}</main>"
             f'<div id="tip" role="status"></div><script>{SCRIPT}</script></body></html>\n')
 
@@ -144,7 +147,8 @@ def _small_charts(f: Facts, m: RunMetrics) -> str:
     def add(title: str, note: str, series: Sequence[Series], **options: Any) -> None:
         svg = draw(Chart(label=f"{title} over the steps", series=series, marks=_marks(f), **options), *SMALL)
         if svg:
-            figures.append(f'<figure class="card"><figcaption><b>{title}</b><span>{note}</span></figcaption>{svg}</figure>')
+            figures.append(f'<figure class="card"><figcaption><b>{title}</b><span>{note}</span></figcaption>'
+                           f"{svg}</figure>")
 
     last = steps[-1]
     add("Learning rate", f"last <i>{last.lr:.2e}</i>",
@@ -194,7 +198,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     numeric = [h.startswith("#") for h in head]
 
     def cells(tag: str, row: Sequence[str]) -> str:
-        return "".join(f'<{tag}{" class=num" if n else ""}>{cell}</{tag}>' for cell, n in zip(row, numeric, strict=True))
+        return "".join(f'<{tag}{" class=num" if n else ""}>{cell}</{tag}>'
+                       for cell, n in zip(row, numeric, strict=True))
 
     return (f'<div class="scroll"><table><thead><tr>{cells("th", [h.lstrip("#") for h in head])}</tr></thead><tbody>'
             + "".join(f"<tr>{cells('td', row)}</tr>" for row in rows) + "</tbody></table></div>")
@@ -216,7 +221,8 @@ def _lives(f: Facts) -> str:
             f'<b>{escape(life.action)}</b><div class="muted nowrap">{date(life.time)}</div>',
             f"{life.from_step:,} → {life.to_step:,}" + (
                 f'<div class="muted">{life.undone_steps} done again</div>' if life.undone_steps else ""),
-            f'<span class="nowrap">{escape(where(life))}</span><div class="muted">{escape(life.device)}, {escape(life.precision)}</div>',
+            f'<span class="nowrap">{escape(where(life))}</span>'
+            f'<div class="muted">{escape(life.device)}, {escape(life.precision)}</div>',
             (changed or asked or '<span class="muted">nothing changed</span>') + problems,
             clock(life.wall_s), f'<span class="nowrap">{ended}</span>'])
     return _section("Life of the run", "Every start of the ranks, what was asked for or changed, and how it ended.",
@@ -278,14 +284,15 @@ def _data(f: Facts) -> str:
             "–" if epochs is None else f"{epochs:.2f}",
             loss(held[s.name].loss_nats) if s.name in held else "–", escape(s.licence or "not stated"),
             f'<span class="mono muted">{escape((s.fingerprint or "")[:12])}</span>' or "–"])
-    return _section("Data", "Tokens read by source (rows × row length, by the ledger), and where their terms are stated.",
-                    _table(["Source", "#Tokens read", "#Share", "#Epochs", "#Held-out loss", "Licence", "Fingerprint"], rows))
+    return _section("Data", "What each source gave (rows × row length, by the ledger), and under which terms.", _table(
+        ["Source", "#Tokens read", "#Share", "#Epochs", "#Held-out loss", "Licence", "Fingerprint"], rows))
 
 
 def _sample(f: Facts) -> str:
     if not f.sample:
         return ""
-    return _section("What it writes", "Generated from the last checkpoint.", f'<pre class="sample">{escape(f.sample)}</pre>')
+    return _section("What it writes", "Generated from the last checkpoint.",
+                    f'<pre class="sample">{escape(f.sample)}</pre>')
 
 
 # ---- configuration and environment ---------------------------------------------------------------------------------
@@ -321,7 +328,8 @@ def _environment(f: Facts) -> str:
         if isinstance(value, Mapping) and value:
             parts.append(_details(group, _gist(group, value), _flat(value), lambda key: False))
     plain = {k: v for k, v in f.environment.items() if not isinstance(v, (Mapping, list)) and v is not None}
-    return _section("Environment", "Of the newest start.", _details("run", "", plain, lambda key: False) + "".join(parts))
+    return _section("Environment", "Of the newest start.",
+                    _details("run", "", plain, lambda key: False) + "".join(parts))
 
 
 def _gist(group: str, value: Mapping[str, Any]) -> str:
@@ -334,20 +342,24 @@ def _gist(group: str, value: Mapping[str, Any]) -> str:
         return ", ".join(dict.fromkeys(value.get("names") or [str(value.get("kind"))]))
     if group == "code":
         found = value.get("officina") or {}
-        return f"commit {str(found.get('commit') or 'unknown')[:10]}" + (", changed since" if found.get("dirty") else "")
+        changed = ", changed since" if found.get("dirty") else ""
+        return f"commit {str(found.get('commit') or 'unknown')[:10]}{changed}"
     return str(value.get("name") or value.get("hosts") or "")
 
 
 def _details(title: str, note: str, values: Mapping[str, Any], marked: Callable[[str], bool]) -> str:
-    rows = "".join(f'<div{" class=set" if marked(key) else ""}><span>{escape(key)}</span><b>{escape(shown(v))}</b></div>'
-                   for key, v in values.items())
-    return f'<details><summary>{escape(title)}<span>{escape(note)}</span></summary><div class="keys mono">{rows}</div></details>'
+    rows = "".join(
+        f'<div{" class=set" if marked(key) else ""}><span>{escape(key)}</span><b>{escape(shown(v))}</b></div>'
+        for key, v in values.items())
+    return (f"<details><summary>{escape(title)}<span>{escape(note)}</span></summary>"
+            f'<div class="keys mono">{rows}</div></details>')
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + str(key): value}
+        nested = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return found
 
 
@@ -362,70 +374,3 @@ def _footer(f: Facts) -> str:
             f"Wall time runs from each start to its last line in metrics.jsonl. MFU is given only for devices whose "
             f"peak is known exactly. officina {escape(str(f.officina or ''))}. The same facts for machines: "
             f"report.json.</footer>")
-
-
-# ---- how values read -----------------------------------------------------------------------------------------------
-def number(value: float | str | None) -> str:
-    """Four digits; text stays."""
-    if value is None:
-        return "–"
-    if isinstance(value, str) or not math.isfinite(value):
-        return str(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.4g}" if abs(value) < 10 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:.2e}"
-
-
-def loss(value: float | str | None) -> str:
-    """Three decimals: what differs between two good runs."""
-    return f"{value:.3f}" if isinstance(value, float) and math.isfinite(value) else number(value)
-
-
-def count(value: float | None) -> str:
-    """`8.2 M`."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value:.3g}"
-
-
-def size(value: float) -> str:
-    """`1.5 GiB`."""
-    for factor, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value:.0f} B"
-
-
-def seconds(value: float) -> str:
-    """`120 ms`, `3.2 s`."""
-    if not math.isfinite(value):
-        return "–"
-    if value == 0:
-        return "0"
-    return f"{value * 1e3:.3g} ms" if value < 0.9995 else f"{value:.3g} s" if value < 600 else clock(value)
-
-
-def clock(value: float) -> str:
-    """`42 s`, `3:07`, `2:05:09`, `4 d 03 h`."""
-    from officina.trainer.progress import duration
-
-    return duration(value) if math.isfinite(value) else "–"
-
-
-def date(unix_s: float) -> str:
-    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M")
-
-
-def shown(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list):
-        return "[" + ", ".join(shown(v) for v in value) + "]"
-    return str(value)

@@ -6,28 +6,37 @@ CSS = """
 --tint:color-mix(in srgb,var(--a) 9%,var(--card));--shadow:0 1px 2px #1c1b190a,0 6px 24px -12px #1c1b1914;
 color-scheme:light dark}
 @media(prefers-color-scheme:dark){:root{--paper:#121214;--card:#1a1a1e;--line:#2b2b31;--grid:#26262c;--ink:#ececf1;
---soft:#b4b4c0;--faint:#81818e;--a:#8f9dff;--b:#ff9a66;--c:#4fd3bb;--d:#c79bff;--e:#e6bf57;--good:#5fd08e;--warn:#e8b765;
+--soft:#b4b4c0;--faint:#81818e;--a:#8f9dff;--b:#ff9a66;--c:#4fd3bb;--d:#c79bff;--e:#e6bf57;--good:#5fd08e;
+--warn:#e8b765;
 --bad:#ff8080;--tint:color-mix(in srgb,var(--a) 14%,var(--card));--shadow:none}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.55 -apple-system,BlinkMacSystemFont,"Segoe UI Variable Text",
-"Segoe UI",Inter,Roboto,"Helvetica Neue","Noto Sans","Liberation Sans",Arial,sans-serif;font-variant-numeric:tabular-nums;
+body{margin:0;background:var(--paper);color:var(--ink);
+font:15px/1.55 -apple-system,BlinkMacSystemFont,"Segoe UI Variable Text",
+"Segoe UI",Inter,Roboto,"Helvetica Neue","Noto Sans","Liberation Sans",Arial,sans-serif;
+font-variant-numeric:tabular-nums;
 -webkit-font-smoothing:antialiased;text-rendering:optimizeLegibility}
 main{max-width:1080px;margin:0 auto;padding:52px 28px 72px}
-code,pre,.mono{font-family:ui-monospace,"SF Mono","Cascadia Code",Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.87em}
+code,pre,.mono{font-family:ui-monospace,"SF Mono","Cascadia Code",Menlo,Consolas,"DejaVu Sans Mono",monospace;
+font-size:.87em}
 header{margin-bottom:34px}
-.brand{display:flex;justify-content:space-between;align-items:center;color:var(--faint);font-size:13px;letter-spacing:.02em;
+.brand{display:flex;justify-content:space-between;align-items:center;color:var(--faint);font-size:13px;
+letter-spacing:.02em;
 margin-bottom:30px}
-.brand b{color:var(--ink);font-weight:650;letter-spacing:-.01em;font-size:15px;display:inline-flex;align-items:center;gap:9px}
+.brand b{color:var(--ink);font-weight:650;letter-spacing:-.01em;font-size:15px;display:inline-flex;align-items:center;
+gap:9px}
 .brand svg{width:20px;height:20px}
 .headline{display:flex;align-items:center;gap:16px;flex-wrap:wrap}
 h1{font-size:40px;line-height:1.1;letter-spacing:-.028em;font-weight:680;margin:0;overflow-wrap:anywhere}
 .sub{color:var(--soft);margin:12px 0 0;max-width:860px;font-size:16px}
 .sub b{font-weight:600;color:var(--ink)}
-.pill{display:inline-flex;align-items:center;gap:7px;font-size:13px;font-weight:570;padding:4px 12px 4px 10px;border-radius:99px;
-border:1px solid color-mix(in srgb,currentColor 30%,transparent);background:color-mix(in srgb,currentColor 8%,transparent);white-space:nowrap}
+.pill{display:inline-flex;align-items:center;gap:7px;font-size:13px;font-weight:570;padding:4px 12px 4px 10px;
+border-radius:99px;
+border:1px solid color-mix(in srgb,currentColor 30%,transparent);
+background:color-mix(in srgb,currentColor 8%,transparent);white-space:nowrap}
 .pill:before{content:"";width:7px;height:7px;border-radius:50%;background:currentColor}
 .good{color:var(--good)}.warn{color:var(--warn)}.bad{color:var(--bad)}
-.tiles{display:grid;grid-template-columns:repeat(6,1fr);border:1px solid var(--line);border-radius:14px;background:var(--card);
+.tiles{display:grid;grid-template-columns:repeat(6,1fr);border:1px solid var(--line);border-radius:14px;
+background:var(--card);
 box-shadow:var(--shadow);margin-bottom:22px;overflow:hidden}
 .tile{padding:17px 18px 15px;border-left:1px solid var(--line);margin-left:-1px;min-width:0}
 .tile .k{color:var(--faint);font-size:12.5px;white-space:nowrap}
@@ -44,10 +53,13 @@ figcaption b{font-weight:620;font-size:15px;letter-spacing:-.01em;white-space:no
 figcaption span{color:var(--faint);font-size:12.5px;text-align:right}
 figcaption span i{font-style:normal;color:var(--ink);font-weight:560}
 .legend{display:flex;gap:16px;flex-wrap:wrap;color:var(--soft);font-size:12.5px;align-items:center}
-.legend i{display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle;background:currentColor}
+.legend i{display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle;
+background:currentColor}
 .legend i.round{width:8px;height:8px;border-radius:50%}
-.legend i.tri{width:0;height:0;border-radius:0;background:none;border:4.5px solid transparent;border-bottom:8px solid currentColor;border-top:0}
-.legend span{color:var(--soft);text-align:left}.legend .a i{color:var(--a)}.legend .b i{color:var(--b)}.legend .c i{color:var(--c)}.legend .d i{color:var(--d)}.legend .e i{color:var(--e)}
+.legend i.tri{width:0;height:0;border-radius:0;background:none;border:4.5px solid transparent;
+border-bottom:8px solid currentColor;border-top:0}
+.legend span{color:var(--soft);text-align:left}.legend .a i{color:var(--a)}.legend .b i{color:var(--b)}
+.legend .c i{color:var(--c)}.legend .d i{color:var(--d)}.legend .e i{color:var(--e)}
 .legend .bad{color:var(--soft)}.legend .bad i{color:var(--bad)}
 .grid2{display:grid;grid-template-columns:1fr 1fr;gap:18px;margin-top:18px}
 .switch{display:inline-flex;border:1px solid var(--line);border-radius:8px;overflow:hidden;font-size:12px}
@@ -66,7 +78,8 @@ svg.chart{display:block;width:100%;height:auto;overflow:visible;touch-action:pan
 .chart path{fill:none}
 .chart .line{stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
 .chart .raw{stroke-width:1;opacity:.3;stroke-linejoin:round}
-.chart .a{stroke:var(--a)}.chart .b{stroke:var(--b)}.chart .c{stroke:var(--c)}.chart .d{stroke:var(--d)}.chart .e{stroke:var(--e)}
+.chart .a{stroke:var(--a)}.chart .b{stroke:var(--b)}.chart .c{stroke:var(--c)}.chart .d{stroke:var(--d)}
+.chart .e{stroke:var(--e)}
 .chart .fill,.chart .band{stroke:none;opacity:.12}.chart .band{opacity:.2}
 .chart .fill.a,.chart .band.a,.chart .span.a{fill:var(--a)}.chart .fill.b,.chart .band.b,.chart .span.b{fill:var(--b)}
 .chart .fill.c,.chart .band.c,.chart .span.c{fill:var(--c)}.chart .fill.d,.chart .band.d,.chart .span.d{fill:var(--d)}
@@ -77,52 +90,67 @@ svg.chart{display:block;width:100%;height:auto;overflow:visible;touch-action:pan
 .chart .event{fill:var(--bad)}
 .chart .cross{stroke:var(--faint);stroke-width:1;pointer-events:none}
 .chart .here{stroke:var(--card);stroke-width:2;pointer-events:none}
-.chart .here.a{fill:var(--a)}.chart .here.b{fill:var(--b)}.chart .here.c{fill:var(--c)}.chart .here.d{fill:var(--d)}.chart .here.e{fill:var(--e)}
-#tip{position:fixed;z-index:9;pointer-events:none;background:var(--ink);color:var(--paper);border-radius:9px;padding:7px 11px 8px;
+.chart .here.a{fill:var(--a)}.chart .here.b{fill:var(--b)}.chart .here.c{fill:var(--c)}.chart .here.d{fill:var(--d)}
+.chart .here.e{fill:var(--e)}
+#tip{position:fixed;z-index:9;pointer-events:none;background:var(--ink);color:var(--paper);border-radius:9px;
+padding:7px 11px 8px;
 font-size:12.5px;line-height:1.5;opacity:0;transition:opacity .12s;box-shadow:0 6px 24px #0003;white-space:nowrap}
 #tip b{font-weight:600}#tip div{display:flex;justify-content:space-between;gap:16px}#tip div span{opacity:.7}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:13.5px}
-th{text-align:left;color:var(--faint);font-weight:500;font-size:12.5px;padding:11px 16px 8px;border-bottom:1px solid var(--line);white-space:nowrap}
+th{text-align:left;color:var(--faint);font-weight:500;font-size:12.5px;padding:11px 16px 8px;
+border-bottom:1px solid var(--line);white-space:nowrap}
 td{padding:9px 16px;border-bottom:1px solid var(--grid);vertical-align:top}
 tr:last-child td{border-bottom:0}
 .num{text-align:right;white-space:nowrap}.nowrap{white-space:nowrap}
 .muted{color:var(--faint)}
-.chip{display:inline-block;padding:0 7px;border-radius:6px;background:var(--tint);color:var(--a);font-size:12.5px;margin:1px 4px 1px 0}
+.chip{display:inline-block;padding:0 7px;border-radius:6px;background:var(--tint);color:var(--a);font-size:12.5px;
+margin:1px 4px 1px 0}
 .old{color:var(--faint);text-decoration:line-through;text-decoration-thickness:1px}
 .share{height:5px;border-radius:3px;background:var(--grid);overflow:hidden;margin-top:6px;min-width:90px}
 .share i{display:block;height:100%;background:var(--a);border-radius:3px}
 .notes{margin:0;padding:14px 20px;list-style:none;font-size:14px}
 .notes li{padding:5px 0 5px 20px;position:relative}
-.notes li:before{content:"";position:absolute;left:2px;top:13px;width:7px;height:7px;border-radius:50%;background:var(--faint)}
+.notes li:before{content:"";position:absolute;left:2px;top:13px;width:7px;height:7px;border-radius:50%;
+background:var(--faint)}
 .notes li.good,.notes li.warn,.notes li.bad{color:inherit}
-.notes li.good:before{background:var(--good)}.notes li.warn:before{background:var(--warn)}.notes li.bad:before{background:var(--bad)}
-pre.sample{margin:0;padding:20px 24px;overflow-x:auto;line-height:1.6;font-size:13px;white-space:pre-wrap;overflow-wrap:anywhere}
+.notes li.good:before{background:var(--good)}.notes li.warn:before{background:var(--warn)}
+.notes li.bad:before{background:var(--bad)}
+pre.sample{margin:0;padding:20px 24px;overflow-x:auto;line-height:1.6;font-size:13px;white-space:pre-wrap;
+overflow-wrap:anywhere}
 details{border-bottom:1px solid var(--line)}details:last-child{border:0}
 summary{cursor:pointer;padding:13px 20px;font-weight:580;list-style:none;display:flex;align-items:baseline;gap:10px}
 summary::-webkit-details-marker{display:none}
-summary:before{content:"";width:6px;height:6px;border:solid var(--faint);border-width:0 1.6px 1.6px 0;transform:rotate(-45deg) translateY(-2px);
+summary:before{content:"";width:6px;height:6px;border:solid var(--faint);border-width:0 1.6px 1.6px 0;
+transform:rotate(-45deg) translateY(-2px);
 transition:transform .12s;flex:none}
 details[open]>summary:before{transform:rotate(45deg) translateX(-1px)}
 summary span{font-weight:400;color:var(--faint);font-size:13px;margin-left:auto;text-align:right}
 .keys{columns:2;column-gap:44px;padding:2px 20px 16px 36px;font-size:13px}
-.keys div{display:flex;justify-content:space-between;gap:14px;break-inside:avoid;padding:2.5px 0;border-bottom:1px solid var(--grid)}
+.keys div{display:flex;justify-content:space-between;gap:14px;break-inside:avoid;padding:2.5px 0;
+border-bottom:1px solid var(--grid)}
 .keys span{color:var(--soft)}.keys b{font-weight:500;text-align:right;overflow-wrap:anywhere}
 .keys .set span,.keys .set b{color:var(--a);font-weight:570}
 footer{margin-top:52px;color:var(--faint);font-size:12.5px;line-height:1.65;max-width:820px}
-@media(max-width:900px){.tiles{grid-template-columns:repeat(3,1fr)}.tile:nth-child(n+4){border-top:1px solid var(--line)}}
-@media(max-width:680px){main{padding:28px 16px 48px}h1{font-size:30px}.grid2{grid-template-columns:minmax(0,1fr)}.keys{columns:1}
-.tiles{grid-template-columns:1fr 1fr}.tile:nth-child(n+3){border-top:1px solid var(--line)}.wide{display:none!important}.narrow{display:block}
+@media(max-width:900px){.tiles{grid-template-columns:repeat(3,1fr)}
+.tile:nth-child(n+4){border-top:1px solid var(--line)}}
+@media(max-width:680px){main{padding:28px 16px 48px}h1{font-size:30px}.grid2{grid-template-columns:minmax(0,1fr)}
+.keys{columns:1}
+.tiles{grid-template-columns:1fr 1fr}.tile:nth-child(n+3){border-top:1px solid var(--line)}
+.wide{display:none!important}.narrow{display:block}
 figure{padding:14px 12px 8px}figcaption{flex-wrap:wrap}.switch{display:none}}
-@media print{body{background:#fff}.card,.tiles{box-shadow:none;break-inside:avoid}details>*{display:block}.switch{display:none}}
+@media print{body{background:#fff}.card,.tiles{box-shadow:none;break-inside:avoid}details>*{display:block}
+.switch{display:none}}
 """
 
 SCRIPT = """
 (() => {
 const tip = document.getElementById('tip'), NS = 'http://www.w3.org/2000/svg';
 const charts = [...document.querySelectorAll('svg.chart')].map(svg => ({svg, ...JSON.parse(svg.dataset.chart)}));
-const place = ([lo, hi, a, b, log], v) => log ? a + Math.log(v / lo) / Math.log(hi / lo) * (b - a) : a + (v - lo) / ((hi - lo) || 1) * (b - a);
-const value = ([lo, hi, a, b, log], p) => log ? lo * (hi / lo) ** ((p - a) / (b - a)) : lo + (p - a) / (b - a) * (hi - lo);
+const share = (lo, hi, v, log) => log ? Math.log(v / lo) / Math.log(hi / lo) : (v - lo) / ((hi - lo) || 1);
+const place = ([lo, hi, a, b, log], v) => a + share(lo, hi, v, log) * (b - a);
+const value = ([lo, hi, a, b, log], p) => { const t = (p - a) / (b - a);
+  return log ? lo * (hi / lo) ** t : lo + t * (hi - lo); };
 const near = (xs, x) => { let a = 0, b = xs.length - 1;
   while (b - a > 1) { const m = (a + b) >> 1; xs[m] <= x ? a = m : b = m; }
   return Math.abs(xs[a] - x) <= Math.abs(xs[b] - x) ? a : b; };
@@ -134,7 +162,8 @@ const show = step => { clear(); for (const c of charts) {
   const x = place(c.x, Math.min(Math.max(step, c.x[0]), c.x[1]));
   node(c.svg, 'line', {class: 'cross', x1: x, x2: x, y1: c.y[3], y2: c.y[2]});
   for (const s of c.s) { const i = near(s.x, step), y = s.y[i] == null ? NaN : place(c.y, s.y[i]);
-    if (y >= c.y[3] - 3 && y <= c.y[2] + 3) node(c.svg, 'circle', {class: 'here ' + s.c, cx: place(c.x, s.x[i]), cy: y, r: 4}); } } };
+    if (y >= c.y[3] - 3 && y <= c.y[2] + 3)
+      node(c.svg, 'circle', {class: 'here ' + s.c, cx: place(c.x, s.x[i]), cy: y, r: 4}); } } };
 const text = (tag, words) => { const n = document.createElement(tag); n.textContent = words; return n; };
 for (const c of charts) {
   c.svg.addEventListener('pointermove', e => {
@@ -145,7 +174,8 @@ for (const c of charts) {
       const at = s.x[i] === step ? '' : ' at ' + s.x[i].toLocaleString('en');
       row.append(text('span', s.n + at), text('b', s.t[i])); tip.append(row); }
     const left = e.clientX + 18 + tip.offsetWidth > innerWidth ? e.clientX - 18 - tip.offsetWidth : e.clientX + 18;
-    tip.style.left = Math.max(4, left) + 'px'; tip.style.top = Math.min(e.clientY + 14, innerHeight - tip.offsetHeight - 8) + 'px';
+    tip.style.left = Math.max(4, left) + 'px';
+    tip.style.top = Math.min(e.clientY + 14, innerHeight - tip.offsetHeight - 8) + 'px';
     tip.style.opacity = 1; });
   c.svg.addEventListener('pointerleave', () => { clear(); tip.style.opacity = 0; });
 }
