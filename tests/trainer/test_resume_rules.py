@@ -1,0 +1,156 @@
+"""What may change when a run goes on."""
+
+import pytest
+
+from officina.configs.compose import compose, recompose
+from officina.trainer.config import SourceConfig, TimelineStage
+from officina.trainer.keys import leaves
+from officina.trainer.resume import RULES, carry_forward, changes, resume_problems, ruling
+from officina.trainer.validate import problems
+
+
+@pytest.fixture(scope="module")
+def old():
+    return compose(["experiment=demo", "data.sources.python.path=x"])
+
+
+def judge(old, words, *, step=100, position=3200, **how):
+    composed = recompose(old, words)
+    assert composed.problems == [], composed.problems
+    return {p.key: p for p in resume_problems(old, composed.run, step=step, position=position, **how)}
+
+
+def test_each_key_has_a_ruling_of_its_own():
+    for key in leaves():
+        rule, why = ruling(key)
+        assert rule in ("free", "force", "refused") and why
+    used = {next(pattern for pattern, *_ in RULES if _matches(key, pattern)) for key in leaves()}
+    used.add("model.local_rope")  # stands for the whole part where one side has none
+    assert used == {pattern for pattern, *_ in RULES}, "a rule that no key meets"
+
+
+def _matches(key, pattern):
+    from fnmatch import fnmatchcase
+
+    return fnmatchcase(key, pattern)
+
+
+@pytest.mark.parametrize("words", [
+    ["engine=zero2", "ranks=3", "time_limit=none"], ["engine=hsdp", "engine.shard_size=4", "ranks=8"],
+    ["lr_schedule=wsd", "lr_schedule.decay_steps=50", "steps=150"], ["optim.lr=1e-4", "optim.clip_norm=0.5"],
+    ["steps=1000"], ["data.sources.new.path=y", "data.sources.new.weight=0.3"], ["data.sources.python.path=/moved"],
+    ["~data.sources.python", "data.sources.new.path=y"], ["batch.global_tokens=16384", "batch.micro_rows=1"],
+    ["site.account=other", "site.grace=5m"], ["logging=files", "checkpoint.every_steps=7", "eval.every_steps=3"],
+    ["data.skip=[[3200,3264]]"], ["objective.spike_sigma=6", "objective.on_spike=skip"], ["threads=2", "device=cpu"],
+    ["profile.steps=[101,103]"], ["model.attention_impl=reference"], []])
+def test_everyday_changes_are_free(old, words):
+    assert judge(old, words) == {}
+
+
+@pytest.mark.parametrize("word", [
+    "precision=fp32", "model.rope.theta=1e6", "model.rope.scaling=linear", "model.window=128", "model.norm_eps=1e-6",
+    "data.mask_documents=false", "model.logit_softcap=30", "model.local_rope.theta=1e3"])
+def test_changes_of_meaning_need_force(old, word):
+    found = judge(old, [word])
+    assert found and all("--force" in p.remedy for p in found.values())
+    assert judge(old, [word], force=True) == {}
+
+
+@pytest.mark.parametrize("word", [
+    "model.n_layers=5", "model.d_model=384", "model.vocab_size=8192", "model.tie_embeddings=false", "model.qk_norm=head",
+    "seed=4", "batch.seq_len=128", "data.shuffle=false", "data.split=other", "name=other", "model.init_std=0.01",
+    "data.timeline=[{from_sample:0,weights:{python:2}}]"])
+def test_what_the_past_rests_on_is_refused_even_with_force(old, word):
+    key = word.split("=")[0]
+    found = judge(old, [word], force=True)
+    assert list(found) == [key] and "cannot change" in found[key].rule
+    if "=" in found[key].remedy:  # the remedy is the old value, and it works
+        assert judge(old, [word, found[key].remedy.strip("'")]) == {}
+
+
+def test_another_model_or_optimizer_is_one_problem(old):
+    words = ["model=custom", "model.factory=a:b", "model.loss=a:b", "model.decoder=a:b"]
+    assert list(judge(old, words)) == ["model.kind"]
+    assert list(judge(old, ["optim=muon"])) == ["optim.kind"]
+
+
+def test_a_branch_may_have_another_name(old):
+    assert judge(old, ["name=decay"], branch=True) == {}
+
+
+def test_a_run_that_is_done_needs_more_steps(old):
+    found = judge(old, [], step=300)
+    assert found["steps"].remedy == "steps=330"
+    assert judge(old, ["steps=330"], step=300) == {}
+
+
+@pytest.mark.parametrize(("before", "after", "position", "refused"), [
+    ("[]", "[[10,20]]", 5, False), ("[]", "[[10,20]]", 15, True), ("[[0,8]]", "[]", 9, True), ("[[0,8]]", "[[0,8],[20,30]]", 9, False),
+    ("[[0,8]]", "[[0,4],[4,8]]", 9, False), ("[[10,20]]", "[]", 10, False), ("[[10,20]]", "[[10,15]]", 12, False),
+    ("[[10,20]]", "[[10,15]]", 16, True)])
+def test_past_samples_cannot_be_left_out_or_put_back(old, before, after, position, refused):
+    old = recompose(old, [f"data.skip={before}"]).run
+    found = judge(old, [f"data.skip={after}"], position=position)
+    assert bool(found) is refused
+    if refused:
+        assert judge(old, [found["data.skip"].remedy], position=position) == {}
+
+
+def test_changes_are_told_key_by_key(old):
+    new = recompose(old, ["optim.lr=1e-4", "engine=single", "data.sources.b.path=y"]).run
+    told = {c.key: (c.old, c.new) for c in changes(old, new)}
+    assert told["optim.lr"] == (3e-3, 1e-4) and told["engine.kind"] == ("fsdp2", "single")
+    assert told["data.sources.b.path"] == (None, "y") and "steps" not in told
+
+
+# ---- the mixture's timeline --------------------------------------------------------------------------------------
+def mix(old, words, position):
+    composed = recompose(old, words)
+    named = {w.split(".")[2].split("=")[0] for w in words if w.startswith("data.sources.")}
+    return carry_forward(old, composed.run, position, named)
+
+
+def weights(run):
+    return [(stage.from_sample, stage.weights) for stage in run.data.timeline]
+
+
+def test_a_new_source_begins_at_the_next_sample(old):
+    run = mix(old, ["data.sources.new.path=y", "data.sources.new.weight=0.5"], 3200)
+    assert weights(run) == [(0, {"python": 1.0}), (3200, {"python": 1.0, "new": 0.5})]
+    assert problems(run, read_data=False) == []
+    again = mix(run, [], 6400)
+    assert again == run
+
+
+def test_a_source_that_leaves_stays_known_for_the_audit_and_can_come_back(old):
+    run = mix(old, ["~data.sources.python", "data.sources.new.path=y"], 3200)
+    assert weights(run)[-1] == (3200, {"new": 1.0}) and set(run.data.sources) == {"python", "new"}
+    same = mix(run, ["data.sources.new.path=z"], 6400)
+    assert weights(same) == weights(run) and same.data.sources["new"].path == "z"
+    back = mix(run, ["data.sources.python.weight=1"], 6400)
+    assert weights(back)[-1] == (6400, {"new": 1.0, "python": 1.0})
+
+
+def test_a_moved_data_set_changes_no_order(old):
+    two = mix(old, ["data.sources.new.path=y"], 3200)
+    moved = mix(two, ["data.sources.python.path=/elsewhere"], 1600)  # gone on from an older checkpoint
+    assert weights(moved) == weights(two) and moved.data.sources["python"].path == "/elsewhere"
+
+
+def test_a_change_replaces_what_was_planned_from_there_on(old):
+    two = mix(old, ["data.sources.new.path=y"], 3200)
+    redone = mix(two, ["data.sources.new.weight=3"], 1600)
+    assert weights(redone) == [(0, {"python": 1.0}), (1600, {"python": 1.0, "new": 3.0})]
+
+
+def test_before_the_first_sample_a_change_is_no_stage(old):
+    run = mix(old, ["data.sources.new.path=y"], 0)
+    assert weights(run) == [] and run.data.sources == {"python": SourceConfig(path="x"), "new": SourceConfig(path="y")}
+
+
+def test_the_timeline_survives_config_yaml(old, tmp_path):
+    from officina.trainer.run_dir import load_config, save_config
+
+    run = mix(old, ["data.sources.new.path=y"], 3200)
+    save_config(run, tmp_path)
+    assert load_config(tmp_path) == run and isinstance(load_config(tmp_path).data.timeline[0], TimelineStage)
