@@ -5,10 +5,9 @@ import json
 import resource
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,13 +16,20 @@ from officina.trainer.checkpoint.content import verify_loaded
 from officina.trainer.checkpoint.layout import TrainState
 from officina.trainer.checkpoint.read import OpenCheckpoint, open_checkpoint
 from officina.trainer.checkpoint.write import SaveOutcome, Saver
-from officina.trainer.config import AdamWConfig, RunConfig
+from officina.trainer.config import RunConfig
 from officina.trainer.data.ledger import Ledger
 from officina.trainer.data.loader import Loader
-from officina.trainer.environment import code_diff, describe, device_facts, rank_facts, write_environment
+from officina.trainer.environment import describe, device_facts, rank_facts, write_environment
 from officina.trainer.errors import CheckpointError
 from officina.trainer.loggers import Trackers, open_trackers
-from officina.trainer.metrics import EvalMetrics, MetricsWriter, SaveMetrics, StartMetrics, StepMetrics, StopMetrics
+from officina.trainer.metrics import (
+    EvalMetrics,
+    MetricsWriter,
+    SaveMetrics,
+    StartMetrics,
+    StepMetrics,
+    StopMetrics,
+)
 from officina.trainer.model.build import build_model
 from officina.trainer.model.flops import flops_per_token
 from officina.trainer.model.peaks import peak_bf16_flops
@@ -31,7 +37,8 @@ from officina.trainer.parallel.engine import Engine, Parts, build_engine, resolv
 from officina.trainer.profile import Profiler
 from officina.trainer.progress import Progress
 from officina.trainer.ranks import Ranks
-from officina.trainer.run_dir import committed_steps, dump_run, read_history, read_run_id
+from officina.trainer.run_dir import committed_steps, read_history, read_run_id
+from officina.trainer.schema import dump_run
 from officina.trainer.spikes import SpikeDetector
 
 
@@ -66,7 +73,6 @@ class Job:
     """Step of the newest checkpoint."""
     unchecked: bool = True
     """No step of this start has yet been seen to change the parameters."""
-    finished: bool = field(default=False)
 
     def write(self, record: StepMetrics | EvalMetrics | SaveMetrics | StartMetrics | StopMetrics) -> None:
         """To metrics.jsonl, the trackers and the terminal; rank 0 only."""
@@ -96,19 +102,23 @@ class Job:
         if self.saved_step == self.step:
             return
         self.progress.phase("saving")
-        outcomes = [self.saver.save(self.step, self.engine.export_state(), self.train_state())]
+        if self.ledger is not None:
+            self.ledger.sync()
         if wait:
-            outcomes.append(self.saver.wait())
-        for outcome in outcomes:
-            self.saved(outcome)
+            self.saved(self.saver.wait())
+        self.saved(self.saver.save(self.step, self.engine.export_state(), self.train_state()))
+        if wait:
+            self.saved(self.saver.wait())
         self.progress.phase("")
 
     def saved(self, outcome: SaveOutcome | None) -> None:
-        """Take in how a save ended; None if it goes on in the background."""
-        if outcome is None:
+        """Take in how a save ended; nothing to do while it goes on in the background."""
+        if outcome is None or outcome.status == "pending":
             return
-        if outcome.problem is None:
+        if outcome.status == "saved":
             self.saved_step = outcome.step
+        if outcome.note:
+            self.progress.say(outcome.note)
         self.write(SaveMetrics(
             step=outcome.step, path=f"checkpoints/step-{outcome.step:08d}", bytes=outcome.bytes, stall_s=outcome.stall_s,
             durable_s=outcome.durable_s, problem=outcome.problem))
@@ -117,7 +127,6 @@ class Job:
         """The orderly end. Raises CheckpointError if what was trained could not be saved."""
         self.write(StopMetrics(step=self.step, reason=reason, exit_status=exit_status))
         self.trackers.close(exit_status)
-        self.finished = True
         if self.saved_step != self.step:
             newest = max(committed_steps(self.run_dir), default=None)
             raise CheckpointError(
@@ -132,7 +141,6 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
     """Build the job on this rank and load its newest whole checkpoint; take everything down again at the end."""
     with ExitStack() as stack:
         rank0 = ranks.rank == 0
-        progress = stack.enter_context(Progress(run.steps, enabled=rank0))
         precision = resolve_precision(run.precision, ranks.device)
         built = build_model(run)
         parameters = sum(p.numel() for p in built.module.parameters())
@@ -159,17 +167,18 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
         for name, values in state.spikes.items():
             spikes[name].load(values)
 
+        progress = stack.enter_context(Progress(run.steps, state.step, enabled=rank0, stream=sys.stdout))
         metrics = stack.enter_context(MetricsWriter(run_dir, say=progress.say)) if rank0 else None
         job = Job(
             run=run, run_dir=run_dir, ranks=ranks, engine=engine, loader=loader,
-            saver=Saver(run_dir, ranks, run.checkpoint, read_run_id(run_dir)),
+            saver=Saver(run_dir, ranks, run.checkpoint, read_run_id(run_dir), damaged=opened.damaged if opened else ()),
             profiler=stack.enter_context(Profiler(run.profile, run_dir, ranks.rank, say=progress.say)),
             progress=progress, metrics=metrics, ledger=stack.enter_context(Ledger(run_dir)) if rank0 else None,
             trackers=stack.enter_context(open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),
             loss_spikes=spikes["loss"], norm_spikes=spikes["grad_norm"], flops=_flops(run), peak_flops=_peak(ranks, precision),
             step=state.step, tokens=state.tokens, position=state.position,
             saved_step=state.step if opened is not None else -1)
-        progress.start(job.step)
+        job.saver.prepare(engine.export_state())
         _announce(job, precision, parameters, opened)
         if opened is not None:
             opened.close()
@@ -177,17 +186,11 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
 
 
 def _newest_checkpoint(run_dir: Path, ranks: Ranks) -> OpenCheckpoint | None:
-    """The newest whole checkpoint of this run, or of the run it branched from; None before the first save."""
+    """The newest whole checkpoint of this run; None before the first save."""
     [started] = ranks.sum([float(ranks.rank == 0 and bool(committed_steps(run_dir)))])
     if not started:
         return None
-    opened = open_checkpoint(run_dir, ranks=ranks)
-    known = {start.get("run_id") for start in read_history(run_dir)}
-    known |= {(start.get("origin") or {}).get("run_id") for start in read_history(run_dir)}
-    if opened.run_id not in known:
-        raise CheckpointError(f"{opened.path} is a checkpoint of run {opened.run_id}, not of this one ({read_run_id(run_dir)}). "
-                              f"Move it away, or branch from the run it is of: officina train from=THAT_RUN@{opened.step}")
-    return opened
+    return open_checkpoint(run_dir, ranks=ranks, run_id=read_run_id(run_dir))
 
 
 def fingerprint(run: RunConfig) -> str:
@@ -224,7 +227,7 @@ def _announce(job: Job, precision: str, parameters: int, opened: OpenCheckpoint 
         return
     modules = [run.model.factory.partition(":")[0], run.model.loss.partition(":")[0]] if run.model.kind == "custom" else []
     write_environment(job.run_dir, describe(launcher=ranks.env.launcher, threads=torch.get_num_threads(), device=device_facts(),
-                                            ranks=facts, modules=modules), code_diff(modules))
+                                            ranks=facts, modules=modules), "")
     _keep_tokenizer(job)
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     history = read_history(job.run_dir)
