@@ -12,6 +12,8 @@ for folder in (ROOT, ROOT / "tests"):  # helpers are imported as `tests.name` (s
 
 from tests.distributed import RankPool  # noqa: E402
 
+pytest_plugins = ["slurm"]
+
 
 @pytest.fixture(scope="session")
 def pool():

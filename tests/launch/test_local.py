@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from officina.launch import postmortem
 from officina.trainer.config import RunConfig
 from officina.trainer.rank_log import failure_path, log_path
