@@ -145,10 +145,10 @@ class Progress:
             parts.remove(max(parts))
         bar_columns = min(24, columns - len(" · ".join(text for _, text, _ in parts)) - 3)
         bar = _bar(m.step / self._steps, bar_columns) if colour and bar_columns >= 8 else ""
-        shown = [paint(text, tone) for _, text, tone in parts]
+        shown = [paint(text[:columns], tone) for _, text, tone in parts]  # a very narrow window cuts the last part
         if bar:
             shown[0] += " " + paint(bar, _ACCENT)
-        return paint(" · ", _DIM).join(shown) if len(parts) > 1 else shown[0][: max(columns, 0)]
+        return paint(" · ", _DIM).join(shown)
 
     def _left_s(self) -> float | None:
         (first_step, first_s), (last_step, last_s) = self._pace[0], self._pace[-1]

@@ -75,7 +75,7 @@ def screen(sent: str) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("columns", [20, 45, 80, 160])
+@pytest.mark.parametrize("columns", [10, 20, 45, 80, 160])
 def test_the_live_line_fits_the_terminal_and_messages_stand_above_it(columns):
     sent = on_terminal(columns)
     drawn = [re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", sent)]
