@@ -59,7 +59,8 @@ def global_batch(run: RunConfig, world_size: int, position: int, steps: int) -> 
 
 
 @given(worlds=st.lists(st.integers(1, 7), min_size=1, max_size=4), rows=st.integers(1, 9),
-       micros=st.lists(st.integers(1, 5), min_size=4, max_size=4), steps=st.lists(st.integers(1, 6), min_size=4, max_size=4),
+       micros=st.lists(st.integers(1, 5), min_size=4, max_size=4),
+       steps=st.lists(st.integers(1, 6), min_size=4, max_size=4),
        share=st.sampled_from([0.5, 0.9, 0.37]), seed=st.integers(0, 3))
 @FIXTURES
 def test_any_ranks_and_stops_give_the_one_order(two_sources, worlds, rows, micros, steps, share, seed) -> None:
@@ -201,9 +202,9 @@ def test_state_is_small_and_checked(two_sources, tmp_path: Path) -> None:
             loader.check_state(state)
 
     check(run)
-    with pytest.raises(DataError, match="position=8.*position=4"):
+    with pytest.raises(DataError, match=r"position=8.*position=4"):
         check(run, 8)
-    with pytest.raises(DataError, match="Try: seed=0"):
+    with pytest.raises(DataError, match=r"Try: seed=0"):
         check(dataclasses.replace(run, seed=1))
     with pytest.raises(DataError, match=r"Try: batch\.seq_len=8"):
         check(dataclasses.replace(run, batch=BatchConfig(seq_len=4, global_tokens=16)))
@@ -238,7 +239,7 @@ def test_a_flipped_bit_stops_the_consumer_with_file_and_place(tmp_path: Path) ->
     with Loader(make_run({"a": (tmp_path / "a", 1)}), rank=0, world_size=1, position=0) as loader:
         with pytest.raises(DataError, match=rf"{shard}: bytes 4096 to 8096 do not match their checksum"):
             loader.next_step()
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RuntimeError, match=r"closed"):
             loader.next_step()
 
 
@@ -282,7 +283,7 @@ def test_data_that_does_not_fit_the_run(two_sources, tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"is no data set: it has no dataset\.json.*officina data build"):
         opened(make_run({"a": (tmp_path, 1)}))
-    with pytest.raises(DataError, match="has no split dev, only"):
+    with pytest.raises(DataError, match=r"has no split dev, only"):
         opened(make_run({"a": (two_sources["a"], 1)}, split="dev"))
     with pytest.raises(DataError, match=r"fewer than one row of batch\.seq_len=100000.*Try batch\.seq_len="):
         opened(make_run({"a": (two_sources["a"], 1)}, seq_len=100_000))
@@ -355,10 +356,10 @@ def test_faults_of_a_decoder(tmp_path: Path) -> None:
         assert "secret" not in str(told.value)
     write_records(tmp_path / "uneven", [b"a", b"bcd"], name="r")
     with Loader(records_run(tmp_path / "uneven"), rank=0, world_size=1, position=0) as loader:
-        with pytest.raises(DataError, match="field x differs in shape or is missing"):
+        with pytest.raises(DataError, match=r"field x differs in shape or is missing"):
             loader.next_step()
     with pytest.raises(DataError, match=r"model\.decoder=nowhere:f: cannot be imported.*package\.module:name"):
         Loader(records_run(tmp_path / "bad", "nowhere:f"), rank=0, world_size=1, position=0)
     write_tokens(tmp_path / "tokens", {"train": [50]})
-    with pytest.raises(DataError, match="holds tokens, but model.kind=custom reads records"):
+    with pytest.raises(DataError, match=r"holds tokens, but model.kind=custom reads records"):
         Loader(records_run(tmp_path / "tokens"), rank=0, world_size=1, position=0)

@@ -119,7 +119,8 @@ def test_past_samples_do_not_move_when_a_source_joins() -> None:
 
 
 def test_sources_from() -> None:
-    mixture = Mixture([TimelineStage(weights={"a": 1, "b": 1}), TimelineStage(from_sample=50, weights={"b": 1, "c": 1})])
+    mixture = Mixture([TimelineStage(weights={"a": 1, "b": 1}),
+                       TimelineStage(from_sample=50, weights={"b": 1, "c": 1})])
     assert mixture.sources_from(49) == {"a", "b", "c"} and mixture.sources_from(50) == {"b", "c"}
 
 
@@ -131,7 +132,7 @@ def test_timelines_that_make_no_sense(stages: list[int], told: str) -> None:
 
 
 def test_a_stage_or_a_run_without_sources() -> None:
-    with pytest.raises(DataError, match="has no source"):
+    with pytest.raises(DataError, match=r"has no source"):
         Mixture([TimelineStage(weights={})])
     with pytest.raises(DataError, match=r"data\.sources is empty.*officina data build"):
         timeline_of(DataConfig())
@@ -153,7 +154,8 @@ def test_each_epoch_has_each_row_once(rows: dict[str, int], shuffle: bool, seed:
                 assert np.array_equal(of_epoch, np.arange(rows[name]))
 
 
-@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 60)), max_size=6), st.integers(0, 200), st.integers(1, 80))
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 60)), max_size=6),
+       st.integers(0, 200), st.integers(1, 80))
 def test_skips(ranges: list[tuple[int, int]], first: int, n: int) -> None:
     ranges = [[a, a + length] for a, length in ranges]
     skips = Skips(ranges)

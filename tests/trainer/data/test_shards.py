@@ -56,21 +56,21 @@ def test_documents_come_back(tmp_path: Path, dtype: str, top: int) -> None:
 
 def test_what_a_shard_refuses(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "x.dls", dtype="u8")
-    with pytest.raises(DataError, match="document 0 is empty"):
+    with pytest.raises(DataError, match=r"document 0 is empty"):
         writer.add(np.empty(0, np.int64))
-    with pytest.raises(DataError, match="token id 256, but u8 holds 0 to 255. Take a wider dtype"):
+    with pytest.raises(DataError, match=r"token id 256, but u8 holds 0 to 255. Take a wider dtype"):
         writer.add(np.asarray([256]))
     writer.abandon()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_abandoned_split_leaves_no_half_shard(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="full"), SplitWriter(tmp_path, "train", dtype="u8", shard_bytes=4) as w:
+    with pytest.raises(RuntimeError, match=r"full"), SplitWriter(tmp_path, "train", dtype="u8", shard_bytes=4) as w:
         w.add(np.asarray([1, 2, 3]))
         w.add(np.asarray([4, 5, 6]))
         raise RuntimeError("full")
     assert [p.name for p in (tmp_path / "shards").iterdir()] == ["train-00000.dls"]
-    with pytest.raises(DataError, match="A build was begun there and not finished"):
+    with pytest.raises(DataError, match=r"A build was begun there and not finished"):
         open_dataset(tmp_path)
 
 
@@ -102,21 +102,21 @@ def test_files_that_are_no_shards(large: Path, tmp_path: Path) -> None:
     entry = open_dataset(large).of_split("train")[0]
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    with pytest.raises(DataError, match=f"has {len(whole) - 100} bytes, but its header says {len(whole)}"):
+    with pytest.raises(DataError, match=rf"has {len(whole) - 100} bytes, but its header says {len(whole)}"):
         Shard(path)
     path.write_bytes(b"")
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(DataError, match=r"cannot be opened"):
         Shard(path)
     write_tokens(tmp_path / "other", {"train": [230_001]})
     shutil.copy(tmp_path / "other" / "shards" / "train-00000.dls", path)
-    with pytest.raises(DataError, match="it is a shard of another data set"):
+    with pytest.raises(DataError, match=r"it is a shard of another data set"):
         Shard(path, entry)
     import struct
 
     import xxhash
     newer = whole[:8] + struct.pack("<I", 2) + whole[12:HEADER_BYTES - 8]
     path.write_bytes(newer + struct.pack("<Q", xxhash.xxh3_64_intdigest(newer)) + whole[HEADER_BYTES:])
-    with pytest.raises(DataError, match="shard version 2 .* reads version 1.*Update officina"):
+    with pytest.raises(DataError, match=r"shard version 2 .* reads version 1.*Update officina"):
         Shard(path)
 
 
@@ -129,7 +129,8 @@ def test_verify_names_every_damage(large: Path) -> None:
     (large / "shards" / "validation-00000.dls").unlink()
     faults = verify(large).faults
     assert len(faults) == 3 and f"{path}: bytes {HEADER_BYTES} to" in faults[0]
-    assert f"bytes {HEADER_BYTES + 3 * GRANULE_BYTES} to" in faults[1] and "missing, but shards.jsonl lists" in faults[2]
+    assert f"bytes {HEADER_BYTES + 3 * GRANULE_BYTES} to" in faults[1]
+    assert "missing, but shards.jsonl lists" in faults[2]
 
 
 def test_verify_sees_bytes_between_the_sections_and_the_tokenizer(tmp_path: Path) -> None:
@@ -159,7 +160,8 @@ def test_fingerprint_follows_the_content_alone(tmp_path: Path) -> None:
     ({"format": 2}, "format=2"), ({"nmae": "x"}, "nmae"), ({"kind": "images"}, "kind='images'"),
     ({"version": "1"}, "version='1'"), ({"personal_data": "some"}, "personal_data"),
     ({"splits": {"train": {"shards": -1, "documents": 1, "tokens": 1, "bytes": 1}}}, "splits.train.shards=-1"),
-    ({"fingerprint": "0" * 64}, "Somebody edited the manifest"), ({"shards_sha256": "0" * 64}, "do not belong together"),
+    ({"fingerprint": "0" * 64}, "Somebody edited the manifest"),
+    ({"shards_sha256": "0" * 64}, "do not belong together"),
     ({"kind": "records"}, "Somebody edited")])
 def test_an_edited_manifest_is_refused(large: Path, change: dict, told: str) -> None:
     values = json.loads((large / "dataset.json").read_text())
@@ -181,7 +183,7 @@ def test_damaged_lists_are_refused(large: Path) -> None:
     with pytest.raises(DataError, match=r"shards\.jsonl line 3: not JSON"):
         open_dataset(large)
     with_lines(lines.replace(b"shards/train", b"../train"))
-    with pytest.raises(DataError, match="leaves the data set's folder"):
+    with pytest.raises(DataError, match=r"leaves the data set's folder"):
         open_dataset(large)
     (large / "shards.jsonl").unlink()
     with pytest.raises(DataError, match=r"shards\.jsonl: No such file"):
@@ -210,7 +212,7 @@ def test_records(tmp_path: Path) -> None:
     assert len(dataset.of_split("train")) > 2 and verify(tmp_path).faults == []
     shard = Shard(tmp_path / dataset.of_split("validation")[0].path)
     assert shard.document(0).tobytes() == b"held out"
-    with pytest.raises(DataError, match="split train cannot be written. Take another split name"):
+    with pytest.raises(DataError, match=r"split train cannot be written. Take another split name"):
         write_records(tmp_path, [b"x"], name="tiles")
-    with pytest.raises(DataError, match="split train has no record"):
+    with pytest.raises(DataError, match=r"split train has no record"):
         write_records(tmp_path / "empty", [], name="tiles")

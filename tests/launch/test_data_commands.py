@@ -1,0 +1,140 @@
+"""`officina data`: what a person sees, in a process of its own, and that no torch is needed for it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_sets import make_run, write_tokens
+
+from officina.trainer.data.ledger import Ledger
+from officina.trainer.data.loader import Loader
+from officina.trainer.data.shards import HEADER_BYTES, write_records
+from officina.trainer.run_dir import save_config
+
+
+def officina(*words: object, cwd: Path | None = None) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr; torch cannot be imported in it."""
+    script = ("import sys; sys.modules['torch'] = None; from officina.launch.cli import main; "
+              "sys.exit(main(sys.argv[1:]))")
+    environment = os.environ | {"COLUMNS": "140", "NO_COLOR": "1"}
+    done = subprocess.run([sys.executable, "-c", script, "data", *map(str, words)], capture_output=True, text=True,
+                          cwd=cwd, env=environment, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture()
+def texts(tmp_path: Path) -> Path:
+    (tmp_path / "texts").mkdir()
+    for i in range(30):
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(f"Document number {i}.\n" + "Some more words in it. " * 40)
+    (tmp_path / "texts" / "bad.txt").write_bytes(b"\xff\xfe")
+    return tmp_path / "texts"
+
+
+def test_build_verify_inspect(texts: Path, tmp_path: Path) -> None:
+    status, out, err = officina("build", "set", "texts", "--vocab-size", "400", "--validation", "0.3",
+                                "--licence", "CC0-1.0", cwd=tmp_path)
+    assert (status, err) == (0, "")
+    manifest = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    for shown in (f"{manifest['splits']['train']['tokens']:,}", f"{manifest['splits']['validation']['documents']:,}",
+                  manifest["fingerprint"], "1 not UTF-8", "not UTF-8: texts/bad.txt",
+                  "officina train data.sources.main.path=set"):
+        assert shown in out
+    assert manifest["name"] == "set" and manifest["licence"] == "CC0-1.0"
+
+    status, out, _ = officina("verify", tmp_path / "set")
+    assert status == 0 and "is sound: 2 shards" in out and manifest["fingerprint"] in out
+    status, out, _ = officina("inspect", tmp_path / "set", "--document", "1")
+    assert status == 0 and "CC0-1.0" in out and "Document number" in out and "document 1 ·" in out
+    assert "<|endoftext|>" in out
+    status, _, err = officina("inspect", tmp_path / "set", "--document", "99")
+    assert status == 2 and "--document 99: split train has" in err and "Traceback" not in err
+    status, _, err = officina("inspect", tmp_path / "set", "--step", "3")
+    assert status == 2 and "is a data set. Name a run directory" in err
+    status, _, err = officina("inspect", texts)
+    assert status == 2 and "is neither a data set (dataset.json) nor a run (config.yaml)" in err
+
+    shard = tmp_path / "set" / "shards" / "train-00000.dls"
+    content = bytearray(shard.read_bytes())
+    content[HEADER_BYTES + 3] ^= 4
+    shard.write_bytes(content)
+    status, _, err = officina("verify", tmp_path / "set")
+    assert status == 2 and f"{shard}: bytes 4096 to" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["--validation", "1.5"], "'1.5' is no share from 0 to below 1; write for example 0.05"),
+    (["--vocab-size", "-4"], "expected one argument|is negative; write for example 4"),
+    (["--shard-bytes", "many"], "a count is a whole number"),
+    (["--personal-data", "some"], "invalid choice"), (["nowhere"], "no such file or folder")])
+def test_words_that_make_no_sense(tmp_path: Path, words: list[str], told: str) -> None:
+    import re
+    status, _, err = officina("build", tmp_path / "set", *words)
+    assert status == 2 and re.search(told, err) and "Traceback" not in err
+
+
+@pytest.fixture()
+def run_dir(texts: Path, tmp_path: Path) -> Path:
+    """A run of five steps over a data set of text."""
+    assert officina("build", tmp_path / "set", texts, "--vocab-size", "400")[0] == 0
+    run = make_run({"words": (tmp_path / "set", 1)}, seq_len=64, rows=3, vocab_size=400, skip=[[4, 5]])
+    train(run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def train(run: object, folder: Path) -> None:
+    folder.mkdir()
+    save_config(run, folder / "config.yaml")
+    with Loader(run, rank=0, world_size=1, position=0) as loader, Ledger(folder) as ledger:
+        for step in range(1, 6):
+            found = loader.next_step()
+            ledger.write(step, found, found.digest)
+
+
+def test_inspect_and_audit_a_run(run_dir: Path, tmp_path: Path) -> None:
+    status, out, err = officina("inspect", run_dir, "--step", "2", "--rows", "3")
+    assert (status, err) == (0, "")
+    assert "step 2: samples 3 to 7, 3 rows" in out and "as the shards give it" in out
+    assert "left out by data.skip: [[4, 5]]" in out and "shards/train-00000.dls" in out and "Some more words" in out
+    assert "document border" in out
+    assert "step 5:" in officina("inspect", run_dir)[1]
+    status, _, err = officina("inspect", run_dir, "--step", "9")
+    assert status == 2 and "has steps 1 to 5. Try: --step 5" in err
+
+    status, out, _ = officina("audit", run_dir)
+    assert status == 0 and "Proved: 5 steps (started once) read samples 0 to 16" in out and "1 left out" in out
+    lines = (run_dir / "ledger.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "ledger.jsonl").write_text("".join(lines[:3] + lines[4:]))
+    status, _, err = officina("audit", run_dir)
+    assert status == 2 and "samples 7 to 10 were never read" in err and "Traceback" not in err
+    status, _, err = officina("audit", tmp_path)
+    assert status == 2 and "is no run directory" in err
+
+
+def test_sensitive_text_is_never_shown(tmp_path: Path) -> None:
+    secret = "Patient Jane Roe has "
+    (tmp_path / "in.txt").write_text(secret * 60)
+    assert officina("build", tmp_path / "set", tmp_path / "in.txt", "--vocab-size", "300", "--validation", "0",
+                    "--sensitive")[0] == 0
+    train(make_run({"s": (tmp_path / "set", 1)}, seq_len=16, rows=2, vocab_size=300), tmp_path / "run")
+    for words in (("inspect", tmp_path / "set"), ("inspect", tmp_path / "run"), ("audit", tmp_path / "run")):
+        status, out, err = officina(*words)
+        assert status == 0 and "Patient" not in out + err and "Jane" not in out + err
+    assert "personal or sensitive: not shown" in officina("inspect", tmp_path / "set")[1]
+
+
+def test_records_and_bare_tokens_are_shown_as_numbers(tmp_path: Path) -> None:
+    write_records(tmp_path / "records", [bytes(range(200)), b"\x01"], name="r")
+    out = officina("inspect", tmp_path / "records")[1]
+    assert "200 bytes: 00 01 02" in out and "..." in out
+    write_tokens(tmp_path / "tokens", {"train": [5]})
+    assert "0 1 2 3 4" in officina("inspect", tmp_path / "tokens")[1]
+
+
+def test_help_has_examples() -> None:
+    for command in ("build", "verify", "inspect", "audit"):
+        status, out, _ = officina(command, "--help")
+        assert status == 0 and "examples:\n  officina data" in out
