@@ -49,12 +49,19 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
     env = read_rank_env(os.environ)
     rank = env.rank if env else 0
     try:
-        plan = make_plan(env.world_size if env and env.world_size > 1 else None, devices).checked()
+        plan = make_plan(env.world_size if env and env.world_size > 1 else None, devices)
+        if plan.nothing_to_do:
+            if not rank:
+                print(f"{plan.run_dir} is done: {plan.run.steps:,} of {plan.run.steps:,} steps. To go on: "
+                      f"officina resume {plan.run_dir} steps={2 * plan.run.steps}")
+            return EXIT_DONE
+        plan.checked()
         world_size = ranks_to_be(plan.run, env, devices)
         if found := problems(plan.run, world_size, read_data=False) + missing_packages(plan.run):
             raise ConfigError(found)  # with the ranks that will be, and the packages that are here
-        if rank == 0:
+        if rank == 0 or plan.action == "start":  # a branch's checkpoint may be there before rank 1 looks
             refuse_existing(plan)
+        if rank == 0:
             write_start(plan, world_size)
         else:
             wait_for_start(plan)

@@ -18,6 +18,8 @@ from officina.trainer.errors import CheckpointError, ConfigError, LaunchError, P
 from officina.trainer.resume import Change, carry_forward, changes, resume_problems
 from officina.trainer.run_dir import (
     CONFIG,
+    LEDGER,
+    METRICS,
     Start,
     append_history,
     config_text,
@@ -59,6 +61,12 @@ class Plan:
     changes: list[Change]
     origin: Origin | None = None
     forced: bool = False
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Is this the resume of a run that is done, as a chain of jobs asks for it?"""
+        return (self.action == "resume" and not self.words and self.origin is not None
+                and self.origin.step >= self.run.steps)
 
     def checked(self) -> "Plan":
         """Itself, or ConfigError with all problems."""
@@ -166,15 +174,15 @@ def write_start(plan: Plan, world_size: int | None) -> None:
         plan.run_dir.mkdir(parents=True, exist_ok=True)
         if plan.action == "branch":
             _lend_checkpoint(plan.origin, plan.run_dir)
-        if plan.action == "start":
-            _clear(plan.run_dir)
+        if plan.action == "start":  # what a start left that never came to a checkpoint counts no more
+            for name in (METRICS, LEDGER):
+                (plan.run_dir / name).unlink(missing_ok=True)
         modules = [plan.run.model.factory, plan.run.model.loss] if plan.run.model.kind == "custom" else []
         about = describe(modules=modules)
         append_history(plan.run_dir, Start(
             run_id=read_run_id(plan.origin.run_dir if plan.origin else plan.run_dir) or new_run_id(),
             action=plan.action, words=plan.words, step=plan.origin.step if plan.origin else 0,
-            world_size=world_size,
-            engine=_engine_name(plan.run), commit=about["code"]["officina"]["commit"],
+            world_size=world_size, engine=_engine_name(plan.run), commit=about["code"]["officina"]["commit"],
             diff=keep_diff(plan.run_dir, code_diff(modules)),
             versions={"officina": about["officina"], "python": about["python"], **about["packages"]},
             changes=[{"key": c.key, "old": c.old, "new": c.new} for c in plan.changes], forced=plan.forced,
@@ -182,20 +190,12 @@ def write_start(plan: Plan, world_size: int | None) -> None:
         save_config(plan.run, plan.run_dir / CONFIG)
     except OSError as error:
         raise LaunchError(f"{error.filename or plan.run_dir}: {error.strerror}, so the run directory cannot "
-                          "be made. "
-                          "Choose another place: --runs-dir DIR") from error
-
-
-def _clear(run_dir: Path) -> None:
-    """Remove the history of a start that never came to a checkpoint: this is another run."""
-    for name in ("history.jsonl", "metrics.jsonl", "ledger.jsonl"):
-        (run_dir / name).unlink(missing_ok=True)
+                          "be made. Choose another place: --runs-dir DIR") from error
 
 
 def _origin_record(plan: Plan) -> dict[str, object]:
     return {"name": plan.origin.run.name, "run_id": read_run_id(plan.origin.run_dir),
-            "step": plan.origin.step,
-            "starts": len(read_history(plan.origin.run_dir))}
+            "step": plan.origin.step, "starts": len(read_history(plan.origin.run_dir))}
 
 
 def _engine_name(run: RunConfig) -> str:

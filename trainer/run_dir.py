@@ -28,6 +28,7 @@ from officina.trainer.errors import ConfigError, OfficinaError
 from officina.trainer.schema import dump_run, read_run
 
 CONFIG, HISTORY, CODE, CHECKPOINTS = "config.yaml", "history.jsonl", "code", "checkpoints"
+METRICS, LEDGER = "metrics.jsonl", "ledger.jsonl"
 
 _HEAD = """\
 # The whole run, every key written out. Ranks read only this file. To change it: officina resume RUN key=value
@@ -89,7 +90,8 @@ def load_config(path: Path) -> RunConfig:
 
 
 def _config_path(path: Path) -> Path:
-    return Path(path) / CONFIG if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    return path / CONFIG if path.is_dir() or path.suffix not in (".yaml", ".yml") else path
 
 
 # ---- history -----------------------------------------------------------------------------------------------
