@@ -14,7 +14,8 @@ from officina.launch.devices import visible_devices
 from officina.trainer.errors import LaunchError
 from officina.trainer.slurm_env import ProcessFacts, expand_counts, expand_hosts, process_facts
 
-_SLURM_CONFS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf", "/opt/slurm/etc/slurm.conf")
+_SLURM_CONFS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf",
+                "/opt/slurm/etc/slurm.conf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ def on_login_node(environ: Mapping[str, str], confs: tuple[str, ...] = _SLURM_CO
 def refuse_login_node(words: str = "officina train ...") -> LaunchError:
     """The error for ranks that nobody asked for on a login node."""
     return LaunchError(
-        f"{socket.gethostname()} is a login node of a Slurm cluster, and no ranks are started there unasked. Either submit:\n"
+        f"{socket.gethostname()} is a login node of a Slurm cluster, and no ranks are started there unasked. "
+        "Either submit:\n"
         "  officina submit site=NAME nodes=1 ...\n"
         "or take a node and start there:\n"
         f"  salloc --nodes=1 --time=1:00:00 --gpus-per-node=1 --account=PROJECT {words}\n"
@@ -79,8 +81,8 @@ def gpus_per_node(environ: Mapping[str, str], allocation: Allocation) -> int:
     if match := re.search(r"([0-9]+)$", given.split("(")[0]):
         return int(match[1])
     try:
-        shown = subprocess.run(["scontrol", "show", "job", "-o", allocation.job], env=dict(environ), capture_output=True,
-                               text=True, timeout=20, check=False).stdout
+        shown = subprocess.run(["scontrol", "show", "job", "-o", allocation.job], env=dict(environ),
+                               capture_output=True, text=True, timeout=20, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return 0
     found = re.search(r"gres/gpu(?::[^=,]+)?=([0-9]+)", shown)
@@ -90,19 +92,20 @@ def gpus_per_node(environ: Mapping[str, str], allocation: Allocation) -> int:
 def srun_words(allocation: Allocation, ranks_per_node: int, program: list[str]) -> list[str]:
     """The command of one step over the whole allocation, one task per rank.
 
-    --overlap: the shell that asks may be a step that holds all of the job (srun --pty). --cpus-per-task: srun gives each
-    task one core otherwise, whatever sbatch was asked for. --kill-on-bad-exit and --wait: a dead rank ends the step.
+    --overlap: the shell that asks may be a step that holds all of the job (srun --pty). --cpus-per-task: srun gives
+    each task one core otherwise, whatever sbatch was asked for. --kill-on-bad-exit and --wait: a dead rank ends the
+    step.
     """
-    n_hosts = len(allocation.hosts)
+    n_hosts, cpus = len(allocation.hosts), max(allocation.cpus_per_node // ranks_per_node, 1)
     return ["srun", f"--jobid={allocation.job}", f"--nodes={n_hosts}", f"--ntasks={n_hosts * ranks_per_node}",
-            f"--ntasks-per-node={ranks_per_node}", f"--cpus-per-task={max(allocation.cpus_per_node // ranks_per_node, 1)}",
+            f"--ntasks-per-node={ranks_per_node}", f"--cpus-per-task={cpus}",
             "--overlap", "--mpi=none", "--kill-on-bad-exit=1", "--wait=60", "--unbuffered", *program]
 
 
 def step_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """`environ` without what describes the step or the wishes of the job we are in: srun would read them as options."""
-    dropped = re.compile(r"SLURM_(STEP|PTY|NTASKS|NPROCS|TASKS_PER_NODE|CPUS_PER_TASK|DISTRIBUTION|GTIDS|CPU_BIND|PROCID|LOCALID|"
-                         r"NODEID|TASK_PID|MEM_PER|TRES_PER_TASK|GPUS_PER_TASK|NTASKS_PER)")
+    dropped = re.compile(r"SLURM_(STEP|PTY|NTASKS|NPROCS|TASKS_PER_NODE|CPUS_PER_TASK|DISTRIBUTION|GTIDS|CPU_BIND|"
+                         r"PROCID|LOCALID|NODEID|TASK_PID|MEM_PER|TRES_PER_TASK|GPUS_PER_TASK)")
     kept = {name: value for name, value in environ.items() if not dropped.match(name)}
     return kept | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 

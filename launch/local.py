@@ -42,9 +42,9 @@ _KNOWN = (EXIT_BUG, EXIT_USER, EXIT_CONTINUE, EXIT_NO_PROGRESS)
 def start(run_dir: Path, run: RunConfig, environ: Mapping[str, str]) -> int:
     """Train the run in `run_dir` from wherever this command was called; returns the exit status of the whole.
 
-    A rank that srun, torchrun or mpirun started trains in this process. Otherwise ranks are started: on this machine, or
-    by one srun step if we stand in an allocation of several nodes or beside it. On a login node only if `ranks` says so;
-    else LaunchError.
+    A rank that srun, torchrun or mpirun started trains in this process. Otherwise ranks are started: on this machine,
+    or by one srun step if we stand in an allocation of several nodes or beside it. On a login node only if `ranks` says
+    so; else LaunchError.
     """
     env = read_rank_env(environ)
     n_here = run.ranks or (1 if run.device == "cpu" else visible_devices(environ)) or 1
@@ -78,9 +78,9 @@ def run_ranks(run_dir: Path, n_ranks: int, *, environ: Mapping[str, str], grace_
               command: Sequence[str] | None = None) -> int:
     """Run `n_ranks` local ranks of the run to their end; returns EXIT_DONE, EXIT_CONTINUE or that of the first failure.
 
-    Rank 0's stdout is ours; everything else goes to RUN/logs. SIGTERM, SIGINT and SIGUSR1 to us ask the ranks to stop in
-    good order, and after `grace_s`, or at a second Ctrl-C, kill them. If one dies, the others follow within seconds, and
-    stderr says which was first and why. command: the program of a rank, by default the trainer; main thread only.
+    Rank 0's stdout is ours; everything else goes to RUN/logs. SIGTERM, SIGINT and SIGUSR1 to us ask the ranks to stop
+    in good order, and after `grace_s`, or at a second Ctrl-C, kill them. If one dies, the others follow within seconds,
+    and stderr says which was first and why. command: the program of a rank, by default the trainer; main thread only.
     """
     command = list(command or trainer_program(run_dir))
     rank_log.clear_failures(run_dir)
@@ -120,7 +120,7 @@ def _spawn(run_dir: Path, number: int, n_ranks: int, command: list[str], environ
 
 
 def _die_with(parent_pid: int, number: signal.Signals) -> None:
-    """In the child: let the kernel send `number` when the parent is gone. The trainer itself watches where there is no prctl."""
+    """In the child: let the kernel send `number` when the parent is gone. Without prctl the trainer itself watches."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(number), 0, 0, 0)  # PR_SET_PDEATHSIG
     if os.getppid() != parent_pid:
@@ -194,15 +194,16 @@ def _conclude(run_dir: Path, ranks: list[_Rank], requests: _Requests, late: list
         print("officina: killed. The last checkpoint is intact: officina resume RUN".replace("RUN", str(run_dir)),
               file=sys.stderr)
         return _INTERRUPTED
-    asked = -requests.first if requests.first is not None else None  # died of the request itself, before it could listen
+    # A rank that died of the request itself did so before it could listen: nothing had been trained.
+    asked = -requests.first if requests.first is not None else None
     statuses = [EXIT_CONTINUE if rank.status == asked else rank.status for rank in ranks]
     failed = [Ended(rank.number, status, rank.died_s) for rank, status in zip(ranks, statuses, strict=True)
               if status is not None and status not in _GOOD]
     if failed:
         return explain(run_dir, failed, len(ranks), kills_before)
     if late:
-        print(f"officina: {_shown(late)} did not stop within {grace_s:g} s of {requests.first.name} and had to be killed; "
-              f"what was trained since the last checkpoint is lost. More time: site.grace={2 * grace_s:g}s",
+        print(f"officina: {_shown(late)} did not stop within {grace_s:g} s of {requests.first.name} and had to be "
+              f"killed; what was trained since the last checkpoint is lost. More time: site.grace={2 * grace_s:g}s",
               file=sys.stderr)
         return EXIT_BUG
     return EXIT_CONTINUE if EXIT_CONTINUE in statuses else EXIT_DONE

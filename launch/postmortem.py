@@ -25,7 +25,7 @@ class Ended:
 
 
 def oom_kills(vmstat: Path = Path("/proc/vmstat")) -> int | None:
-    """Processes this host's kernel has killed for lack of memory since it started, those in cgroups too; None if unknown."""
+    """Processes the kernel of this host has killed for lack of memory, those in cgroups too; None if unknown."""
     try:
         for line in vmstat.read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -46,8 +46,8 @@ def name_signal(number: int) -> str:
 def explain(run_dir: Path, ended: Sequence[Ended], n_ranks: int, kills_before: int | None) -> int:
     """Tell on stderr which rank failed first and why; returns its exit status.
 
-    ended: all ranks that failed, at least one; those the parent itself killed afterwards may be among them, as they died
-    later. n_ranks: 0 if not known. kills_before: `oom_kills()` when the ranks were started.
+    ended: all ranks that failed by themselves, at least one. n_ranks: 0 if not known. kills_before: `oom_kills()` when
+    the ranks were started.
     """
     failures = {failure.rank: failure for failure in rank_log.read_failures(run_dir)}
     first = min(ended, key=lambda e: _order(e, failures.get(e.rank)))
@@ -55,9 +55,9 @@ def explain(run_dir: Path, ended: Sequence[Ended], n_ranks: int, kills_before: i
     of = f" of {n_ranks}" if n_ranks else ""
     log = rank_log.log_path(run_dir, first.rank)
     if failure is not None:
-        told = failure.message if failure.exit_status != EXIT_BUG else failure.traceback.rstrip()
-        head = f"rank {first.rank}{of} on {failure.host} failed: {failure.error}: {failure.message.splitlines()[0] if failure.message else ''}"
-        body = told if told != failure.message or "\n" in told else ""
+        headline, _, details = failure.message.partition("\n")
+        head = f"rank {first.rank}{of} on {failure.host} failed: {failure.error}: {headline}"
+        body = details if failure.exit_status != EXIT_BUG else failure.traceback.rstrip()
         status = failure.exit_status
     else:
         head = f"rank {first.rank}{of} on {socket.gethostname()} {_how(first.status, kills_before)}"
@@ -85,9 +85,9 @@ def _how(status: int, kills_before: int | None) -> str:
     if kills_before is None or kills_now is None:
         return text + "; often that is the kernel out of memory: see dmesg, or ask for more memory"
     if kills_now > kills_before:
-        return (text + f": this host's kernel killed {kills_now - kills_before} process(es) for lack of memory meanwhile. "
-                "Ask the job for more memory (--mem), or start fewer ranks per host")
-    return text + "; the kernel counted no out-of-memory kill on this host meanwhile, so somebody or a scheduler sent it"
+        return (f"{text}: this host's kernel killed {kills_now - kills_before} process(es) for lack of memory "
+                "meanwhile. Ask the job for more memory (--mem), or start fewer ranks per host")
+    return f"{text}; the kernel counted no out-of-memory kill on this host meanwhile: a person or a scheduler sent it"
 
 
 def _last_lines(log: Path) -> str:

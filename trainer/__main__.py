@@ -98,7 +98,7 @@ def _leave_soon(error: Exception) -> None:
 
 
 def end_with_parent(parent_pid: int) -> None:
-    """Let the kernel kill this process when its parent dies, whatever way. Without Linux a thread looks once a second."""
+    """Let the kernel kill this process when its parent dies, however. Without Linux a thread looks once a second."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0)

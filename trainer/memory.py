@@ -70,7 +70,7 @@ def _is_ours(frame: FrameType) -> bool:
 def measure_parts() -> MemoryParts:
     """Bytes of all live tensors of this process by part, from the objects themselves: true for every engine.
 
-    Sharded tensors count with their local shard. Storages that several tensors share are counted once, in the first part.
+    Sharded tensors count with their local shard; a storage that several tensors share counts once, in the first part.
     """
     import torch
 
@@ -120,8 +120,9 @@ def explain_oom(error: BaseException, *, rank: int, world_size: int, run: RunCon
              f"  The allocation that failed: {_shorten(first_line)}"]
     try:
         parts = measure_parts()
-        lines.append(f"  This rank holds: parameters {_gib(parts.parameters)}, gradients {_gib(parts.gradients)}, moments "
-                     f"{_gib(parts.moments)}, other live tensors (activations, gathered weights) {_gib(parts.other_tensors)}.")
+        lines.append(f"  This rank holds: parameters {_gib(parts.parameters)}, gradients {_gib(parts.gradients)}, "
+                     f"moments {_gib(parts.moments)}, other live tensors (activations, gathered weights) "
+                     f"{_gib(parts.other_tensors)}.")
         lines.append(f"  {_device_totals(device)}")
     except MemoryError:  # not even room to look around
         lines.append("  No memory was left to measure what holds it.")
@@ -136,7 +137,8 @@ def _device_totals(device: torch.device) -> str:
         free, total = torch.cuda.mem_get_info(device)
         reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         return (f"Device: {_gib(total)} in all, {_gib(free)} free; this process has {_gib(used)} in tensors "
-                f"(peak {_gib(torch.cuda.max_memory_allocated(device))}) and {_gib(reserved - used)} cached by the allocator.")
+                f"(peak {_gib(torch.cuda.max_memory_allocated(device))}) and {_gib(reserved - used)} cached by the "
+                "allocator.")
     import psutil
 
     memory, rss = psutil.virtual_memory(), psutil.Process().memory_info().rss

@@ -1,7 +1,6 @@
-"""Which rank this process is: the only reader of RANK, SLURM_* and OMPI_* variables. Without torch: login nodes use it."""
+"""Which rank this process is: the only reader of RANK, SLURM_* and OMPI_* variables. No torch: login nodes use it."""
 
 import ipaddress
-import os
 import socket
 import zlib
 from collections.abc import Mapping
@@ -40,7 +39,7 @@ LONE = RankEnv(0, 0, 1, 1, "none")
 def read_rank_env(environ: Mapping[str, str], facts: ProcessFacts | None = None) -> RankEnv | None:
     """The rank that a launcher made of this process; None if none did, so that ranks are still to be started.
 
-    The innermost launcher wins: officina's parent, then torchrun, mpirun, srun. `facts`: by default those of this process.
+    The innermost launcher wins: officina's parent, then torchrun, mpirun, srun. `facts`: by default this process's.
     Raises LaunchError if the variables contradict each other or would let the ranks miss each other.
     """
     if "OFFICINA_RANK" in environ:
@@ -114,9 +113,9 @@ def _refuse_unknown_launcher(environ: Mapping[str, str]) -> None:
     """RANK of N without a launcher we know: starting ranks here would run N trainings into one directory."""
     if environ.get("WORLD_SIZE", "1") in ("", "1") or not environ.get("RANK") or not environ.get("MASTER_ADDR"):
         return
-    raise LaunchError(f"RANK={environ['RANK']} and WORLD_SIZE={environ['WORLD_SIZE']} are set, but not by torchrun, srun or "
-                      "mpirun. Start the ranks with one of these, for example torchrun --nproc-per-node=4 -m officina.trainer "
-                      "RUN; or, if they are left over from something else: unset RANK WORLD_SIZE MASTER_ADDR")
+    raise LaunchError(f"RANK={environ['RANK']} and WORLD_SIZE={environ['WORLD_SIZE']} are set, but not by torchrun, "
+                      "srun or mpirun. Start the ranks with one of these, for example torchrun --nproc-per-node=4 -m "
+                      "officina.trainer RUN; or, if they are left over from something else: unset RANK WORLD_SIZE")
 
 
 def port_of(job: str) -> int:
@@ -137,9 +136,9 @@ def resolve_ipv4(host: str) -> str:
     try:
         return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise LaunchError(f"MASTER_ADDR: {os.uname().nodename} finds no IPv4 address for {host!r} ({error}). Set it to one "
-                          "before the ranks start: export MASTER_ADDR=$(getent ahostsv4 $(hostname) | awk 'NR==1{print $1}')"
-                          ) from None
+        raise LaunchError(f"MASTER_ADDR: {socket.gethostname()} finds no IPv4 address for {host!r} ({error}). Set it "
+                          "to one on the first node, before the ranks start: "
+                          "export MASTER_ADDR=$(getent ahostsv4 $(hostname) | awk 'NR==1{print $1}')") from None
 
 
 def _resolves(host: str) -> bool:
@@ -152,6 +151,6 @@ def _resolves(host: str) -> bool:
 def _number(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name, "").strip()
     if not value.isdigit():
-        raise LaunchError(f"{name}={value or '(not set)'}: must be a whole number. A launcher sets it; start the ranks with "
-                          "officina train, srun, torchrun or mpirun and leave it alone")
+        raise LaunchError(f"{name}={value or '(not set)'}: must be a whole number. A launcher sets it; start the ranks "
+                          "with officina train, srun, torchrun or mpirun and leave it alone")
     return int(value)

@@ -18,9 +18,9 @@ from officina.trainer.errors import EXIT_BUG, OfficinaError
 from officina.trainer.rank_env import RankEnv
 
 _CONSEQUENCE = re.compile(
-    r"connection (was )?(closed|reset|refused) by (peer|remote)|connection reset|broken pipe|remote process (has )?exited|"
-    r"socket (has )?closed|lost rank 0|could not reach rank 0|store.*timed? ?out|watchdog.*timeout|"
-    r"ncclRemoteError|NCCL communicator was aborted", re.IGNORECASE)
+    r"connection (was )?(closed|reset|refused) by (peer|remote)|connection reset|broken pipe|"
+    r"remote process (has )?exited|socket (has )?closed|lost rank 0|could not reach rank 0|store.*timed? ?out|"
+    r"watchdog.*timeout|ncclRemoteError|NCCL communicator was aborted", re.IGNORECASE)
 """What the surviving ranks say when another one is gone."""
 
 

@@ -34,6 +34,8 @@ __all__ = ["LONE", "RankEnv", "Ranks", "read_rank_env", "start_ranks", "stop_ran
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """A rank gives up after this long in one collective: longer than any save of one rank that others wait for."""
+_VERDICT_MARGIN_S = 5.0
+"""How much longer than rank 0 waits for ranks the others wait for what it found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,8 @@ def stop_ranks() -> None:
 def _init_group(env: RankEnv, device: torch.device, store: Store) -> None:
     import torch
 
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"  # small CPU collectives never wait for the device
+    # Both on GPUs: the loop's small collectives on the CPU never wait for the device.
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backend, store=store, rank=env.rank, world_size=env.world_size,
                                          timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S))
 
@@ -229,8 +232,8 @@ def _locate(env: RankEnv) -> RankEnv:
     address = resolve_ipv4(env.master_addr)
     if is_loopback(address) and not is_loopback(env.master_addr) and env.n_hosts > 1 and env.rank != 0:
         raise LaunchError(
-            f"{socket.gethostname()} takes {env.master_addr} for itself ({address}, see /etc/hosts), but rank 0 may be on "
-            f"another of {env.n_hosts} hosts. Set MASTER_ADDR to the first node's address in the cluster's network")
+            f"{socket.gethostname()} takes {env.master_addr} for itself ({address}, see /etc/hosts), but rank 0 may be "
+            f"on another of {env.n_hosts} hosts. Set MASTER_ADDR to the first node's address in the cluster's network")
     return dataclasses.replace(env, master_addr=address)
 
 
@@ -240,8 +243,8 @@ def _locate_by_mpi(env: RankEnv) -> RankEnv:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
         raise LaunchError(
-            f"mpirun started {env.world_size} ranks on several hosts and does not say where rank 0 is ({error}). Install "
-            "mpi4py (pip install 'officina[mpi]'), or pass the address of the first host: "
+            f"mpirun started {env.world_size} ranks on several hosts and does not say where rank 0 is ({error}). "
+            "Install mpi4py (pip install 'officina[mpi]'), or pass the address of the first host: "
             "mpirun -x MASTER_ADDR=$(hostname) ...") from None
     mine = None
     if env.rank == 0:
@@ -273,8 +276,8 @@ def _open_store(env: RankEnv, end: float, timeout_s: float) -> Store:
                 f"one for all ranks: export MASTER_PORT={port_of(str(time.time()))}") from error
         raise LaunchError(
             f"rank {env.rank} on {host} could not reach rank 0 at {_where(env)} within {timeout_s:g} s. Either rank 0 "
-            "never started (its log says why), or this address is not its own: set MASTER_ADDR to the first node's IPv4 "
-            "address in the network that all nodes share, as ip -4 addr shows it there") from error
+            "never started (its log says why), or this address is not its own: set MASTER_ADDR to the first node's "
+            "IPv4 address in the network that all nodes share, as ip -4 addr shows it there") from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if env.launcher == "torchrun" else "0"
     return torch.distributed.PrefixStore(f"officina/start-{attempt}", store)
 
@@ -287,14 +290,14 @@ def _meet(store: Store, env: RankEnv, end: float, timeout_s: float) -> None:
         missing = _wait_for_all(store, env, end) if env.rank == 0 else _ask_rank_0(store, env, end)
     except torch.distributed.DistError as error:
         raise LaunchError(
-            f"rank {env.rank} on {socket.gethostname()} lost rank 0 at {_where(env)} while it waited for the other ranks "
-            f"to start ({str(error).splitlines()[0]}). Rank 0's log says why") from error
+            f"rank {env.rank} on {socket.gethostname()} lost rank 0 at {_where(env)} while it waited for the other "
+            f"ranks to start ({str(error).splitlines()[0]}). Rank 0's log says why") from error
     if missing:
         shown = ", ".join(map(str, missing[:16])) + (f" and {len(missing) - 16} more" if len(missing) > 16 else "")
         raise LaunchError(
             f"{env.world_size - len(missing)} of {env.world_size} ranks met at {_where(env)}; missing after "
-            f"{timeout_s:g} s: {'rank' if len(missing) == 1 else 'ranks'} {shown}. Their logs say why; if these are empty, "
-            "the ranks never started or cannot reach this address")
+            f"{timeout_s:g} s: {'rank' if len(missing) == 1 else 'ranks'} {shown}. Their logs say why; if these are "
+            "empty, the ranks never started or cannot reach this address")
 
 
 def _wait_for_all(store: Store, env: RankEnv, end: float) -> list[int]:
@@ -317,7 +320,7 @@ def _ask_rank_0(store: Store, env: RankEnv, end: float) -> list[int]:
     """On the others: what rank 0 found."""
     store.set(f"here/{env.rank}", "")
     store.add("n_here", 1)
-    store.set_timeout(timedelta(seconds=max(end - time.monotonic(), 0) + 5))
+    store.set_timeout(timedelta(seconds=max(end - time.monotonic(), 0) + _VERDICT_MARGIN_S))
     missing = json.loads(store.get("missing"))
     store.add("n_told", 1)
     return missing

@@ -11,8 +11,8 @@ class StopRequest:
     """Within its `with` block the stop signals ask for a stop instead of ending the process.
 
     A handler does nothing else: saving from within one could meet a half-done step or a lock that is held. A second
-    Ctrl-C raises KeyboardInterrupt, for the person who will not wait. Blocks nest: the inner one sees what the outer one
-    received, so that a signal that came while torch was still being imported is not lost. Main thread only.
+    Ctrl-C raises KeyboardInterrupt, for the person who will not wait. Blocks nest: the inner one sees what the outer
+    one received, so that a signal that came while torch was still being imported is not lost. Main thread only.
     """
 
     def __init__(self) -> None:

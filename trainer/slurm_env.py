@@ -80,7 +80,7 @@ def _step_above(pid: int) -> str | None:
 
 
 def is_task(environ: Mapping[str, str], facts: ProcessFacts) -> bool:
-    """Is this process a task of the step that SLURM_* describe, one of SLURM_STEP_NUM_TASKS that all run the same program?
+    """Is this process a task of the step that SLURM_* describe, one of several that all run the same program?
 
     No: a login node, an salloc shell, the body of a batch script, a shell under `srun --pty` (all tasks but one of that
     step have ended or sleep), and all of these with variables of another job in the environment.

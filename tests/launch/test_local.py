@@ -94,7 +94,8 @@ def test_exception_in_one_rank_is_named_first_and_takes_the_others_down(run_dir:
     assert str(log_path(run_dir, 1)) in err.splitlines()[2]
     assert "Traceback" in err and "and a second line" in err
     record = json.loads(failure_path(run_dir, 1).read_text())
-    assert (record["rank"], record["error"], record["exit_status"], record["consequence"]) == (1, "ValueError", 1, False)
+    known = [record[name] for name in ("rank", "error", "exit_status", "consequence")]
+    assert known == [1, "ValueError", 1, False]
     assert "ValueError: this shard is not mine" in log_path(run_dir, 1).read_text()
     wait_gone(pids)
 
@@ -193,9 +194,10 @@ def test_kill_9_of_the_parent_leaves_no_orphan(run_dir: Path):
 
 
 def test_a_rank_whose_parent_is_gone_refuses_to_start(run_dir: Path):
-    environ = os.environ | {"OFFICINA_RANK": "0", "OFFICINA_WORLD_SIZE": "1", "OFFICINA_PORT": "1", "OFFICINA_PARENT_PID": "1"}
-    done = subprocess.run([sys.executable, "-m", "officina.trainer", run_dir], env=environ, capture_output=True, text=True,
-                          timeout=60, check=False)
+    environ = os.environ | {"OFFICINA_RANK": "0", "OFFICINA_WORLD_SIZE": "1", "OFFICINA_PORT": "1",
+                            "OFFICINA_PARENT_PID": "1"}
+    done = subprocess.run([sys.executable, "-m", "officina.trainer", run_dir], env=environ, capture_output=True,
+                          text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "the process 1 that started this rank is gone (OFFICINA_PARENT_PID)" in done.stderr
 

@@ -42,7 +42,8 @@ def probed(run_dir: Path) -> list[dict]:
 
 def shape(run_dir: Path) -> list[tuple]:
     """(launcher, rank, world_size, local_rank, local_world_size) of each."""
-    return [(p["launcher"], p["rank"], p["world_size"], p["local_rank"], p["local_world_size"]) for p in probed(run_dir)]
+    return [(p["launcher"], p["rank"], p["world_size"], p["local_rank"], p["local_world_size"])
+            for p in probed(run_dir)]
 
 
 def in_terminal(command: list[str], words: str, env: dict[str, str], timeout_s: float = 90) -> str:
@@ -203,8 +204,9 @@ def test_login_node_starts_ranks_that_were_asked_for(slurm_cluster: SlurmCluster
 
 def test_login_node_is_not_fooled_by_leftovers_of_a_step(slurm_cluster: SlurmCluster, run_dir: Path):
     """Variables of a step, pasted or kept by a tmux that was started inside one."""
-    left = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4",
-            "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NTASKS": "4"}
+    left = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "n1",
+            "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_NTASKS": "4"}
     done = slurm_cluster.run(*LOOK.split(), str(run_dir), env=slurm_cluster.environ | left | {"SLURM_JOB_ID": "1"})
     assert done.returncode == 2, done.stdout
     assert "is a login node" in done.stderr
@@ -217,8 +219,9 @@ def test_dead_rank_of_a_step_is_named_and_the_status_kept(slurm_cluster: SlurmCl
 
 
 def test_stop_request_reaches_the_ranks_of_a_step(slurm_cluster: SlurmCluster, run_dir: Path):
-    body = f"{PROBE} {run_dir} train &\nfor i in $(seq 600); do [ -e {run_dir}/probe-1.json ] && break; sleep 0.1; done\n" \
-           "sleep 0.3; kill -TERM $!; wait $!; echo status $?\n"
+    body = (f"{PROBE} {run_dir} train &\n"
+            f"for i in $(seq 600); do [ -e {run_dir}/probe-1.json ] && break; sleep 0.1; done\n"
+            "sleep 0.3; kill -TERM $!; wait $!; echo status $?\n")
     state, said = slurm_cluster.sbatch(body, "-N2", "-n2", folder=run_dir)
     assert "status 75" in said, said
     assert state == "COMPLETED"
@@ -243,10 +246,11 @@ def test_mpi_tells_where_rank_0_is(mpirun: list[str], tmp_path: Path):
     program = ("import dataclasses, os; from officina.trainer.ranks import *\n"
                "env = dataclasses.replace(read_rank_env(os.environ), master_addr='', master_port=0, n_hosts=0)\n"
                "ranks = start_ranks(env, device='cpu', threads=1)\n"
-               f"open(f'{tmp_path}/{{ranks.rank}}', 'w').write(f'{{ranks.env.master_port}} {{ranks.sum([1, ranks.rank])}}')\n"
+               "said = f'{ranks.env.master_port} {ranks.sum([1, ranks.rank])}'\n"
+               f"open(f'{tmp_path}/{{ranks.rank}}', 'w').write(said)\n"
                "stop_ranks()")
-    done = subprocess.run([*mpirun, "-n", "2", sys.executable, "-c", program], capture_output=True, text=True, timeout=90,
-                          check=False)
+    done = subprocess.run([*mpirun, "-n", "2", sys.executable, "-c", program], capture_output=True, text=True,
+                          timeout=90, check=False)
     assert done.returncode == 0, done.stderr
     first, second = (tmp_path / "0").read_text(), (tmp_path / "1").read_text()
     assert first == second and first.endswith("[2.0, 1.0]") and int(first.split()[0]) > 0

@@ -1,6 +1,6 @@
 """A rank whose training loop is a few lines that do one thing, good or bad: `tiny_rank.py RUN DEED [RANK]`.
 
-Everything around the loop is the real trainer: `officina.trainer.__main__`, process group, signals, logs, failure files.
+Everything around the loop is the real trainer: `officina.trainer.__main__`, process group, signals, logs, failures.
 """
 
 import os
