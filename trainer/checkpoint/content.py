@@ -2,8 +2,8 @@
 
 A tensor is its bytes in row-major order, seen as 64-bit words; word k consists of lo(k) and hi(k), 32 bits each. Its
 content sum is  sum over k of A(b) * (L(j) * lo(k) + H(j) * hi(k)) mod 2**64  with b, j = divmod(k, 2**14), fixed random
-words L and H and odd ones A. Any range adds its share, edges padded with zeros; so shares add up over ranks, engines and
-files. One changed element always changes the sum, several do with probability 1 - 2**-32 or better (multilinear
+words L and H and odd ones A. Any range adds its share, edges padded with zeros; so shares add up over ranks, engines
+and files. One changed element always changes the sum, several do with probability 1 - 2**-32 or better (multilinear
 hashing, Carter and Wegman 1979). About 3 GB/s on one core, against 26 GB/s for xxh3, which cannot be added.
 """
 
@@ -112,12 +112,13 @@ def verify_loaded(pieces: Iterator[Piece], opened: OpenCheckpoint, ranks: RankGr
         elif _join(limbs) != opened.content[name, slot]:
             faults.append(f"{name} {slot}: the engine holds other values than were saved")
     if table[0]:
-        faults.append("the engine holds what was not saved: " + (", ".join(map(" ".join, unknown[:4])) or "on another rank"))
+        which = ", ".join(map(" ".join, unknown[:4])) or "on another rank"
+        faults.append(f"the engine holds what was not saved: {which}")
     if faults:
         more = f"\n  ... and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise CheckpointError(f"after loading {opened.path} the engine's state is not the saved one:\n  " +
                               "\n  ".join(faults[:8]) + more +
-                              "\nThis is a fault of the engine or of memory, not of the files; nothing was trained on it.")
+                              "\nNot the files are at fault but the engine or memory. Try another engine: engine=fsdp2")
 
 
 def verify_changed(before: Mapping[Key, tuple[int, int]], after: Mapping[Key, tuple[int, int]],
@@ -130,8 +131,8 @@ def verify_changed(before: Mapping[Key, tuple[int, int]], after: Mapping[Key, tu
     changed, held = ranks.sum([float(sum(after.get(k) != v for k, v in before.items() if k[1] == PARAM)),
                                float(sum(k[1] == PARAM for k in before))])
     if held and not changed:
-        raise CheckpointError(f"the first optimizer step after loading changed none of the {held:.0f} parameter ranges: the "
-                              f"optimizer does not work on what was loaded. Resume with another engine, e.g. engine=fsdp2")
+        raise CheckpointError(f"the first optimizer step after loading changed none of the {held:.0f} parameter "
+                              f"ranges: the optimizer does not work on what was loaded. Try engine=fsdp2")
 
 
 def _limbs(share: int) -> list[float]:

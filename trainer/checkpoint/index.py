@@ -1,4 +1,4 @@
-"""Where each range of each tensor lies, over all ranks' files; and whether every element is there exactly once. No torch here."""
+"""Where each range of each tensor lies in the ranks' files, and whether each element is there once. No torch here."""
 
 import math
 from bisect import bisect_right

@@ -53,7 +53,7 @@ def tidy(run_dir: Path, newest: int, *, keep_last: int, keep_every: int) -> str 
 
 
 def clear_leftovers(run_dir: Path, damaged: Iterable[Path]) -> None:
-    """Before a process's first save: set aside what was found damaged, remove what was never finished. May raise OSError."""
+    """Before a process's first save: set aside what was found damaged, remove what was never finished."""
     for path in damaged:
         if path.exists():
             set_aside(path)

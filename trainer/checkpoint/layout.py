@@ -234,5 +234,5 @@ def unpack_commit(raw: bytes) -> Commit:
 
 
 def read_commit(directory: Path) -> Commit:
-    """The directory's COMMIT. Raises Unreadable, or FileNotFoundError if there is none (OSError if it cannot be read)."""
+    """The directory's COMMIT. Raises Unreadable; OSError if it cannot be read; FileNotFoundError if there is none."""
     return unpack_commit((directory / COMMIT).read_bytes())

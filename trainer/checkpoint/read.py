@@ -84,7 +84,8 @@ class OpenCheckpoint:
                 faults.append(self._missing(name, slot))
             elif entry.shape != tuple(shape):
                 file = data_name(entry.spans[0].rank) if entry.spans else "COMMIT"
-                faults.append(f"{name} {slot} is {list(entry.shape)} in {self.path / file} and {list(shape)} in the model")
+                faults.append(f"{name} {slot} is {list(entry.shape)} in {self.path / file} and {list(shape)} in the "
+                              f"model")
         if faults:
             more = f"\n  ... and {len(faults) - 8} more" if len(faults) > 8 else ""
             raise CheckpointError(f"{self.path} is not of this model:\n  " + "\n  ".join(faults[:8]) + more +
@@ -96,8 +97,8 @@ class OpenCheckpoint:
         if entry is None:
             raise CheckpointError(self._missing(name, slot))
         if not 0 <= start <= stop <= entry.numel:
-            raise CheckpointError(f"{name} {slot} is {list(entry.shape)} in {self.path}: elements {start} to {stop} were "
-                                  f"asked for, it has {entry.numel}. The model's shape cannot change on a resume")
+            raise CheckpointError(f"{name} {slot} is {list(entry.shape)} in {self.path}: elements {start} to {stop} "
+                                  f"were asked for, it has {entry.numel}. A model's shape cannot change on a resume")
         out = torch.empty(stop - start, dtype=getattr(torch, entry.dtype))
         if stop == start:
             return out
@@ -189,8 +190,8 @@ def open_checkpoint(run_dir: Path, *, step: int | None = None, ranks: RankGroup 
             raise CheckpointError(f"step {step} of {run_dir} cannot be loaded: {'; '.join(passed_over)}. "
                                   f"Step {of_step} is whole: from={run_dir}@{of_step}")
     if not candidates:
-        raise CheckpointError(f"{checkpoints_dir(run_dir)} holds no checkpoint. Is {run_dir} the run you mean? Without a "
-                              f"checkpoint a run starts anew: officina train")
+        raise CheckpointError(f"{checkpoints_dir(run_dir)} holds no checkpoint. Is {run_dir} the run you mean? Without "
+                              f"a checkpoint a run starts anew: officina train")
     raise CheckpointError(f"no checkpoint of {run_dir} can be loaded:\n  " + "\n  ".join(passed_over) +
                           "\nA copy of one step's directory from elsewhere would do; else start anew: officina train")
 

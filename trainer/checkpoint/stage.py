@@ -74,7 +74,7 @@ class Pool:
             self._changed.notify()
 
     def fill_up(self, total_bytes: int) -> None:
-        """Make and touch buffers for `total_bytes` beforehand, so that the first save need not; stops when out of memory."""
+        """Make and touch buffers for `total_bytes`, so that the first save need not; stops without memory."""
         while True:
             with self._changed:
                 if self._made * SEGMENT_BYTES >= total_bytes:
@@ -124,7 +124,7 @@ def stage(pieces: Iterator[Piece], pool: Pool, tally: Tally) -> Iterator[Segment
     packer, failure = _Packer(pool), None
     for p in pieces:
         if p.values.numel() != p.stop - p.start:
-            raise ValueError(f"piece {p.name} {p.slot} says elements {p.start} to {p.stop} and holds {p.values.numel()}")
+            raise ValueError(f"piece {p.name} {p.slot} says elements {p.start} to {p.stop}, holds {p.values.numel()}")
         tally.bytes += padded(p.values.numel() * p.values.element_size())
         if failure is None:
             try:
@@ -146,7 +146,7 @@ class _Packer:
         self._device = torch.device("cpu")
 
     def add(self, p: Piece) -> Iterator[Segment]:
-        """Take in one piece; yields the segments it fills. Items divide 64, so only a piece's last chunk has padding."""
+        """Take in one piece; yields segments it fills. Items divide 64, so only a piece's last chunk has padding."""
         values, item = p.values.detach().reshape(-1), p.values.element_size()
         self._device = values.device
         done = 0

@@ -71,7 +71,7 @@ class Saver:
 
     def __init__(self, run_dir: Path, ranks: RankGroup, config: CheckpointConfig, run_id: str, *,
                  damaged: Sequence[Path] = (), pinned: bool | None = None) -> None:
-        """damaged: `OpenCheckpoint.damaged`, set aside at the first save. pinned: the state is on a GPU (default: ask ranks)."""
+        """damaged: `OpenCheckpoint.damaged`, set aside at the first save. pinned: state on a GPU (None: as ranks)."""
         header(run_id, 0, ranks.world_size, ranks.rank)  # refuses a run id that is too long
         self.skipped = 0
         """Asynchronous saves left out because the one before was still being written."""
@@ -108,8 +108,8 @@ class Saver:
             self.skipped += 1
             return SaveOutcome(step=step, status="skipped", problem=(
                 f"step {step} was not saved: step {self._pending.train_state.step} is still being written after "
-                f"{time.perf_counter() - self._pending.started_s:.0f} s; {self.skipped} skipped so far. Save less often, e.g. "
-                f"checkpoint.every_steps={2 * (self._config.every_steps or 100)}"))
+                f"{time.perf_counter() - self._pending.started_s:.0f} s; {self.skipped} skipped so far. Save less "
+                f"often, e.g. checkpoint.every_steps={2 * (self._config.every_steps or 100)}"))
         job = Writing(step_dir(self._run_dir, step), copy.deepcopy(train_state), self._pool)
         if self._config.asynchronous:
             job.feed(pieces)
@@ -249,8 +249,9 @@ class Saver:
         for r, size in enumerate(sizes):
             found = os.stat(directory / data_name(r)).st_size if (directory / data_name(r)).exists() else None
             if found != size:
-                return (f"rank 0 sees {'no file' if found is None else f'{found} bytes'} where rank {r} wrote {size}; is the run "
-                        f"directory on a file system that all nodes share? Not committed")
+                seen = "no file" if found is None else f"{found} bytes"
+                return (f"rank 0 sees {seen} where rank {r} wrote {size}; is the run directory on a file system that "
+                        f"all nodes share? Not committed")
         if self._first:  # later saves of a process have the same layout
             manifests = []
             for r, stated in enumerate(hashes):
@@ -282,8 +283,8 @@ class Saver:
             reason = f"{what}: {why(code)}" if code < _BUG else f"{what}: see that rank's traceback"
         left = f"{free} bytes free" if free >= 0 else "free space unknown"
         problem = (f"step {job.train_state.step} was not saved to {path}: {reason}. {total} bytes needed, {left} at "
-                   f"{self._run_dir}. Training goes on and the checkpoints before are untouched. Make room, or keep fewer: "
-                   f"checkpoint.keep_last=1")
+                   f"{self._run_dir}. Training goes on and the checkpoints before are untouched. Make room, or keep "
+                   f"fewer: checkpoint.keep_last=1")
         stall_s = time.perf_counter() - job.started_s
         return SaveOutcome(step=job.train_state.step, status="failed", bytes=total, stall_s=stall_s, problem=problem)
 
