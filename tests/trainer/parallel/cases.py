@@ -1,0 +1,286 @@
+"""What the conformance tests run: batches, a plain reference written without the engines, and training on ranks.
+
+A `Case` says everything about a run; `reference(case)` is what one process computes with plain torch, `train(ranks, case)`
+what an engine computes on its ranks.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from officina.trainer.batch import IGNORE, Batch
+from officina.trainer.config import (
+    AdamWConfig, BatchConfig, DDPConfig, DecoderConfig, FSDP2Config, HSDPConfig, MuonConfig, RunConfig, SingleConfig,
+    ZeroConfig)
+from officina.trainer.model.build import build_model
+from officina.trainer.parallel.engine import Parts, build_engine
+from officina.trainer.state import PARAM
+
+SEQ_LEN, ROWS = 32, 8
+MODEL = DecoderConfig(vocab_size=259, n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_ff=128, qk_norm="head",
+                      qkv_bias=True, o_bias=True, mlp_bias=True, attention_impl="sdpa")
+ADAMW = AdamWConfig(lr=1e-3, eps=1e-6, weight_decay=0.1, clip_norm=1.0)
+MUON = MuonConfig(lr=1e-3, eps=1e-6, muon_lr=2e-3, newton_schulz_dtype="fp32")
+ENGINES = {
+    "single": SingleConfig(), "ddp": DDPConfig(), "fsdp2": FSDP2Config(),
+    "fsdp2_fast": FSDP2Config(reshard_after_forward=False), "fsdp2_offload": FSDP2Config(cpu_offload=True),
+    "hsdp": HSDPConfig(shard_size=2), "hsdp_fast": HSDPConfig(shard_size=2, reshard_after_forward=False),
+    "zero1": ZeroConfig(stage=1), "zero2": ZeroConfig(stage=2), "zero3": ZeroConfig(stage=3, persistence_threshold=0),
+    "zero3_persist": ZeroConfig(stage=3, persistence_threshold=1000),
+    "zero1_offload": ZeroConfig(stage=1, offload_optimizer=True),
+    "zero2_offload": ZeroConfig(stage=2, offload_optimizer=True),
+    "zero3_offload": ZeroConfig(stage=3, offload_optimizer=True, offload_params=True, persistence_threshold=0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run."""
+
+    engine: str = "single"
+    model: DecoderConfig = MODEL
+    optim: AdamWConfig = ADAMW
+    precision: str = "fp32"
+    packed: bool = True
+    rows: int = ROWS
+    splits: int = 2
+    """Micro-batches per step and rank."""
+    steps: int = 20
+    first: int = 0
+    """Step that the run begins with; the state it begins from must belong to it."""
+    recompute: str = "none"
+    compile: bool = False
+    fault: str = ""
+    """A deliberate mistake; see `_fault`."""
+    poison: tuple[int, int] = (-1, 0)
+    """(step, rank) where the loss becomes nan."""
+    max_norms: Mapping[int, float] = field(default_factory=dict)
+    """Step -> bound on the gradient norm."""
+    evaluate_every: int = 0
+
+    @property
+    def run(self) -> RunConfig:
+        engine = replace(ENGINES[self.engine], recompute=self.recompute, compile=self.compile)
+        return RunConfig(engine=engine, model=self.model, optim=self.optim, precision=self.precision,
+                         batch=BatchConfig(global_tokens=self.rows * SEQ_LEN, seq_len=SEQ_LEN))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run showed, and where it ended."""
+
+    losses: list[float]
+    norms: list[float]
+    applied: list[bool]
+    state: dict[tuple[str, str], np.ndarray]
+    """(name, slot) -> values."""
+    optimizer_steps: int
+    eval_losses: list[float] = field(default_factory=list)
+
+
+def global_batch(step: int, case: Case) -> dict[str, Tensor]:
+    """The rows of one step: random documents, uneven padding, one row in four (at most) wholly empty.
+
+    The tokens follow a rule (sums of the last two, mostly) so that there is something to learn and gradients have a size.
+    """
+    random = np.random.default_rng(1000 + step)
+    tokens = random.integers(0, 259, (case.rows, SEQ_LEN + 1))
+    for t in range(2, SEQ_LEN + 1):
+        follows = random.random(case.rows) < 0.7
+        tokens[follows, t] = (tokens[follows, t - 1] + tokens[follows, t - 2]) % 17
+    labels = tokens[:, 1:].copy()
+    lengths = random.integers(3, SEQ_LEN + 1, case.rows)
+    lengths[random.random(case.rows) < 0.25] = 0
+    lengths[0] = SEQ_LEN
+    labels[np.arange(SEQ_LEN) >= lengths[:, None]] = IGNORE
+    fields = {"tokens": tokens[:, :-1].copy(), "labels": labels}
+    if case.packed:
+        begins = random.random((case.rows, SEQ_LEN)) < 0.1
+        begins[:, 0] = True
+        fields["documents"] = begins.cumsum(1).astype(np.int32)
+        at = np.arange(SEQ_LEN)
+        fields["positions"] = at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)
+        labels[:, :-1][begins[:, 1:]] = IGNORE  # no label across a border
+    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in fields.items()}
+
+
+def micro_batches(fields: Mapping[str, Tensor], mine: range, splits: int) -> list[Batch]:
+    """The rows `mine` in `splits` batches of one size; missing rows are copies of row 0 without labels."""
+    size = -(-max(1, len(mine)) // splits)
+    batches = []
+    for first in range(0, splits * size, size):
+        rows = [mine[i] if i < len(mine) else None for i in range(first, first + size)]
+        part = {name: values[[row or 0 for row in rows]].clone() for name, values in fields.items()}
+        part["labels"][[row is None for row in rows]] = IGNORE
+        batches.append(Batch(part, int((part["labels"] != IGNORE).sum())))
+    return batches
+
+
+def reference(case: Case, dtype: torch.dtype = torch.float32) -> Trace:
+    """One process, plain torch, the whole batch at once: no engine, no optimizer and no schedule of ours."""
+    torch.manual_seed(0)
+    run = case.run
+    built = build_model(run)
+    module = built.module.to_empty(device="cpu").to(dtype)
+    for name, parameter in module.named_parameters():
+        parameter.data.copy_(built.source.read(name, PARAM, 0, parameter.numel()).view(parameter.shape))
+    if module.head is not None and run.model.tie_embeddings:
+        raise AssertionError("the reference would train an untied head")
+    matrices = [p for n, p in module.named_parameters() if p.ndim == 2 and not n.startswith("embed")]
+    rest = [p for n, p in module.named_parameters() if p.ndim != 2 or n.startswith("embed")]
+    optim = run.optim
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        betas=(optim.beta1, optim.beta2), eps=optim.eps, foreach=False, fused=False)
+    losses, norms = [], []
+    for step in range(case.steps):
+        fields = global_batch(step, case)
+        loss = built.loss_fn(module, fields) / int((fields["labels"] != IGNORE).sum())
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), optim.clip_norm or float("inf")).item())
+        for group in optimizer.param_groups:
+            group["lr"] = optim.lr * lr_factor(step)
+        optimizer.step()
+        losses.append(loss.item())
+    state = {(name, PARAM): p.detach().double().numpy().reshape(-1) for name, p in module.named_parameters()}
+    return Trace(losses, norms, [True] * case.steps, state, case.steps)
+
+
+def lr_factor(step: int) -> float:
+    """A schedule that changes at every step, so that a rate applied late or twice is seen."""
+    return min(1.0, (step + 1) / 5) * (1 - step / 100)
+
+
+def train(ranks, case: Case, begin: Mapping[tuple[str, str], np.ndarray] | None = None, resume: str = "") -> dict:
+    """Train under the engine of `case`; this rank's part of a Trace, for `join`.
+
+    begin: state to begin from (None: the initial weights). resume: `moments` or, a deliberate mistake, `weights`.
+    """
+    run = case.run
+    built = build_model(run)
+    with _fault(case, ranks):
+        engine = build_engine(Parts(run, ranks, built.module, built.loss_fn, case.precision))
+        try:
+            if begin is None:
+                engine.import_state(built.source, optimizer_steps=None)
+            else:
+                engine.import_state(Values(begin), optimizer_steps=case.first if resume == "moments" else None)
+            return _train(ranks, case, engine)
+        finally:
+            engine.close()
+
+
+def _train(ranks, case: Case, engine) -> dict:
+    losses, norms, applied, evals = [], [], [], []
+    for step in range(case.first, case.first + case.steps):
+        fields = global_batch(step + (case.fault == "data_shift_step"), case)
+        if case.fault == "data_shift":
+            fields = {name: values.roll(1, 0) if ranks.rank == ranks.world_size - 1 else values
+                      for name, values in fields.items()}
+        if case.fault == "dropped_mask":
+            del fields["documents"]
+        tokens = int((fields["labels"] != IGNORE).sum())
+        mine = range(ranks.rank * case.rows // ranks.world_size, (ranks.rank + 1) * case.rows // ranks.world_size)
+        micros = micro_batches(fields, mine, case.splits)
+        if case.fault == "wrong_divisor":
+            tokens = sum(micro.loss_tokens for micro in micros) * ranks.world_size or 1
+        total = 0.0
+        for i, micro in enumerate(micros):
+            last = i == len(micros) - 1 and case.fault != "missing_reduce"
+            total += engine.forward_backward(micro, step_tokens=tokens, last=last).item()
+        outcome = engine.step(lr_factor(step), max_norm=case.max_norms.get(step, float("inf")))
+        losses.append(ranks.sum([total])[0] / int((global_batch(step, case)["labels"] != IGNORE).sum()))
+        norms.append(outcome.grad_norm)
+        applied.append(outcome.applied)
+        if case.evaluate_every and step % case.evaluate_every == 0:
+            evals.append(ranks.sum([sum(engine.evaluate(micro).item() for micro in micros)])[0])
+    pieces = [(p.name, p.slot, p.shape, p.start, p.stop, p.values.detach().cpu().double().numpy())
+              for p in engine.export_state()]
+    return {"losses": losses, "norms": norms, "applied": applied, "pieces": pieces, "evals": evals,
+            "optimizer_steps": engine.optimizer_steps}
+
+
+def join(parts: Sequence[dict]) -> Trace:
+    """Put the ranks' parts together; every element must have come exactly once, and every rank must have seen the same."""
+    first = parts[0]
+    for key in ("losses", "norms", "applied", "optimizer_steps", "evals"):
+        for rank, part in enumerate(parts):
+            assert np.array_equal(part[key], first[key], equal_nan=True), f"rank {rank} saw other {key} than rank 0"
+    values, times = {}, {}
+    for part in parts:
+        for name, slot, shape, start, stop, piece in part["pieces"]:
+            key, numel = (name, slot), int(np.prod(shape))
+            whole = values.setdefault(key, np.full(numel, np.nan))
+            assert piece.shape == (stop - start,), f"{key}: piece of {piece.shape} for [{start}, {stop})"
+            whole[start:stop] = piece
+            times.setdefault(key, np.zeros(numel, int))[start:stop] += 1
+    for key, count in times.items():
+        assert (count == 1).all(), f"{key}: elements exported {sorted(set(count.tolist()))} times"
+    return Trace(first["losses"], first["norms"], first["applied"], values, first["optimizer_steps"], first["evals"])
+
+
+class Values:
+    """A Source of (name, slot) -> flat array; refuses what is not there."""
+
+    def __init__(self, state: Mapping[tuple[str, str], np.ndarray]) -> None:
+        self.state = state
+
+    def read(self, name: str, slot: str, start: int, stop: int) -> Tensor:
+        whole = self.state[name, slot]
+        assert 0 <= start <= stop <= len(whole), f"{name}/{slot}: [{start}, {stop}) of {len(whole)}"
+        return torch.from_numpy(whole[start:stop]).float()
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Largest differences between two traces."""
+
+    loss: float
+    norm: float
+    """Relative."""
+    params: float
+    params_rms: float
+
+    def within(self, loss: float = 1e-5, norm: float = 1e-5, params: float = 1e-5, params_rms: float = 1e-7) -> bool:
+        """The conformance bounds of issue 2 by default; nan is never within."""
+        return (self.loss <= loss and self.norm <= norm and self.params <= params and self.params_rms <= params_rms)
+
+
+def distance(expected: Trace, found: Trace, first: int = 0) -> Distance:
+    """How far `found`, which began at step `first`, is from `expected`."""
+    losses, norms = np.array(expected.losses[first:]), np.array(expected.norms[first:])
+    names = [key for key in expected.state if key[1] == PARAM]
+    assert set(names) == {key for key in found.state if key[1] == PARAM}
+    differences = np.concatenate([found.state[key] - expected.state[key] for key in names])
+    return Distance(float(np.abs(losses - found.losses).max()), float((np.abs(norms - found.norms) / norms).max()),
+                    float(np.abs(differences).max()), float(np.sqrt((differences**2).mean())))
+
+
+@contextlib.contextmanager
+def _fault(case: Case, ranks) -> Iterator[None]:
+    """Faults inside the model; those of data and reduction are in `_train`."""
+    if case.fault == "positions" and ranks.rank == ranks.world_size - 1:
+        from officina.trainer.model import transformer
+
+        right, calls = transformer.rotate, []
+
+        def wrong(x, cos, sin):
+            calls.append(None)
+            keys = len(calls) % 2 == 0
+            return right(x, cos.roll(1, -2) if keys else cos, sin.roll(1, -2) if keys else sin)
+
+        transformer.rotate = wrong
+        try:
+            yield
+        finally:
+            transformer.rotate = right
+        return
+    if case.poison[0] >= 0 and case.poison[1] == ranks.rank:
+        yield
+        return
+    yield

@@ -1,0 +1,104 @@
+"""Which parameters are updated how: decay groups, AdamW, and AdamW with Muon behind one small class.
+
+Works on whole tensors and on FSDP2's DTensors alike; DeepSpeed takes only the groups and `new_adamw`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from officina.trainer.config import AdamWConfig, MuonConfig
+from officina.trainer.muon import Muon, Split
+from officina.trainer.state import EXP_AVG, EXP_AVG_SQ, MOMENTUM
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Names of all trainable parameters, by the way they are updated. A tied parameter is there once, by its first name."""
+
+    decayed: tuple[str, ...]
+    """AdamW with weight decay."""
+    plain: tuple[str, ...]
+    """AdamW without."""
+    muon: tuple[str, ...]
+    """Muon with weight decay: the matrices of the blocks."""
+
+
+def group_parameters(module: nn.Module, blocks: nn.Module, config: AdamWConfig) -> Groups:
+    """Sort the trainable parameters of the unwrapped module.
+
+    Decayed are matrices (2 dimensions or more) inside the blocks, and outside them those called `weight` (a linear map or
+    a convolution, the output head); never a norm, a bias, another 1-dimensional parameter or an embedding, tied or not.
+    """
+    embeddings = {id(child.weight) for name, child in module.named_modules() if _is_embedding(name, child)}
+    inside = {id(parameter) for parameter in blocks.parameters()}
+    decayed, plain, muon = [], [], []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+        if isinstance(config, MuonConfig) and is_matrix and id(parameter) in inside and parameter.ndim == 2:
+            muon.append(name)
+        elif is_matrix and (id(parameter) in inside or name.rpartition(".")[2] == "weight"):
+            decayed.append(name)
+        else:
+            plain.append(name)
+    return Groups(tuple(decayed), tuple(plain), tuple(muon))
+
+
+def _is_embedding(name: str, child: nn.Module) -> bool:
+    named = name.rpartition(".")[2].startswith("embed") and isinstance(getattr(child, "weight", None), nn.Parameter)
+    return isinstance(child, nn.Embedding) or named
+
+
+def new_adamw(config: AdamWConfig, groups: Groups, params: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
+    """torch's AdamW over the decayed and the plain parameters: the fused kernel, one pass over memory, on CPU and GPU."""
+    members = [{"params": [params[name] for name in names], "weight_decay": decay}
+               for names, decay in ((groups.decayed, config.weight_decay), (groups.plain, 0.0)) if names]
+    return torch.optim.AdamW(members, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def new_adamw_state(tensor: Tensor, steps: int = 0) -> dict[str, Tensor]:
+    """AdamW's state of one tensor with zero moments, as after `steps` steps. The fused kernel wants `step` on the device."""
+    return {"step": torch.full((), float(steps), dtype=torch.float32, device=tensor.device),
+            EXP_AVG: torch.zeros_like(tensor), EXP_AVG_SQ: torch.zeros_like(tensor)}
+
+
+class Optimizer:
+    """AdamW, and Muon where the configuration asks for it. State exists from the beginning, so memory does not grow later."""
+
+    def __init__(self, config: AdamWConfig, groups: Groups, params: Mapping[str, nn.Parameter], split: Split) -> None:
+        self._params = {name: params[name] for name in (*groups.decayed, *groups.plain)}
+        self._adamw = new_adamw(config, groups, params) if self._params else None
+        self._lr = config.lr
+        self._muon = None
+        if isinstance(config, MuonConfig):
+            self._muon = Muon(config, {name: params[name] for name in groups.muon}, split)
+        self.reset(0)
+
+    def reset(self, steps: int) -> None:
+        """Zero moments, and the bias correction as after `steps` steps."""
+        for parameter in self._params.values():
+            self._adamw.state[parameter] = new_adamw_state(parameter.detach(), steps)
+        if self._muon:
+            self._muon.reset()
+
+    def step(self, lr_factor: float) -> None:
+        """Update every parameter that has a gradient, with the learning rates of the configuration x lr_factor."""
+        if self._adamw:
+            for group in self._adamw.param_groups:
+                group["lr"] = self._lr * lr_factor
+            self._adamw.step()
+        if self._muon:
+            self._muon.step(lr_factor)
+
+    def slots(self, name: str) -> Iterable[tuple[str, Tensor]]:
+        """(slot, this rank's part) of the state of a parameter; nothing where another rank holds it or it is frozen."""
+        if name in self._params:
+            state = self._adamw.state[self._params[name]]
+            return [(EXP_AVG, state[EXP_AVG]), (EXP_AVG_SQ, state[EXP_AVG_SQ])]
+        if self._muon and name in self._muon.momentum:
+            return [(MOMENTUM, self._muon.momentum[name])]
+        return []

@@ -1,0 +1,110 @@
+"""What every engine does with a module's tensors: make them real, name them, deal them out, fill the buffers."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from officina.trainer.errors import OfficinaError
+from officina.trainer.state import PARAM, Piece, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The part of one named tensor that this rank holds: elements [start, stop) in row-major order."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def piece(self, slot: str, values: Tensor) -> Piece:
+        """The piece with these values, of any shape."""
+        return Piece(self.name, slot, self.shape, self.start, self.stop, values.detach().reshape(-1))
+
+    def fill(self, into: Tensor, source: Source, slot: str) -> None:
+        """Copy the range from `source` into `into`, a contiguous tensor of that many elements, cast to its dtype."""
+        if self.stop > self.start:
+            into.detach().view(-1).copy_(source.read(self.name, slot, self.start, self.stop))
+
+
+def materialize(module: nn.Module, device: torch.device, *, dtype: torch.dtype | None = None,
+                parameter_device: torch.device | None = None, parameters: bool = True) -> None:
+    """Give the meta tensors of the module uninitialised memory in place, and move the real ones; ties stay ties.
+
+    dtype: that of the floating-point parameters (buffers keep theirs). parameter_device: where parameters go, if not to
+    `device`. parameters: false leaves the parameters alone.
+    Raises OfficinaError for a non-persistent buffer without values: no checkpoint holds it and nothing could fill it.
+    """
+    made: dict[int, Tensor] = {}
+    for path, child in module.named_modules():
+        for name, parameter in child._parameters.items():
+            if parameter is None or not parameters:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = _real_parameter(parameter, parameter_device or device, dtype)
+            child._parameters[name] = made[id(parameter)]
+        for name, buffer in child._buffers.items():
+            if buffer is None:
+                continue
+            if buffer.is_meta and name in child._non_persistent_buffers_set:
+                raise OfficinaError(f"the buffer {path}.{name} is not persistent and was built on the meta device, so "
+                                    "nothing can fill it. Register it with persistent=True, or compute it in forward")
+            if id(buffer) not in made:
+                made[id(buffer)] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+            child._buffers[name] = made[id(buffer)]
+
+
+def _real_parameter(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype | None) -> nn.Parameter:
+    data = parameter.detach()
+    to = dtype if dtype and data.is_floating_point() else data.dtype
+    if data.device == device and data.dtype == to and data.is_contiguous():
+        return parameter  # the same object: DeepSpeed keeps its knowledge of a parameter on it
+    if data.is_meta:
+        # empty_like keeps a DTensor a DTensor; a contiguous layout, because state is read and written as flat ranges.
+        real = torch.empty_like(data, device=device, dtype=to, memory_format=torch.contiguous_format)
+    else:
+        real = data.to(device=device, dtype=to).contiguous()
+    return nn.Parameter(real, requires_grad=parameter.requires_grad)
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to the state, by name; a shared one once."""
+    transient = {f"{path}.{name}" if path else name
+                 for path, child in module.named_modules() for name in child._non_persistent_buffers_set}
+    return {name: buffer for name, buffer in module.named_buffers() if name not in transient}
+
+
+def fill_buffers(buffers: Mapping[str, Tensor], source: Source) -> None:
+    """Fill every buffer, whole on every rank."""
+    for name, buffer in buffers.items():
+        values = source.read(name, PARAM, 0, buffer.numel())
+        buffer.copy_(values.view(buffer.shape))
+
+
+def buffer_pieces(buffers: Mapping[str, Tensor]) -> Iterator[Piece]:
+    """The buffers as pieces: replicated everywhere, so for one rank to yield."""
+    for name, buffer in buffers.items():
+        yield Held(name, tuple(buffer.shape), 0, buffer.numel()).piece(PARAM, buffer)
+
+
+def deal(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """Name -> rank, largest first to the rank that has least: the same everywhere, nearly even."""
+    loads, owners = [0] * ranks, {}
+    for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += size
+    return owners
+
+
+def set_compute_dtype(module: nn.Module, precision: str) -> None:
+    """Tell a model that casts its own weights (the decoder) what to compute in."""
+    if hasattr(module, "compute_dtype"):
+        module.compute_dtype = None if precision == "fp32" else torch.bfloat16
+
+
+def autocast(module: nn.Module, precision: str, device: torch.device) -> Callable[[], torch.autocast]:
+    """A context to compute in: torch.autocast to bf16 for models that do not cast for themselves."""
+    enabled = precision != "fp32" and not hasattr(module, "compute_dtype")
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -1,0 +1,242 @@
+"""DeepSpeed ZeRO, stages 1 to 3, with AdamW of ours as its inner optimizer, so that all engines step alike.
+
+DeepSpeed's own counting of micro-batches, averaging and learning-rate schedules are switched off: the loop owns them.
+"""
+
+import gc
+import math
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from officina.trainer.batch import Batch
+from officina.trainer.config import MuonConfig, RunConfig, ZeroConfig
+from officina.trainer.errors import ConfigError, OfficinaError, Problem
+from officina.trainer.optim import group_parameters, new_adamw
+from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
+from officina.trainer.parallel.engine import Parts, StepOutcome
+from officina.trainer.parallel.group import join_group, leave_group
+from officina.trainer.parallel.tensors import (
+    autocast, buffer_pieces, fill_buffers, materialize, persistent_buffers, set_compute_dtype)
+from officina.trainer.parallel.zero_state import ZeroState
+from officina.trainer.state import Piece, Source
+
+NO_MUON = ("engine=zero hands an optimizer flat slices of the gradient, and its norm and clipping see Muon's update instead of "
+           "the gradient")
+
+
+def build(parts: Parts) -> "ZeroEngine":
+    """The ZeRO engine.
+
+    Stages 1 and 2 build the whole module on every rank's device, as ZeRO does; stage 3 makes one block real at a time and
+    shards it before the next. Raises ConfigError for Muon, OfficinaError where DeepSpeed is not installed.
+    """
+    if isinstance(parts.run.optim, MuonConfig):
+        raise ConfigError([Problem("optim", "muon", NO_MUON, "optim=adamw, or engine=fsdp2")])
+    return ZeroEngine(parts, join_group(parts.ranks))
+
+
+class ZeroEngine:
+    """Wraps a DeepSpeedEngine; `self.module` is that one."""
+
+    def __init__(self, parts: Parts, own_group: bool) -> None:
+        self._own_group, self._ranks, self._loss_fn = own_group, parts.ranks, parts.loss_fn
+        self.optimizer_steps = 0
+        run, module = parts.run, parts.module
+        deepspeed = load_deepspeed(parts.ranks.device, parts.ranks.env.local_rank)
+        settings = deepspeed_settings(run, parts.precision, parts.ranks.device)
+        blocks = find_blocks(module, run)
+        groups = group_parameters(module, blocks, run.optim)
+        names = list(dict(module.named_parameters()))
+        compute = torch.float32 if parts.precision == "fp32" else torch.bfloat16
+        if run.engine.stage == 3:
+            for part in (*blocks, module):  # the module last: what is outside the blocks
+                materialize(part, parts.ranks.device, dtype=compute)
+                deepspeed.zero.Init(module=part, config_dict_or_path=settings, dtype=compute)
+        else:
+            materialize(module, parts.ranks.device)
+        prepare_blocks(blocks, run)
+        set_compute_dtype(module, parts.precision)
+        self._autocast = autocast(module, parts.precision, parts.ranks.device)
+        self._buffers = persistent_buffers(module)
+        optimizer = new_adamw(run.optim, groups, dict(module.named_parameters()))
+        self._lr = run.optim.lr
+        self.module, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+        self._state = ZeroState(self.module, names, run.engine.stage)
+        self._guard = NormGuard(self.module.optimizer)
+
+    def forward_backward(self, batch: Batch, *, step_tokens: int, last: bool) -> Tensor:
+        with self._autocast():
+            loss = self._loss_fn(self.module, batch.fields)
+        # ZeRO averages over the ranks.
+        self.module.backward(loss * (self._ranks.world_size / step_tokens), scale_wrt_gas=False)
+        return loss.detach().float()
+
+    def step(self, lr_factor: float, *, max_norm: float = math.inf) -> StepOutcome:
+        for group in self.module.optimizer.param_groups:
+            group["lr"] = self._lr * lr_factor
+        with self._guard.bound(max_norm) as seen:
+            self.module.step()
+        norm = seen.norm if seen.norm is not None else self.module.get_global_grad_norm()
+        applied = self.module.was_step_applied()
+        self.optimizer_steps += applied
+        return StepOutcome(float(norm), applied)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        was_training = self.module.training
+        self.module.eval()
+        with self._autocast():
+            loss = self._loss_fn(self.module, batch.fields)
+        self.module.train(was_training)
+        return loss.float()
+
+    @torch.no_grad()
+    def import_state(self, source: Source, *, optimizer_steps: int | None) -> None:
+        self._state.fill(source, optimizer_steps)
+        self.optimizer_steps = optimizer_steps or 0
+        fill_buffers(self._buffers, source)
+
+    def export_state(self) -> Iterator[Piece]:
+        yield from self._state.pieces()
+        if self._ranks.rank == 0:
+            yield from buffer_pieces(self._buffers)
+
+    def close(self) -> None:
+        self.module.destroy()
+        self._guard = self._state = self.module = self._loss_fn = None
+        self._buffers = {}
+        forget_deepspeed()
+        leave_group(self._own_group)
+
+
+class NormGuard:
+    """Makes DeepSpeed leave out a step whose gradient norm is above a bound, by its own way for overflows.
+
+    Nothing in its interface does that: between the last backward and the update nobody else sees the norm. So the method
+    that computes it is wrapped on this one optimizer and reports infinity.
+    """
+
+    def __init__(self, optimizer) -> None:
+        self.limit, self.norm = math.inf, None
+        if hasattr(optimizer, "_get_norm_groups"):  # stage 3
+            self._wrap(optimizer, "_get_norm_groups", lambda groups: torch.stack(list(groups)).norm(), lambda big: [big])
+        elif hasattr(optimizer, "scaled_global_norm"):  # stages 1 and 2
+            self._wrap(optimizer, "scaled_global_norm", lambda norm: norm, lambda big: big)
+        else:  # BF16_Optimizer: stage 1 in bf16
+            self._wrap_bf16(optimizer)
+
+    def bound(self, limit: float) -> "NormGuard":
+        """Use as a context around DeepSpeed's step; afterwards `norm` is the true norm if it was above the limit."""
+        self.limit, self.norm = limit, None
+        return self
+
+    def __enter__(self) -> "NormGuard":
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.limit = math.inf
+
+    def _wrap(self, optimizer, method: str, to_norm, from_norm) -> None:
+        original = getattr(optimizer, method)
+
+        def guarded(*args, **kwargs):
+            result = original(*args, **kwargs)
+            if self.limit == math.inf:
+                return result
+            norm = to_norm(result)
+            if math.isfinite(norm) and norm > self.limit:
+                self.norm = float(norm)
+                return from_norm(torch.full_like(norm, math.inf))
+            return result
+
+        setattr(optimizer, method, guarded)
+
+    def _wrap_bf16(self, optimizer) -> None:
+        from deepspeed.runtime.utils import get_global_norm_of_tensors
+
+        original = optimizer.get_grads_for_norm
+
+        def guarded(for_clipping: bool = False):
+            gradients = original(for_clipping)
+            if for_clipping or self.limit == math.inf:
+                return gradients
+            norm = get_global_norm_of_tensors(input_tensors=gradients[0])
+            if math.isfinite(norm) and norm > self.limit:
+                self.norm = float(norm)
+                return [torch.full((), math.inf, device=gradients[0][0].device)], gradients[1]
+            return gradients
+
+        optimizer.get_grads_for_norm = guarded
+
+
+def deepspeed_settings(run: RunConfig, precision: str, device: torch.device) -> dict:
+    """DeepSpeed's configuration."""
+    engine: ZeroConfig = run.engine
+    zero = {
+        "stage": engine.stage,
+        "overlap_comm": engine.stage > 1 and device.type == "cuda",
+        # Replacing torch.nn.functional.linear in the whole process is not ours to do.
+        "memory_efficient_linear": False,
+    }
+    pinned = device.type == "cuda"
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    if engine.stage == 3:
+        zero["stage3_param_persistence_threshold"] = engine.persistence_threshold
+        if engine.offload_params:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False,
+        "gradient_clipping": run.optim.clip_norm, "steps_per_print": None, "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "zero_optimization": zero,
+    }
+    if precision == "bf16":
+        settings |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "communication_data_type": "fp32",
+                     "data_types": {"grad_accum_dtype": "fp32"}}
+    elif precision == "bf16_pure":
+        settings |= {"bf16": {"enabled": True, "check_grad_overflow": True, "bf16_master_weights_and_grads": True,
+                              "bf16_optimizer_states": True},
+                     "communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
+    return settings
+
+
+def load_deepspeed(device: torch.device, local_rank: int):
+    """Import DeepSpeed for this device and let it take over the process group there is. Returns the package."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["LOCAL_RANK"] = str(local_rank if device.index is None else device.index)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise OfficinaError("engine=zero needs DeepSpeed, which is not installed here. Try: pip install "
+                            "'officina[deepspeed]', or engine=fsdp2") from error
+    import logging
+
+    from deepspeed.utils import logger
+    logger.setLevel(logging.WARNING)
+    # Otherwise a C++ extension is built at first use: half a minute, a compiler, and shared memory that a kill leaves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def forget_deepspeed() -> None:
+    """Undo what DeepSpeed keeps in module globals, so that another engine may follow in this process, also among other ranks.
+
+    Its numbering of parameters and modules must start anew: ranks that built different numbers of engines would hang.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    gc.collect()
+    Init.param_id = 0
+    counter = DeepSpeedZeRoOffload._register_deepspeed_module
+    getattr(counter, "__wrapped__", counter).__defaults__[0][0] = 0
+    groups._release_process_group_references(group=None)
+    deepspeed.comm.comm.cdb = None
