@@ -100,18 +100,20 @@ def test_exception_in_one_rank_is_named_first_and_takes_the_others_down(run_dir:
     wait_gone(pids)
 
 
-@pytest.mark.parametrize(("deed", "said"), [
-    ("kill", "was killed by SIGKILL (signal 9); the kernel counted no out-of-memory kill on this host meanwhile"),
-    ("segv", "was killed by SIGSEGV (signal 11)"),
-    ("exit", "ended with exit status 3 and left no exception"),
+@pytest.mark.parametrize(("deed", "n_ranks", "said"), [
+    ("kill", 2, "was killed by SIGKILL (signal 9); the kernel counted"),
+    ("segv", 1, "was killed by SIGSEGV (signal 11)"),
+    ("exit", 2, "ended with exit status 3 and left no exception"),
 ])
-def test_dead_rank_is_named_first(run_dir: Path, deed: str, said: str):
-    parent = launch(run_dir, 2, deed, 1)
-    pids = started(run_dir, 2)
+def test_dead_rank_is_named_first(run_dir: Path, deed: str, n_ranks: int, said: str):
+    culprit = n_ranks - 1
+    parent = launch(run_dir, n_ranks, deed, culprit)
+    pids = started(run_dir, n_ranks)
     status, _, err = finish(parent)
     assert status == 1
-    assert err.strip().splitlines()[0].startswith(f"officina: rank 1 of 2 on {os.uname().nodename} {said}")
-    assert "stderr of rank 1" in err, "the end of the dead rank's log"
+    head = err.strip().splitlines()[0]
+    assert head.startswith(f"officina: rank {culprit} of {n_ranks} on {os.uname().nodename} {said}")
+    assert f"stderr of rank {culprit}" in err, "the end of the dead rank's log"
     wait_gone(pids)
 
 
@@ -120,7 +122,7 @@ def test_dead_rank_is_named_first(run_dir: Path, deed: str, said: str):
     ("no-progress", 76, "NoProgressError: 5 steps in a row had no finite gradient"),
 ])
 def test_verdicts_pass_through_without_a_traceback(run_dir: Path, deed: str, status: int, said: str):
-    got, _, err = finish(launch(run_dir, 2, deed))
+    got, _, err = finish(launch(run_dir, 1, deed))
     assert got == status
     assert said in err and "Traceback" not in err
 
@@ -142,28 +144,28 @@ def test_rank_that_never_starts_is_named_with_the_address(run_dir: Path):
     assert "missing after 3 s: rank 2" in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_stop_in_good_order(run_dir: Path, number: signal.Signals):
-    parent = launch(run_dir, 2, "train")
-    pids = started(run_dir, 2)
+@pytest.mark.parametrize(("number", "n_ranks"), [(signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGUSR1, 1)])
+def test_stop_in_good_order(run_dir: Path, number: signal.Signals, n_ranks: int):
+    parent = launch(run_dir, n_ranks, "train")
+    pids = started(run_dir, n_ranks)
     parent.send_signal(number)
     status, _, err = finish(parent)
     assert status == 75
     assert f"officina: {number.name}: the ranks finish their step, save and leave" in err
-    assert [(run_dir / f"stopped-{rank}").read_text() for rank in range(2)] == [number.name] * 2
+    assert [(run_dir / f"stopped-{rank}").read_text() for rank in range(n_ranks)] == [number.name] * n_ranks
     wait_gone(pids)
 
 
 def test_stop_while_the_ranks_are_still_starting(run_dir: Path):
-    parent = launch(run_dir, 2, "train")
+    parent = launch(run_dir, 1, "train")
     time.sleep(0.4)  # Python is up or not yet, torch is not
     parent.send_signal(signal.SIGTERM)
     assert finish(parent)[0] == 75
 
 
 def test_second_ctrl_c_kills(run_dir: Path):
-    parent = launch(run_dir, 2, "stubborn", 1)
-    pids = started(run_dir, 2)
+    parent = launch(run_dir, 1, "stubborn", 0)
+    pids = started(run_dir, 1)
     parent.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert parent.poll() is None, "the first one asks"
@@ -210,11 +212,11 @@ def test_a_rank_with_no_run_directory_says_so(tmp_path: Path):
 
 
 def test_failures_of_earlier_starts_are_not_blamed(run_dir: Path):
-    assert finish(launch(run_dir, 2, "raise", 1))[0] == 1
-    assert failure_path(run_dir, 1).exists()
+    assert finish(launch(run_dir, 1, "raise", 0))[0] == 1
+    assert failure_path(run_dir, 0).exists()
     status, _, err = finish(launch(run_dir, 1, "done"))
     assert (status, err) == (0, "")
-    assert not failure_path(run_dir, 1).exists()
+    assert not failure_path(run_dir, 0).exists()
     assert log_path(run_dir, 0).read_text().count("==== rank 0 on ") == 2, "logs go on"
 
 

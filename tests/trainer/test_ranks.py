@@ -286,8 +286,10 @@ def test_taken_port_unreachable_rank_0_and_wrong_interface_are_named():
     assert said in alone.stderr
     port = _free_port()
     envs = [RankEnv(rank, 0, 2, 1, "srun", 0, LOOPBACK, port) for rank in range(2)]
-    for done in _run("start_ranks(env, device='cpu', timeout_s=20)", *envs, more={"GLOO_SOCKET_IFNAME": "nonsense7"}):
-        assert "could not connect to them over nonsense7" in done.stderr and "ip -4 addr" in done.stderr
+    wrong = {"GLOO_SOCKET_IFNAME": "nonsense7"}
+    first, second = _run("start_ranks(env, device='cpu', timeout_s=60)", *envs, more=wrong)
+    assert "could not connect to them over nonsense7" in first.stderr and "ip -4 addr" in first.stderr
+    assert "could not connect to them over nonsense7" in second.stderr or "lost rank 0 at" in second.stderr
 
 
 def test_rank_0_that_dies_while_others_start_is_named(monkeypatch: pytest.MonkeyPatch):
