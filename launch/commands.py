@@ -21,7 +21,7 @@ from officina.launch.start import (
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import EXIT_DONE, ConfigError, LaunchError, OfficinaError
 from officina.trainer.rank_env import RankEnv, read_rank_env
-from officina.trainer.run_dir import config_text
+from officina.trainer.run_dir import METRICS, config_text
 from officina.trainer.validate import missing_packages, problems
 
 
@@ -69,7 +69,10 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
         if rank:  # rank 0 meets the same and says it
             return error.exit_status
         raise
-    return import_module("officina.launch.local").start(plan.run_dir, plan.run, os.environ)
+    status = import_module("officina.launch.local").start(plan.run_dir, plan.run, os.environ)
+    if rank == 0 and (plan.run_dir / METRICS).exists():
+        print(f"Report: {import_module('officina.launch.report').write_report(plan.run_dir)}")
+    return status
 
 
 def ranks_to_be(run: RunConfig, env: RankEnv | None, devices: int) -> int:
@@ -126,8 +129,7 @@ def data(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """report.html and report.json."""
-    print(import_module("officina.launch.report").write_report(Path(args.run)))
-    return EXIT_DONE
+    return import_module("officina.launch.report").main(Path(args.run))
 
 
 def demo(args: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ def main() -> int:
     step("3. Resume with 3 ranks under " + ("DeepSpeed ZeRO-2" if zero else "DDP"), "resume", str(run), "ranks=3",
          "engine=zero2" if zero else "engine=ddp", "time_limit=none")
     step("4. Each sample once and in order? Ask the ledger", "data", "audit", str(run))
-    step("5. Let it write Python", "generate", str(run), PROMPT, "--max-new-tokens", "160", "--seed", "1")
+    step("5. Let it write Python", "generate", str(run), PROMPT, "--max-new-tokens", "160", "--seed", "1", "--keep")
     step("6. The report", "report", str(run))
     console.print(f"\nDone in {time.monotonic() - started:.0f} s. Open {run / 'report.html'}")
     return 0

@@ -65,13 +65,17 @@ def main(argv: Sequence[str]) -> int:
         module = load(run, checkpoint, torch.device("cuda" if use_gpu else "cpu"))
     stop_id = _end_of_document(tokenizer)
     tokens = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [0 if stop_id is None else stop_id]
+    said = [args.prompt]
     sys.stdout.write(args.prompt)
     new = generate(module, tokens, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                    top_p=args.top_p, seed=args.seed, stop_id=stop_id)
     for text in stream_text(tokenizer.decode, tokens, new):
+        said.append(text)
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    if args.keep:
+        (run_dir / "samples.txt").write_text("".join(said) + "\n", encoding="utf-8")
     return 0
 
 
@@ -145,4 +149,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P",
                         help="draw from the fewest tokens that reach this probability; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--keep", action="store_true", help="also write the text to RUN/samples.txt, for the report")
     return parser

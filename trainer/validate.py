@@ -93,10 +93,9 @@ def _run(run: RunConfig, devices: int | None) -> Iterator[Problem]:
         remedy = f"ranks={devices}" if devices else "device=cpu"
         yield Problem("ranks", run.ranks, f"each rank needs a GPU of its own and {devices} are visible",
                       remedy)
-    if run.time_limit is not None and run.time_limit <= run.site.grace:
-        yield Problem("time_limit", f"{run.time_limit:g}s", f"must be longer than "
-                      f"site.grace={run.site.grace:g}s, the time to "
-                      "save", f"time_limit={run.site.grace * 2 + 60:g}s")
+    if run.time_limit is not None and run.time_limit <= 0:
+        yield Problem("time_limit", f"{run.time_limit:g}s", "is the time after which the run stops and saves",
+                      "time_limit=8h")
     if run.site.grace < 0:
         yield Problem("site.grace", run.site.grace, "is a time and cannot be negative", "site.grace=60s")
 

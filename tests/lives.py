@@ -1,0 +1,138 @@
+"""Lives of a run inside the rank pool: the real loop on real shards, without starting a process for each."""
+
+import os
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from officina.trainer.config import (
+    AdamWConfig,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    DecoderConfig,
+    LoggingConfig,
+    LrScheduleConfig,
+    RunConfig,
+    SourceConfig,
+)
+from officina.trainer.run_dir import Start, append_history, load_config, new_run_id, read_run_id, save_config
+
+DECODER = DecoderConfig(vocab_size=320, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64, qk_norm="head",
+                        tie_embeddings=True)
+
+
+def plain_run(data: Path, **changes) -> RunConfig:
+    """8 steps of 7 rows: a number that no world size divides evenly."""
+    run = RunConfig(
+        name="life", steps=8, precision="fp32", device="cpu", threads=1, model=DECODER,
+        data=DataConfig(sources={"text": SourceConfig(path=str(data))}),
+        batch=BatchConfig(global_tokens=7 * 32, seq_len=32, micro_rows=2), optim=AdamWConfig(lr=1e-3, eps=1e-6),
+        lr_schedule=LrScheduleConfig(warmup_steps=2), checkpoint=CheckpointConfig(every_steps=3, keep_last=3),
+        logging=LoggingConfig(tensorboard=False))
+    return replace(run, **changes)
+
+
+def begin(run_dir: Path, run: RunConfig) -> None:
+    """Make the run directory, or change the configuration of the one that is there, as the command line does."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    again = (run_dir / "config.yaml").exists()
+    append_history(run_dir, Start(
+        run_id=read_run_id(run_dir) or new_run_id(), action="resume" if again else "start", words=[], step=0,
+        world_size=None, engine=run.engine.kind, commit=None))
+    save_config(run, run_dir)
+
+
+def live(ranks, run_dir: str, stop_after: int = 0, fault: str = "") -> int:
+    """One rank's whole `loop.train`. stop_after: SIGTERM to the last rank during that step; fault: see `inject`."""
+    from officina.trainer import loop
+
+    undo = inject(fault, ranks.rank)
+    record = loop._record
+
+    def then_stop(job, *args, **kwargs):
+        record(job, *args, **kwargs)
+        if job.step == stop_after - 1 and ranks.rank == ranks.world_size - 1:
+            os.kill(os.getpid(), 15)
+
+    loop._record = then_stop
+    try:
+        return loop.train(Path(run_dir), ranks)
+    finally:
+        loop._record = record
+        undo()
+
+
+def inject(fault: str, rank: int):
+    """Break something the loop uses; returns the function that mends it."""
+    import torch
+
+    from officina.trainer.data import loader
+    from officina.trainer.parallel import engine
+
+    if fault == "nan":  # one rank's third step and all later ones give a loss that is no number
+        real = engine.build_engine
+
+        def build(parts):
+            built = real(parts)
+            inner, calls = built.forward_backward, [0]
+
+            def poisoned(batch, **kwargs):
+                calls[0] += 1
+                if rank == 0 and calls[0] > 2:
+                    for p in built.module.parameters():
+                        p.register_hook(lambda g: g * torch.nan)
+                return inner(batch, **kwargs)
+
+            built.forward_backward = poisoned
+            return built
+
+        from officina.trainer import assemble
+        assemble.build_engine = build
+        return lambda: setattr(assemble, "build_engine", real)
+    if fault == "shifted data":  # after a resume the data is one sample late
+        real_init = loader.Loader.__init__
+
+        def late(self, *args, **kwargs):
+            kwargs["position"] += bool(kwargs["position"])
+            real_init(self, *args, **kwargs)
+
+        loader.Loader.__init__ = late
+        return lambda: setattr(loader.Loader, "__init__", real_init)
+    if fault:
+        raise ValueError(fault)
+    return lambda: None
+
+
+def copy_of(run_dir: Path, new: Path) -> Path:
+    """The same run directory somewhere else, as a colleague would have it."""
+    shutil.copytree(run_dir, new)
+    return new
+
+
+def changed(run_dir: Path, **changes) -> RunConfig:
+    """Write the run's configuration anew with these changes and return it."""
+    run = replace(load_config(run_dir), **changes)
+    begin(run_dir, run)
+    return run
+
+
+def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
+    """step -> (loss, gradient norm), as metrics.jsonl has them."""
+    from officina.trainer.metrics import read_metrics
+
+    return {m.step: (m.loss_nats, m.grad_norm) for m in read_metrics(run_dir).steps}
+
+
+def states(run_dir: Path, step: int) -> dict[tuple[str, str], "object"]:
+    """(name, slot) -> the whole tensor of a checkpoint."""
+    import math
+
+    from officina.trainer.checkpoint.read import open_checkpoint
+
+    with open_checkpoint(run_dir, step=step) as opened:
+        return {(name, slot): opened.read(name, slot, 0, math.prod(shape))
+                for name, (shape, slots) in opened.tensors().items() for slot in slots}
+
+
+__all__ = ["asdict", "begin", "changed", "copy_of", "live", "losses", "plain_run", "states"]
