@@ -91,7 +91,9 @@ def build(folder: str | Path, options: BuildOptions,
     to train on.
     """
     folder = Path(folder)
-    _prepare(folder, options.overwrite)
+    if (folder / MANIFEST).exists() and not options.overwrite:
+        raise DataError(f"{folder} holds a data set already. Show it with `officina data inspect {folder}`, "
+                        "build into another folder, or replace it with --overwrite.")
     provenance: dict[str, Any] = {"tool": "officina data build", "officina": metadata.version("officina"),
                                   "tokenizers": metadata.version("tokenizers")}
     if options.inputs:
@@ -103,6 +105,7 @@ def build(folder: str | Path, options: BuildOptions,
     about = {key: words[key] for key in ("description", "licence") if key in words} | options.about
     name = folder.resolve().name if options.inputs else sources[0].name
     about = {"name": name} | about
+    _prepare(folder)
 
     if options.tokenizer is None:
         text = _train_tokenizer(sources, options, progress)
@@ -137,12 +140,8 @@ def build(folder: str | Path, options: BuildOptions,
     return BuildResult(manifest, stats)
 
 
-def _prepare(folder: Path, overwrite: bool) -> None:
-    """Make the folder, and clear what an unfinished or replaced build left: its manifest first, then the
-    shards."""
-    if (folder / MANIFEST).exists() and not overwrite:
-        raise DataError(f"{folder} holds a data set already. Show it with `officina data inspect {folder}`, "
-                        "build into another folder, or replace it with --overwrite.")
+def _prepare(folder: Path) -> None:
+    """Make the folder, and clear what an unfinished or replaced build left: its manifest first, then the shards."""
     try:
         (folder / "shards").mkdir(parents=True, exist_ok=True)
     except OSError as exc:

@@ -138,6 +138,15 @@ def test_what_cannot_be_built(texts: Path, tmp_path: Path) -> None:
     build(tmp_path / "out", BuildOptions(inputs=[texts], **OPTIONS))
     with pytest.raises(DataError, match=r"holds a data set already.*--overwrite"):
         build(tmp_path / "out", BuildOptions(inputs=[texts]))
+    before = open_dataset(tmp_path / "out").manifest
+    with pytest.raises(DataError, match=r"no such file or folder"):
+        build(tmp_path / "out", BuildOptions(inputs=[tmp_path / "typo"], overwrite=True))
+    assert open_dataset(tmp_path / "out").manifest == before  # a slip costs nothing
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"bad\.jsonl line 1"):
+        build(tmp_path / "out", BuildOptions(inputs=[texts, tmp_path / "bad.jsonl"], overwrite=True, vocab_size=300))
+    with pytest.raises(DataError, match=r"is no data set"):  # half of the new one is not the old one
+        open_dataset(tmp_path / "out")
     build(tmp_path / "out", BuildOptions(inputs=[texts / "sub"], overwrite=True, shard_bytes=500, **OPTIONS))
     assert verify(tmp_path / "out").faults == []
 

@@ -97,11 +97,12 @@ def test_whole_epochs_have_every_row_once(tmp_path: Path) -> None:
     assert epoch[:10] != epoch[10:20]
 
 
-def test_labels_are_the_next_tokens_and_end_at_documents(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard_bytes", [100, 1 << 30])
+def test_labels_are_the_next_tokens_and_end_at_documents(tmp_path: Path, shard_bytes: int) -> None:
     """Against a slow reading of the stream, token by token; some rows lie on two shards."""
     lengths = [1, 1, 5, 8, 3, 30, 2, 1, 1, 16, 7, 8, 8, 1, 9]
-    stream = write_tokens(tmp_path / "a", {"train": lengths}, shard_bytes=100)["train"]
-    assert len(list((tmp_path / "a" / "shards").iterdir())) > 3
+    stream = write_tokens(tmp_path / "a", {"train": lengths}, shard_bytes=shard_bytes)["train"]
+    assert (len(list((tmp_path / "a" / "shards").iterdir())) > 3) is (shard_bytes == 100)
     document_of = np.repeat(np.arange(len(lengths)), lengths)
     run = make_run({"a": (tmp_path / "a", 1)}, rows=12, micro_rows=5)
     with Loader(run, rank=0, world_size=1, position=0) as loader:
