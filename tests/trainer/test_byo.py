@@ -1,0 +1,204 @@
+"""Users' own models: the two examples under every engine, end to end by the command line, and every refusal."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from officina.trainer.config import CustomModelConfig, DecoderConfig, RunConfig
+from officina.trainer.errors import ConfigError, OfficinaError
+from officina.trainer.model.build import build_model, check_attention, resolve
+from officina.trainer.objective import next_token_loss, record_loss
+from officina.trainer.parallel.tensors import materialize
+from officina.trainer.state import PARAM
+from tests.trainer import byo_cases
+from tests.trainer.byo_cases import EXAMPLES, run_of
+
+STEPS = 5
+FOLDERS = {"vision_transformer": "tiles", "time_series": "load"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def examples_on_path():
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def example(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / FOLDERS[request.param]
+    importlib.import_module(request.param).make_data(str(folder), n_train=96, n_validation=16)
+    return request.param, str(folder)
+
+
+@pytest.fixture(scope="module")
+def reference(example, pool):
+    return assembled(pool.run(1, "tests.trainer.byo_cases:train", *example, "single", STEPS))
+
+
+def assembled(results):
+    """Losses, norms and the whole state, from what each rank returned."""
+    state = {}
+    for _, _, held in results:
+        for name, slot, start, values in held:
+            state.setdefault((name, slot), {})[start] = values
+    whole = {key: np.concatenate([parts[start] for start in sorted(parts)]) for key, parts in state.items()}
+    return results[0][0], results[0][1], whole
+
+
+@pytest.mark.parametrize("engine,world", [("ddp", 2), ("fsdp2", 3), ("hsdp", 4),
+                                          ("zero2", 2), ("zero3", 2)])
+def test_the_examples_train_alike_under_every_engine(example, reference, pool, engine, world):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    losses, norms, state = assembled(pool.run(world, "tests.trainer.byo_cases:train", *example, engine, STEPS))
+    want_losses, want_norms, want_state = reference
+    np.testing.assert_allclose(losses, want_losses, atol=1e-5)
+    np.testing.assert_allclose(norms, want_norms, rtol=1e-5)
+    assert state.keys() == want_state.keys()
+    for (name, slot), values in want_state.items():
+        if slot == PARAM:
+            np.testing.assert_allclose(state[name, slot], values, atol=1e-5, err_msg=name)
+
+
+def test_by_the_command_line_on_two_ranks_and_resumed_under_another_engine(tmp_path):
+    importlib.import_module("time_series").make_data(str(tmp_path / "load"), n_train=512, n_validation=32)
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}
+    words = ["model=custom", "model.factory=time_series:build", "model.loss=time_series:loss",
+             "model.decoder=time_series:decode", f"data.sources.load.path={tmp_path / 'load'}", "batch.seq_len=1",
+             "batch.global_tokens=32", "batch.micro_rows=16", "optim.lr=3e-3", "lr_schedule.warmup_steps=5",
+             "lr_schedule.kind=constant", "precision=fp32", "logging.tensorboard=false", "eval.every_steps=15"]
+    for command in (["train", *words, "name=load", "engine=fsdp2", "ranks=2", "steps=30"],
+                    ["resume", "runs/load", "engine=ddp", "ranks=3", "steps=60"]):
+        done = subprocess.run([sys.executable, "-m", "officina.launch.cli", *command], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "runs/load/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss_nats" in line and line.get("event") is None]
+    assert [line["step"] for line in steps] == list(range(1, 61))
+    first, last = (sum(line["loss_nats"] for line in part) / 10 for part in (steps[:10], steps[-10:]))
+    assert last < 0.5 * first
+
+
+def test_ties_and_buffers_survive_the_meta_device():
+    config = CustomModelConfig(factory="tests.trainer.byo_cases:tied", loss="tests.trainer.byo_cases:scalar_loss",
+                               decoder="builtins:bytes")
+    built = build_model(RunConfig(model=config, seed=5))
+    assert built.module.head.weight is built.module.embed.weight and built.module.embed.weight.is_meta
+    assert built.decode is bytes
+    torch.manual_seed(5)
+    original = byo_cases.tied()
+    materialize(built.module, torch.device("cpu"))
+    with torch.no_grad():
+        for name, tensor in [*built.module.named_parameters(), ("seen", built.module.seen)]:
+            tensor.copy_(built.source.read(name, PARAM, 0, tensor.numel()).view_as(tensor))
+    assert built.module.head.weight is built.module.embed.weight
+    assert torch.equal(built.module.seen, torch.arange(3)) and built.module.seen.dtype == torch.int64
+    tokens = torch.tensor([1, 2])
+    assert torch.equal(built.module(tokens), original(tokens))
+
+
+def test_the_seed_decides_the_first_values_and_nobody_elses_draws():
+    config = CustomModelConfig(factory="tests.trainer.byo_cases:tied", loss="builtins:len", decoder="builtins:bytes")
+    torch.manual_seed(0)
+    first = torch.rand(1)
+    torch.manual_seed(0)
+    a, b, c = (build_model(RunConfig(model=config, seed=seed)).source.read("embed.weight", PARAM, 0, 32)
+               for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(1), first)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_missing_record_counts_nothing_even_if_its_loss_is_not_finite():
+    losses = torch.tensor([1.0, float("nan"), 2.0], requires_grad=True)
+    total = record_loss(lambda module, fields: losses, "m:loss")(None, {"valid": torch.tensor([True, False, True])})
+    total.backward()
+    assert total.item() == 3 and losses.grad.tolist() == [1, 0, 1]
+
+
+def test_the_users_loss_does_not_see_valid():
+    seen = {}
+    fields = {"valid": torch.tensor([True]), "image": torch.zeros(1)}
+    record_loss(lambda module, fields: seen.update(fields) or fields["image"], "m:loss")(None, fields)
+    assert seen.keys() == {"image"}
+
+
+@pytest.mark.parametrize("name,found", [("scalar_loss", r"torch.float32 \(\)"), ("whole_loss", r"torch.int64 \(2, 3\)"),
+                                        ("list_loss", "list")])
+def test_a_loss_that_is_not_one_number_per_record_is_refused(name, found):
+    fields = {"valid": torch.tensor([True, True]), "tokens": torch.zeros(2, 3, dtype=torch.int64)}
+    loss = record_loss(getattr(byo_cases, name), f"byo_cases:{name}")
+    with pytest.raises(OfficinaError, match=rf"model.loss=byo_cases:{name} returned {found}.*shape \(2,\)"):
+        loss(byo_cases.tied(), fields)
+
+
+@pytest.mark.parametrize("path,message", [
+    ("time_series", "is not of the form package.module:name"),
+    ("no_such_module_at_all:build", "cannot be imported: ModuleNotFoundError"),
+    ("time_series:biuld", r"no callable biuld \(nothing found\). Try: model.factory=time_series:"),
+    ("tests.trainer.byo_cases:NOT_CALLABLE", "no callable NOT_CALLABLE .a int found"),
+])
+def test_a_path_that_names_nothing_callable_is_refused(path, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(path, "model.factory")
+
+
+@pytest.mark.parametrize("factory,args,message", [
+    ("no_module", {}, r"model.factory=.*returned a dict, not an nn.Module"),
+    ("on_meta", {}, "left weight on the meta device"),
+    ("tied", {"widht": 3}, r"does not take them: got an unexpected keyword argument 'widht'.*\(width: int = 4\)"),
+])
+def test_a_factory_that_cannot_be_used_is_refused(factory, args, message):
+    config = CustomModelConfig(factory=f"tests.trainer.byo_cases:{factory}", loss="builtins:len",
+                               decoder="builtins:bytes", args=args)
+    with pytest.raises(ConfigError, match=message):
+        build_model(RunConfig(model=config))
+
+
+def test_a_named_attention_that_cannot_do_the_model_is_refused():
+    with pytest.raises(ConfigError, match=r"model.attention_impl=sdpa: has no softcap, and model.attn_softcap=50"):
+        check_attention(DecoderConfig(attention_impl="sdpa", attn_softcap=50), "cpu")
+    with pytest.raises(ConfigError, match=r"model.attention_impl=flex: cannot run here.*model.attention_impl=auto"):
+        check_attention(DecoderConfig(attention_impl="flex"), "cpu")
+    check_attention(DecoderConfig(attention_impl="flex", head_dim=64), "cuda")
+
+
+def test_evaluation_leaves_the_z_loss_out():
+    given = []
+
+    def module(tokens, **arguments):
+        given.append((arguments["z_loss"], arguments["documents_BT"]))
+        return torch.zeros(())
+
+    fields = {"tokens": torch.zeros(1, 1), "labels": torch.zeros(1, 1)}
+    next_token_loss(0.1)(module, fields)
+    with torch.no_grad():
+        next_token_loss(0.1)(module, fields)
+    assert given == [(0.1, None), (0.0, None)]
+
+
+def test_the_examples_learn(example):
+    """Without any engine, on one thread: the examples are models that can learn their data."""
+    name, folder = example
+    from officina.trainer.data.loader import Loader
+    user = importlib.import_module(name)
+    torch.manual_seed(0)
+    module = user.build(d_model=32)
+    optimizer = torch.optim.AdamW(module.parameters(), 3e-3)
+    losses = []
+    with Loader(run_of(name, folder), rank=0, world_size=1, position=0) as loader:
+        for _ in range(120):
+            fields = [m.fields for m in loader.next_step().micros]
+            joined = {key: torch.cat([f[key] for f in fields]) for key in fields[0]}
+            loss = user.loss(module, joined).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert sum(losses[-8:]) < 0.5 * sum(losses[:8])
