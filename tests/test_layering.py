@@ -15,7 +15,8 @@ MAY_IMPORT = {"kernels": set(), "trainer": {"kernels"}, "configs": {"trainer"}, 
 
 LEVELS = (
     {"errors", "quantities", "slurm_env", "signals"},
-    {"config", "keys", "schema", "run_dir", "environment", "state", "batch", "rank_env", "rank_log", "metrics", "memory",
+    {"config", "keys", "schema", "run_dir", "environment", "state", "batch", "rank_env", "rank_log", "metrics",
+     "memory",
      "schedule", "spikes", "progress", "profile", "loggers", "objective", "muon", "optim"},
     {"ranks"},
     {"model", "data", "parallel"},
@@ -60,7 +61,8 @@ MODULES = {module_name(path): path for path in sources()}
 
 @cache
 def imports(path):
-    """[(dotted module, at import time?)]: import statements and `import_module("literal")`, the deepest module of ours."""
+    """[(dotted module, at import time?)]: import statements and `import_module("literal")`, the deepest module of
+    ours."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = []
 
@@ -117,7 +119,8 @@ def level_of(name):
 
 
 def test_every_part_of_trainer_has_its_level():
-    parts = {path.relative_to(ROOT / "trainer").parts[0].removesuffix(".py") for path in (ROOT / "trainer").rglob("*.py")}
+    parts = {path.relative_to(ROOT / "trainer").parts[0].removesuffix(".py")
+             for path in (ROOT / "trainer").rglob("*.py")}
     assert parts - {"__init__"} == set().union(*LEVELS)
 
 
@@ -191,11 +194,12 @@ def test_launch_works_where_torch_is_not_installed():
 
 
 def test_the_command_line_loads_no_torch():
-    program = "import sys, officina.launch.cli; print(sorted({'torch', 'hydra', 'numpy', 'pydantic'} & set(sys.modules)))"
+    heavy = {"torch", "hydra", "numpy", "pydantic"}
+    program = f"import sys, officina.launch.cli; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-# ---- importing changes nothing -----------------------------------------------------------------------------------------
+# ---- importing changes nothing -------------------------------------------------------------------------------
 SNAPSHOT = '''
 import importlib, logging, os, random, signal, sys, threading, warnings
 for name in {outside!r}:
@@ -212,7 +216,8 @@ def snapshot():
         "environment": dict(os.environ), "loggers": loggers,
         "root logger": (logging.root.level, len(logging.root.handlers), logging.root.manager.disable),
         "threads": [t.name for t in threading.enumerate()], "files": sorted(os.listdir(".")),
-        "signals": [signal.getsignal(s) for s in sorted(signal.valid_signals())], "hooks": (sys.excepthook, sys.displayhook),
+        "signals": [signal.getsignal(s) for s in sorted(signal.valid_signals())],
+        "hooks": (sys.excepthook, sys.displayhook),
         "process group": torch.distributed.is_initialized(), "torch threads": torch.get_num_threads(),
         "dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled(), "random": random.getstate(),
         "numpy random": numpy.random.get_state()[1].tolist(), "torch random": torch.get_rng_state().tolist(),

@@ -52,7 +52,8 @@ def test_every_folder_of_modules_has_an_init():
 
 
 def test_the_wheel_holds_every_module_and_option(wheel):
-    expected = {f"officina/{path.relative_to(ROOT).as_posix()}" for layer in LAYERS for path in (ROOT / layer).rglob("*.py")}
+    expected = {f"officina/{path.relative_to(ROOT).as_posix()}" for layer in LAYERS
+                for path in (ROOT / layer).rglob("*.py")}
     expected |= {f"officina/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("officina/")}
     assert len(expected) > 60 and not expected - held, sorted(expected - held)
@@ -72,7 +73,8 @@ def installed(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("env")
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index",
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps",
+                    "--no-index",
                     str(wheel)], check=True, capture_output=True, text=True)
     own = next((folder / "lib").glob("python*/site-packages"))
     (own / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -82,7 +84,8 @@ def installed(wheel, tmp_path_factory):
 def test_the_installed_script_answers(installed, tmp_path):
     done = subprocess.run([installed / "officina", "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "officina train --help" in done.stdout
-    done = subprocess.run([installed / "officina", "check", "experiment=demo", "engine=zer02"], capture_output=True, text=True,
+    done = subprocess.run([installed / "officina", "check", "experiment=demo", "engine=zer02"], capture_output=True,
+                          text=True,
                           cwd=tmp_path)
     assert done.returncode == 2 and "Try: engine=zero2" in done.stderr  # options are found in the wheel
 
@@ -99,7 +102,7 @@ def test_every_installed_module_imports(installed, tmp_path):
 
 def test_here_the_sources_are_imported():
     """An editable install: a change in the working tree is what the tests test."""
-    program = "import officina.trainer, officina.configs.compose as c; print(officina.trainer.__file__); print(c.__file__)"
+    program = "import officina.trainer as t, officina.configs.compose as c; print(t.__file__, c.__file__)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd="/")
     assert done.stdout.split() == [str(ROOT / "trainer/__init__.py"), str(ROOT / "configs/compose.py")]
 

@@ -1,5 +1,5 @@
-"""The tree of dotted keys that `officina.trainer.config` declares: which there are, their defaults, how they
-are written."""
+"""The tree of dotted keys that `officina.trainer.config` declares: which there are, their defaults, how they are
+written."""
 
 import dataclasses
 import shlex
@@ -81,8 +81,8 @@ def default_of(cls: type, name: str) -> object:
 
 
 def leaves(values: Mapping | None = None) -> dict[str, object]:
-    """Every dotted key of a run -> its default (`dataclasses.MISSING` if it has none), for the kinds chosen
-    in `values`.
+    """Every dotted key of a run -> its default (`dataclasses.MISSING` if it has none), for the kinds chosen in
+    `values`.
 
     Names that users choose stand as `*`. Without `values`, the keys of all kinds.
     """
@@ -108,8 +108,8 @@ def _leaves(cls: type, prefix: str, values: object, everything: bool) -> Iterato
 
 
 def generic(key: str, values: Mapping | None = None) -> str | None:
-    """The declared form of a dotted key (`data.sources.wiki.path` -> `data.sources.*.path`); None if there
-    is no such key."""
+    """The declared form of a dotted key (`data.sources.wiki.path` -> `data.sources.*.path`); None if there is no such
+    key."""
     classes: list[type] = [config.RunConfig]
     parts, done, here = key.split("."), [], values
     item: object | None = None  # value type of the dict we are in

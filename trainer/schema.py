@@ -104,9 +104,8 @@ def _other_kind(key: str, value: object, declared: str, values: Mapping) -> Prob
 def read_run(values: Values, *, good: Mapping | None = None) -> tuple[config.RunConfig, list[Problem]]:
     """The run that `values` describe, and every fault of type, range or spelling in them.
 
-    With faults, the run has defaults in their place, so that the rules between the other keys can still be
-    checked;
-    it must not be used for anything else. `good`: values to prefer over defaults in remedies.
+    With faults, the run has defaults in their place, so that the rules between the other keys can still be checked; it
+    must not be used for anything else. `good`: values to prefer over defaults in remedies.
     """
     values = _with_kinds(values)
     found: dict[str, Problem] = {}
@@ -152,8 +151,7 @@ def _copy(value: object) -> typing.Any:
 
 
 def _key_of(loc: tuple[int | str, ...], values: Mapping) -> tuple[str, object]:
-    """The dotted key that pydantic's location means (it also names union tags and list places), and the
-    value there."""
+    """The dotted key that pydantic's location means (it also names union tags and list places), and the value there."""
     parts, annotation, here = [], config.RunConfig, values
     rest = list(loc)
     while rest:

@@ -44,15 +44,18 @@ def test_help_is_there_at_once():
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS), ["data", "build", "--help"]])
 def test_help_loads_nothing_heavy(words):
-    program = ("import sys\nfrom officina.launch import cli\ntry:\n    cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
-               "heavy = {'torch', 'hydra', 'pydantic', 'numpy', 'omegaconf'} & set(sys.modules)\nsys.exit(str(heavy) if heavy else 0)")
+    program = ("import sys\nfrom officina.launch import cli\ntry:\n    cli.main(sys.argv[1:])\nexcept SystemExit: "
+               "pass\n"
+               "heavy = {'torch', 'hydra', 'pydantic', 'numpy', 'omegaconf'} & set(sys.modules)\nsys.exit(str(heavy) "
+               "if heavy else 0)")
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def examples():
     for name in COMMANDS:
-        [command] = [action for action in cli._parser([name])._subparsers._group_actions[0].choices.items() if action[0] == name]
+        [command] = [action for action in cli._parser([name])._subparsers._group_actions[0].choices.items()
+                     if action[0] == name]
         for line in (command[1].epilog or "").splitlines():
             if line.strip().startswith("officina "):
                 yield line.split("  a branch")[0].strip()
@@ -96,7 +99,8 @@ def test_words_may_stand_after_an_option():
 
 
 @pytest.mark.parametrize(("error", "status"), [
-    (OfficinaError("mend this"), EXIT_USER), (CheckpointError("mend this"), EXIT_USER), (LaunchError("mend this"), EXIT_USER),
+    (OfficinaError("mend this"), EXIT_USER), (CheckpointError("mend this"), EXIT_USER), (LaunchError("mend this"),
+                                                                                         EXIT_USER),
     (NoProgressError("mend this"), EXIT_NO_PROGRESS), (KeyboardInterrupt(), 130)])
 def test_exit_status_of_errors(monkeypatch, capsys, error, status):
     from officina.launch import commands
@@ -173,7 +177,8 @@ def data_set(tmp_path):
 
     folder = tmp_path / "data"
     folder.mkdir()
-    shards = [ShardEntry(path=f"shards/{split}.dls", split=split, bytes=1, tokens=1, documents=1, sha256="0" * 64, xxh3="0" * 16)
+    shards = [ShardEntry(path=f"shards/{split}.dls", split=split, bytes=1, tokens=1, documents=1, sha256="0" * 64,
+                         xxh3="0" * 16)
               for split in ("train", "validation")]
     write_manifest(folder, shards, {}, kind="tokens", dtype="u16", name="test",
                    tokenizer=TokenizerInfo(sha256="a" * 64, vocab_size=4096, eos="<|end|>", eos_id=0))

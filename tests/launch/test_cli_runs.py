@@ -17,8 +17,10 @@ from officina.trainer.errors import EXIT_USER, LaunchError
 from officina.trainer.run_dir import committed_steps, load_config, read_history, save_config
 
 BIN = Path(sys.executable).parent
-TINY = ["experiment=demo", "model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64",
-        "steps=4", "batch.seq_len=32", "batch.global_tokens=256", "lr_schedule.warmup_steps=1", "checkpoint.every_steps=2",
+TINY = ["experiment=demo", "model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1",
+        "model.d_ff=64",
+        "steps=4", "batch.seq_len=32", "batch.global_tokens=256", "lr_schedule.warmup_steps=1",
+        "checkpoint.every_steps=2",
         "eval.every_steps=0", "logging=files", "engine=single", "ranks=1", "threads=1", "precision=fp32", "device=cpu"]
 
 
@@ -31,12 +33,14 @@ def home(tmp_path_factory):
     for path in sorted(Path(json.__file__).parent.glob("*.py")):
         (text / path.name).write_text(path.read_text())
     officina(folder, "data", "build", "one", "text", "--include", "*.py", "--vocab-size", "300", "--validation", "0.3")
-    officina(folder, "data", "build", "two", "text", "--include", "*.py", "--tokenizer", "one/tokenizer.json", "--validation", "0.5")
+    officina(folder, "data", "build", "two", "text", "--include", "*.py", "--tokenizer", "one/tokenizer.json",
+             "--validation", "0.5")
     return folder
 
 
 def officina(folder, *words, status=0, launcher=()):
-    done = subprocess.run([*launcher, BIN / "officina", *words], cwd=folder, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*launcher, BIN / "officina", *words], cwd=folder, capture_output=True, text=True,
+                          timeout=240)
     assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -82,14 +86,16 @@ def test_resume_with_another_mixture_and_branch_of_it(home, run):
     assert {"key": "optim.lr", "old": 0.003, "new": 0.001} in resume["changes"]
     assert "none twice, none missing" in officina(home, "data", "audit", "runs/first").stdout
 
-    told = officina(home, "check", "from=runs/first@4", "name=decay", "lr_schedule=wsd", "lr_schedule.decay_steps=2").stdout
+    told = officina(home, "check", "from=runs/first@4", "name=decay", "lr_schedule=wsd",
+                    "lr_schedule.decay_steps=2").stdout
     assert "runs/first at step 4" in told and "lr_schedule.kind: cosine -> wsd" in told
     officina(home, "train", "from=runs/first@4", "name=decay", "lr_schedule=wsd", "lr_schedule.decay_steps=2")
     branch = home / "runs/decay"
     [record] = read_history(branch)
     assert (record["action"], record["step"], record["origin"]["name"]) == ("branch", 4, "first")
     assert record["run_id"] == start["run_id"] and committed_steps(branch) == [4, 6]
-    steps = [json.loads(line)["step"] for line in (branch / "metrics.jsonl").read_text().splitlines() if '"loss_nats"' in line]
+    steps = [json.loads(line)["step"] for line in (branch / "metrics.jsonl").read_text().splitlines()
+             if '"loss_nats"' in line]
     assert steps and min(steps) == 5
     one, other = (home / f"runs/{name}/checkpoints/step-00000004/COMMIT" for name in ("first", "decay"))
     assert one.read_bytes() == other.read_bytes()
@@ -99,7 +105,8 @@ def test_resume_with_another_mixture_and_branch_of_it(home, run):
     (["train", "from=runs/first@3"], "there are:"), (["train", "from=runs/first@x"], "STEP must be a number"),
     (["train", "from=runs/none"], "no run directory"), (["resume", "runs/none"], "no run directory"),
     (["train", "from=runs/first", "from=runs/other"], "more than one run"),
-    (["resume", "runs/first", "seed=9"], "cannot change"), (["resume", "runs/first", "precision=bf16", "steps=9"], "--force"),
+    (["resume", "runs/first", "seed=9"], "cannot change"), (["resume", "runs/first", "precision=bf16", "steps=9"],
+                                                            "--force"),
     (["resume", "runs/first", "experiment=demo"], "when a run is started"),
     (["resume", "runs/first", "steps=9", "optm.lr=1"], "optim.lr=1"),
     (["resume", "runs/first", "steps=9", "ranks=2"], "engine=fsdp2"),
@@ -118,7 +125,8 @@ def test_nothing_is_left_where_nothing_could_start(home):
 
 def test_a_place_that_cannot_be_written(home):
     (home / "file").write_text("")
-    told = officina(home, "train", *TINY, "data.sources.python.path=one", "--runs-dir", "file/runs", status=EXIT_USER).stderr
+    told = officina(home, "train", *TINY, "data.sources.python.path=one", "--runs-dir", "file/runs",
+                    status=EXIT_USER).stderr
     assert "--runs-dir" in told and "file/runs" in told
 
 
@@ -160,7 +168,8 @@ def test_a_rank_waits_for_the_configuration_it_came_to(tmp_path):
 
 def test_only_rank_0_tells_what_is_wrong(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2",
+                        "LOCAL_WORLD_SIZE": "2",
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["train", "steps=0"]) == EXIT_USER
@@ -173,7 +182,8 @@ def test_only_rank_0_tells_what_is_wrong(monkeypatch, capsys, tmp_path):
 
 def test_the_launchers_number_of_ranks_counts(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3",
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3",
+                        "LOCAL_WORLD_SIZE": "3",
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["train", *TINY, "data.sources.python.path=one", "name=three"]) == EXIT_USER

@@ -69,7 +69,8 @@ def test_a_file_of_an_older_version_takes_defaults(tmp_path):
     assert load_config(tmp_path) == RunConfig(seed=5)
 
 
-@pytest.mark.parametrize(("content", "says"), [("[", "cannot be read"), ("just text", "holds no run"), ("", "holds no run")])
+@pytest.mark.parametrize(("content", "says"), [("[", "cannot be read"), ("just text", "holds no run"), ("", "holds no "
+                                                                                                        "run")])
 def test_an_unreadable_file_is_named(tmp_path, content, says):
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(OfficinaError, match=says) as caught:
@@ -104,7 +105,8 @@ def test_nothing_of_user_host_or_place_is_stored(tmp_path):
 
 def test_history_grows_by_a_line_a_start(tmp_path):
     append_history(tmp_path, START)
-    append_history(tmp_path, Start(**{**{f: getattr(START, f) for f in START.__slots__}, "action": "resume", "step": 7}))
+    append_history(tmp_path, Start(**{**{f: getattr(START, f) for f in START.__slots__}, "action": "resume",
+                                      "step": 7}))
     lines = (tmp_path / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["action"] for line in lines] == ["start", "resume"]
     assert [start["step"] for start in read_history(tmp_path)] == [0, 7]

@@ -33,10 +33,12 @@ def no_personal_defaults(monkeypatch, tmp_path):
 
 
 def make_data(folder, *, kind="tokens", vocab_size=4096, tokenizer="a", splits=("train", "validation")):
-    info = TokenizerInfo(sha256=tokenizer * 64, vocab_size=vocab_size, eos="<|end|>", eos_id=0) if kind == "tokens" else None
+    info = TokenizerInfo(sha256=tokenizer * 64, vocab_size=vocab_size, eos="<|end|>",
+                         eos_id=0) if kind == "tokens" else None
     shards = [ShardEntry(path=f"shards/{split}.dls", split=split, bytes=100, tokens=10, documents=1, sha256="0" * 64,
                          xxh3="0" * 16) for split in splits]
-    write_manifest(folder, shards, {}, kind=kind, dtype="u8" if kind == "records" else "u16", tokenizer=info, name="test")
+    write_manifest(folder, shards, {}, kind=kind, dtype="u8" if kind == "records" else "u16", tokenizer=info,
+                   name="test")
     return folder
 
 
@@ -73,7 +75,8 @@ def constraints(annotation):
     found = {}
     for item in getattr(annotation, "__metadata__", ()):
         for bound in getattr(item, "metadata", [item]):
-            found |= {name: getattr(bound, name) for name in ("ge", "gt", "le", "lt") if getattr(bound, name, None) is not None}
+            found |= {name: getattr(bound, name) for name in ("ge", "gt", "le", "lt") if getattr(bound, name,
+                                                                                                 None) is not None}
     return found
 
 
@@ -107,7 +110,8 @@ def generated():
         value = wrong_type(annotation)
         if value is not None:
             yield f"type {tag} {key}", [*words, f"{key}={value}"], None, key
-        for bound, beyond in {"ge": lambda v: v - 1, "gt": lambda v: v, "le": lambda v: v + 1, "lt": lambda v: v}.items():
+        for bound, beyond in {"ge": lambda v: v - 1, "gt": lambda v: v, "le": lambda v: v + 1,
+                              "lt": lambda v: v}.items():
             limit = constraints(annotation).get(bound)
             if limit is not None:
                 yield f"range {tag} {key} {bound}", [*words, f"{key}={beyond(limit)}"], None, key
@@ -122,7 +126,8 @@ def generated():
             yield f"option typo {group} {option}", [f"{group}={option}x"], None, group
     for key, annotation, words in typed_leaves():
         leaf = key.rpartition(".")[2]
-        if "." in key and not words and leaf not in ("path", "name", "steps", "ranks", "kind") and plain(annotation) is float:
+        if "." in key and not words and leaf not in ("path", "name", "steps", "ranks",
+                                                     "kind") and plain(annotation) is float:
             yield f"unnested {leaf}", [f"{leaf}=0.5"], None, leaf
     for number in ("", "ten", "1e", "1.5", "0x10", "-1", "0", "1k5", "5%", "1,000", "one"):
         for key in ("steps", "batch.seq_len", "model.n_layers"):
@@ -136,13 +141,16 @@ def sizes():
     """Sizes that do not divide."""
     for seq_len in (256, 512, 1000, 4096):
         for extra in (1, 7, seq_len // 2):
-            yield (f"tokens {seq_len} {extra}", [f"batch.seq_len={seq_len}", f"batch.global_tokens={4 * seq_len + extra}"],
+            yield (f"tokens {seq_len} {extra}", [f"batch.seq_len={seq_len}",
+                                                 f"batch.global_tokens={4 * seq_len + extra}"],
                    None, "batch.global_tokens")
     for d_model, n_heads in ((192, 5), (256, 6), (1000, 7), (4096, 33)):
-        yield (f"heads {d_model}/{n_heads}", [f"model.d_model={d_model}", f"model.n_heads={n_heads}", "model.n_kv_heads=1"], None,
+        yield (f"heads {d_model}/{n_heads}", [f"model.d_model={d_model}", f"model.n_heads={n_heads}",
+                                              "model.n_kv_heads=1"], None,
                "model.n_heads")
     for n_heads, n_kv_heads in ((6, 4), (8, 3), (16, 5), (4, 8)):
-        yield (f"kv {n_heads}/{n_kv_heads}", ["model.d_model=384", f"model.n_heads={n_heads}", f"model.n_kv_heads={n_kv_heads}"],
+        yield (f"kv {n_heads}/{n_kv_heads}", ["model.d_model=384", f"model.n_heads={n_heads}",
+                                              f"model.n_kv_heads={n_kv_heads}"],
                None, "model.n_kv_heads")
     for world, shard in ((4, 3), (6, 4), (8, 16), (2, 5), (9, 2)):
         yield f"hsdp {world}/{shard}", ["engine=hsdp", f"engine.shard_size={shard}"], world, "engine.shard_size"
@@ -163,9 +171,11 @@ COMBINATIONS = [
     ("no window pattern", ["model.window_pattern=[]"], None, "model.window_pattern"),
     ("factor without scaling", ["model.rope.factor=8"], None, "model.rope.factor"),
     ("shrinking", ["model.rope.scaling=linear", "model.rope.factor=0.5"], None, "model.rope.factor"),
-    ("llama3 without length", ["model.rope.scaling=llama3", "model.rope.factor=8"], None, "model.rope.original_seq_len"),
+    ("llama3 without length", ["model.rope.scaling=llama3", "model.rope.factor=8"], None,
+     "model.rope.original_seq_len"),
     ("yarn without length", ["model.rope.scaling=yarn", "model.rope.factor=4"], None, "model.rope.original_seq_len"),
-    ("llama3 bounds", ["model.rope.scaling=llama3", "model.rope.original_seq_len=8192", "model.rope.low_freq_factor=8"], None,
+    ("llama3 bounds", ["model.rope.scaling=llama3", "model.rope.original_seq_len=8192", "model.rope.low_freq_factor=8"],
+     None,
      "model.rope.low_freq_factor"),
     ("yarn bounds", ["model.rope.scaling=yarn", "model.rope.original_seq_len=8192", "model.rope.beta_slow=64"], None,
      "model.rope.beta_slow"),
@@ -202,10 +212,11 @@ COMBINATIONS = [
       for steps in ("[1]", "[0,2]", "[5,3]", "[1,2,3]", "[290,301]")),
     ("profile of rank 4", ["profile.ranks=[0,4]"], 4, "profile.ranks"),
     ("profile of rank -1", ["profile.ranks=[-1]"], None, "profile.ranks"),
-    ("time below grace", ["time_limit=30s"], None, "time_limit"),
+    ("no time", ["time_limit=0s"], None, "time_limit"),
     ("negative grace", ["site.grace=-5"], None, "site.grace"),
     *((f"name {name}", [f"name={name}"], None, "name") for name in ("a/b", "../up", ".hidden", "two words", "")),
-    *((f"skip {skip}", [f"data.skip={skip}"], None, "data.skip") for skip in ("[[5,5]]", "[[9,2]]", "[[1]]", "[[1,2,3]]", "[5]")),
+    *((f"skip {skip}", [f"data.skip={skip}"], None, "data.skip") for skip in ("[[5,5]]", "[[9,2]]", "[[1]]",
+                                                                              "[[1,2,3]]", "[5]")),
     ("held out is trained on", ["data.validation_split=train"], None, "data.validation_split"),
     ("other held out is trained on", ["data.split=validation"], None, "data.validation_split"),
     ("no such split", ["data.split=test"], None, "data.split"),
