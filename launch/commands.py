@@ -41,8 +41,8 @@ def resume(args: argparse.Namespace) -> int:
 def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
     """Plan, check, write the run directory, train; `make_plan(world_size, devices)`.
 
-    Where a launcher started this process as one rank of several, rank 0 writes, and the others wait until what they composed
-    themselves stands in config.yaml.
+    Where a launcher started this process as one rank of several, rank 0 writes, and the others wait until what
+    they composed themselves stands in config.yaml.
     """
     devices = visible_devices(os.environ)
     env = read_rank_env(os.environ)
