@@ -125,6 +125,11 @@ def test_a_step_that_is_asked_for_is_never_replaced(run):
         assert opened.step == 1
 
 
+def test_an_older_step_is_taken_when_asked_for(run):
+    with open_checkpoint(run, step=1) as opened:
+        assert opened.step == 1 and not opened.passed_over and holds(opened, state_at(1))
+
+
 def test_nothing_to_load(run, tmp_path_factory):
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         open_checkpoint(tmp_path_factory.mktemp("empty"))

@@ -67,6 +67,7 @@ def test_full_disk(mount, asynchronous, prepare):
         assert "No space left on device (ENOSPC)" in problem and str(step_dir(run_dir, 3)) in problem
         assert f"{needed} bytes needed, {free_space(run_dir).bytes} bytes free at {run_dir}" in problem
         assert "checkpoint.keep_last=1" in problem
+        assert "there is too little space" in problem  # asked beforehand, not met while writing
     assert needed >= sum(t.nbytes for t in STATE.values()) > free_space(run_dir).bytes
     assert not step_dir(run_dir, 3).exists()
     with open_checkpoint(run_dir) as opened:

@@ -174,6 +174,7 @@ def test_pieces_that_do_not_make_up_a_tensor_are_not_committed(tmp_path):
     t = torch.ones(10)
     whole = Piece("w", "param", (10,), 0, 10, t)
     for pieces, fault in [([Piece("w", "param", (10,), 0, 4, t[:4])], "elements 4 to 10 are in no file"),
+                          ([Piece("w", "param", (10,), 4, 10, t[4:])], "elements 0 to 4 are in no file"),
                           ([whole, Piece("w", "param", (10,), 3, 5, t[3:5])], "elements 3 to 5 are there twice"),
                           ([whole, Piece("w", "param", (10,), 10, 11, t[:1])], "10 to 11 are beyond its shape")]:
         outcome = Saver(tmp_path, Alone(), CheckpointConfig(), "run").save(1, iter(pieces), TrainState(step=1))
