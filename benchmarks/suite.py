@@ -1,0 +1,86 @@
+"""The list of benchmarks, and `officina bench [NAME ... | all | list] [--out DIR] [--quick]`."""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from officina.trainer.errors import EXIT_BUG, EXIT_DONE, OfficinaError
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A module of this folder with a command line of its own."""
+
+    about: str
+    minutes: str
+    """About how long it takes on two cores."""
+    quick: tuple[str, ...]
+    """Words that make it short: enough to see that it runs, too short for figures."""
+
+
+BENCHMARKS = {
+    "step": Benchmark("a training step against a plain PyTorch loop and Hugging Face's Trainer", "4",
+                      ("--blocks", "1", "--steps", "1", "--precision", "fp32")),
+    "engines": Benchmark("tokens per second of every engine on 2 ranks, and of plain DDP and FSDP2 loops", "4",
+                         ("--blocks", "1", "--steps", "1", "--precision", "fp32")),
+    "start": Benchmark("time from the command to the first step", "2", ("--repeats", "1")),
+    "checkpoint": Benchmark("saving and loading against torch.save and torch.distributed.checkpoint", "3",
+                            ("--gib", "0.1", "--repeats", "1")),
+    "checkpoint_faults": Benchmark("damaged checkpoints: which are noticed, by officina and by others", "30",
+                                   ("--kills", "4", "--corruptions", "40")),
+}
+"""Those that run without a GPU; `make gpu` runs the ones that need one (benchmarks/gpu.py)."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the named benchmarks one after the other; each writes its record. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="officina bench", description="Measure, and write records.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; `all`; `list` or none lists them")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR",
+                        help="folder for the records (default: benchmarks/results in a clone, else bench-results)")
+    parser.add_argument("--quick", action="store_true", help="see that they run; the figures mean nothing, so --out is "
+                        "needed")
+    args = parser.parse_args(list(argv))
+    if not args.names or args.names == ["list"]:
+        for name, benchmark in BENCHMARKS.items():
+            print(f"{name:<18} {benchmark.about} (about {benchmark.minutes} min)")
+        return EXIT_DONE
+    names = list(BENCHMARKS) if args.names == ["all"] else args.names
+    for name in names:
+        if name not in BENCHMARKS:
+            raise OfficinaError(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}. "
+                                "Try: officina bench list")
+    if args.quick and args.out is None:
+        raise OfficinaError("--quick would overwrite committed records with figures that mean nothing. "
+                            f"Try: officina bench {' '.join(names)} --quick --out quick-results")
+    return run(names, args.out or _results(), quick=args.quick)
+
+
+def run(names: Sequence[str], out: Path, *, quick: bool = False) -> int:
+    """Each benchmark in a process of its own: none inherits another's threads, memory or process group."""
+    failed = []
+    for name in names:
+        words = BENCHMARKS[name].quick if quick else ()
+        print(f"-- {name}: {BENCHMARKS[name].about}", flush=True)
+        done = subprocess.run([sys.executable, "-m", f"officina.benchmarks.{name}", *words,
+                               "--out", str(out / f"{name}.json")], env=os.environ | {"PYTHONSAFEPATH": "1"})
+        if done.returncode:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return EXIT_BUG if failed else EXIT_DONE
+
+
+def _results() -> Path:
+    """Where records are committed; in an installation, a folder here."""
+    from officina.benchmarks.record import RESULTS
+
+    return RESULTS if (RESULTS.parent.parent / "pyproject.toml").exists() else Path("bench-results")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
