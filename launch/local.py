@@ -226,8 +226,7 @@ def run_step(run_dir: Path, words: list[str], *, environ: Mapping[str, str], gra
                 print(f"\nofficina: {requests.first.name}: the ranks finish their step, save and leave "
                       f"(at most {grace_s:g} s). Ctrl-C again kills them.", file=sys.stderr, flush=True)
             if requests.kill or (told and time.monotonic() >= requests.since_s + grace_s):
-                step.terminate()
-                step.wait()
+                _end_step(step)
                 print(f"officina: the step was killed. The last checkpoint is intact: officina resume {run_dir}",
                       file=sys.stderr)
                 return _INTERRUPTED if requests.kill else EXIT_BUG
@@ -237,7 +236,8 @@ def run_step(run_dir: Path, words: list[str], *, environ: Mapping[str, str], gra
         return status
     if failure is not None:
         return explain(run_dir, [Ended(failure.rank, failure.exit_status, failure.time_s)], 0, None)
-    how = f"by {name_signal(status - 128)}" if 128 < status < 160 else f"with exit status {status}"
+    killed_by = -status if status < 0 else status - 128 if 128 < status < 160 else 0
+    how = f"by {name_signal(killed_by)}" if killed_by else f"with exit status {status}"
     print(f"officina: srun ended {how}, and no rank said why. Above is what srun said; the ranks' logs: "
           f"{rank_log.log_path(run_dir, 0).parent}", file=sys.stderr)
     return status if status in _KNOWN else EXIT_BUG
@@ -252,5 +252,14 @@ def _step(words: list[str], environ: Mapping[str, str]) -> Iterator[subprocess.P
         yield step
     finally:
         if step.poll() is None:
-            step.terminate()
-            step.wait()
+            _end_step(step)
+
+
+def _end_step(step: subprocess.Popen, patience_s: float = 30.0) -> None:
+    """srun kills its tasks on SIGTERM, and may then wait for nodes that do not answer."""
+    step.terminate()
+    try:
+        step.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        step.kill()
+        step.wait()

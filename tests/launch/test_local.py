@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from officina.launch import postmortem
+from officina.launch.local import run_step
 from officina.trainer.config import RunConfig
-from officina.trainer.rank_log import failure_path, log_path
+from officina.trainer.rank_env import RankEnv
+from officina.trainer.rank_log import describe, failure_path, log_path, write_failure
 from officina.trainer.run_dir import save_config
 
 TINY = Path(__file__).with_name("tiny_rank.py")
@@ -158,7 +161,9 @@ def test_stop_in_good_order(run_dir: Path, number: signal.Signals, n_ranks: int)
 
 def test_stop_while_the_ranks_are_still_starting(run_dir: Path):
     parent = launch(run_dir, 1, "train")
-    time.sleep(0.4)  # Python is up or not yet, torch is not
+    while not log_path(run_dir, 0).exists():
+        time.sleep(0.01)
+    time.sleep(0.1)  # the rank's Python is up or not yet, its torch is not
     parent.send_signal(signal.SIGTERM)
     assert finish(parent)[0] == 75
 
@@ -212,11 +217,12 @@ def test_a_rank_with_no_run_directory_says_so(tmp_path: Path):
 
 
 def test_failures_of_earlier_starts_are_not_blamed(run_dir: Path):
-    assert finish(launch(run_dir, 1, "raise", 0))[0] == 1
-    assert failure_path(run_dir, 0).exists()
+    failure_path(run_dir, 1).parent.mkdir()
+    write_failure(run_dir, describe(RankEnv(1, 1, 2, 2, "officina"), ValueError("long ago")))
+    log_path(run_dir, 0).write_text("==== rank 0 on elsewhere ====\n")
     status, _, err = finish(launch(run_dir, 1, "done"))
     assert (status, err) == (0, "")
-    assert not failure_path(run_dir, 0).exists()
+    assert not failure_path(run_dir, 1).exists()
     assert log_path(run_dir, 0).read_text().count("==== rank 0 on ") == 2, "logs go on"
 
 
@@ -229,3 +235,37 @@ def test_oom_kills_are_counted_and_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert "this host's kernel killed 1 process(es) for lack of memory meanwhile" in capsys.readouterr().err
     assert postmortem.explain(tmp_path, [postmortem.Ended(1, -9, 0.0)], 2, None) == 1
     assert "often that is the kernel out of memory" in capsys.readouterr().err
+
+
+def test_without_prctl_a_rank_watches_its_parent():
+    program = "import os; from officina.trainer.__main__ import _watch_parent; _watch_parent(os.getppid() + 1)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=30, check=False).returncode == 75
+
+
+# ---- a step of ranks; with the real srun: test_slurm_start.py ------------------------------------------------------
+@pytest.mark.parametrize(("words", "status", "said"), [
+    ("exit 0", 0, ""),
+    ("exit 75", 75, ""),
+    ("exit 3", 1, "officina: srun ended with exit status 3, and no rank said why."),
+    ("exit 143", 1, "officina: srun ended by SIGTERM (signal 15), and no rank said why."),
+    ("kill -9 $$", 1, "officina: srun ended by SIGKILL (signal 9), and no rank said why."),
+])
+def test_end_of_a_step(run_dir: Path, capfd: pytest.CaptureFixture, words: str, status: int, said: str):
+    assert run_step(run_dir, ["sh", "-c", words], environ=os.environ, grace_s=5) == status
+    err = capfd.readouterr().err
+    assert err.startswith(said) and (str(run_dir / "logs") in err) == bool(said)
+
+
+@pytest.mark.parametrize(("number", "again", "grace_s", "status"), [
+    (signal.SIGTERM, None, 0.3, 1), (signal.SIGINT, signal.SIGINT, 60, 130),
+])
+def test_step_that_does_not_stop_is_killed(run_dir: Path, capfd: pytest.CaptureFixture, number: signal.Signals,
+                                           again: signal.Signals | None, grace_s: float, status: int):
+    threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+    if again is not None:
+        threading.Timer(0.8, os.kill, (os.getpid(), again)).start()
+    words = ["sh", "-c", "trap '' USR1; while :; do sleep 0.1; done"]
+    assert run_step(run_dir, words, environ=os.environ, grace_s=grace_s) == status
+    err = capfd.readouterr().err
+    assert f"{number.name}: the ranks finish their step, save and leave" in err
+    assert f"officina: the step was killed. The last checkpoint is intact: officina resume {run_dir}" in err

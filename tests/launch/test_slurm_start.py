@@ -115,11 +115,10 @@ def test_batch_body_on_one_node_starts_local_ranks(slurm_cluster: SlurmCluster, 
 
 
 def test_batch_body_on_two_nodes_starts_one_step_over_them(slurm_cluster: SlurmCluster, run_dir: Path):
-    state, said = slurm_cluster.sbatch(f"{PROBE} {run_dir}\n", "-N2", "-n4", folder=run_dir)
+    state, said = slurm_cluster.sbatch(f"{LOOK} {run_dir}\n", "-N2", "-n4", folder=run_dir)
     assert state == "COMPLETED", said
     assert shape(run_dir) == [("srun", r, 2, 0, 1) for r in range(2)]
     assert len({p["node"] for p in probed(run_dir)}) == 2
-    assert all(p["sum"] == [2.0, 1.0] for p in probed(run_dir)), "they really met"
 
 
 def test_salloc_shell_beside_the_nodes_starts_a_step_on_them(slurm_cluster: SlurmCluster, run_dir: Path):
@@ -155,11 +154,11 @@ def test_variables_leaked_by_sbatch_from_a_pty_shell(slurm_cluster: SlurmCluster
     """A shell under srun --pty exports its step's variables into the job it submits."""
     with_ranks(run_dir, 2)
     script = tmp_path / "job.sh"
-    script.write_text(f"#!/bin/bash\nenv | grep -E 'SLURM_STEP_ID|SLURM_PTY_PORT'\n{LOOK} {run_dir}\n")
-    shown = in_terminal(["srun", "-N1", "-n1", "--mpi=none", "--pty", *SHELL],
+    script.write_text(f"#!/bin/bash\nenv | grep -E 'SLURM_STEP_ID|SLURM_PTY_PORT|STEP_NUM_TASKS'\n{LOOK} {run_dir}\n")
+    shown = in_terminal(["srun", "-N1", "-n3", "--mpi=none", "--pty", *SHELL],
                         f"sbatch -W -N1 -n2 -o {tmp_path}/job.out {script}", slurm_cluster.environ)
     said = (tmp_path / "job.out").read_text()
-    assert "SLURM_STEP_ID=0" in said and "SLURM_PTY_PORT=" in said, f"the trap is set: {said} {shown}"
+    assert "SLURM_STEP_ID=0" in said and "SLURM_STEP_NUM_TASKS=3" in said, f"the trap is set: {said} {shown}"
     assert shape(run_dir) == [("officina", r, 2, r, 2) for r in range(2)], said
 
 
@@ -181,10 +180,9 @@ def test_torchrun_in_a_batch_body(slurm_cluster: SlurmCluster, run_dir: Path):
 
 
 def test_mpirun_in_a_batch_body(slurm_cluster: SlurmCluster, run_dir: Path, mpirun: list[str]):
-    state, said = slurm_cluster.sbatch(f"{' '.join(mpirun)} -n 2 {PROBE} {run_dir}\n", "-N1", "-n2", folder=run_dir)
+    state, said = slurm_cluster.sbatch(f"{' '.join(mpirun)} -n 2 {LOOK} {run_dir}\n", "-N1", "-n2", folder=run_dir)
     assert state == "COMPLETED", said
     assert shape(run_dir) == [("mpirun", r, 2, r, 2) for r in range(2)]
-    assert all(p["sum"] == [2.0, 1.0] for p in probed(run_dir)), "they really met"
 
 
 def test_login_node_refuses_unasked_ranks(slurm_cluster: SlurmCluster, run_dir: Path):
