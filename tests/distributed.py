@@ -37,7 +37,8 @@ class RankPool:
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._ranks: list[tuple[subprocess.Popen, Connection]] = []
-        self._calls = 0
+        self._world, self._worlds = 0, 0
+        """Size of the present world, and how many there were: ranks outside of it must not take an old one for it."""
 
     def run(self, world_size: int, function: str, *args: Any, timeout_s: float = 300.0, **kwargs: Any) -> list[Any]:
         """Call `package.module:function` with (ranks, *args, **kwargs) on ranks 0 to world_size - 1; their results."""
@@ -45,8 +46,10 @@ class RankPool:
             raise ValueError(f"the pool has {self.size} ranks, {world_size} asked for")
         while len(self._ranks) < world_size:
             self._ranks.append(self._start(len(self._ranks)))
-        self._calls += 1
-        store = str(Path(self._folder.name) / f"store-{self._calls}")
+            self._world = 0
+        if world_size != self._world:
+            self._world, self._worlds = world_size, self._worlds + 1
+        store = str(Path(self._folder.name) / f"store-{self._worlds}")
         for _, pipe in self._ranks[:world_size]:
             pipe.send((world_size, store, function, args, kwargs))
         return self._collect(world_size, function, time.monotonic() + timeout_s)
@@ -58,7 +61,7 @@ class RankPool:
             process.kill()
         for process, _ in self._ranks:
             process.wait()
-        self._ranks = []
+        self._ranks, self._world = [], 0
 
     def _collect(self, world_size: int, function: str, deadline: float) -> list[Any]:
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._ranks[:world_size])}
@@ -104,16 +107,16 @@ def serve(rank: int, descriptor: int) -> None:
 
     torch.set_num_threads(1)
     pipe = Connection(descriptor)
-    world_size = 1
+    joined = ""
     while True:
         try:
             wanted, store, function, args, kwargs = pipe.recv()
         except (EOFError, OSError):
             return
         try:
-            if wanted != world_size:
+            if store != joined:
                 _join_world(rank, wanted, store)
-                world_size = wanted
+                joined = store
             answer = True, _resolve(function)(_ranks(rank, wanted), *args, **kwargs)
         except BaseException:
             answer = False, traceback.format_exc()

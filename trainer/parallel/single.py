@@ -12,7 +12,14 @@ from officina.trainer.optim import Groups, Optimizer, group_parameters
 from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts, StepOutcome
 from officina.trainer.parallel.tensors import (
-    Held, autocast, buffer_pieces, fill_buffers, materialize, persistent_buffers, set_compute_dtype)
+    Held,
+    autocast,
+    buffer_pieces,
+    fill_buffers,
+    materialize,
+    persistent_buffers,
+    set_compute_dtype,
+)
 from officina.trainer.state import PARAM, Piece, Source
 
 

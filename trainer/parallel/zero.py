@@ -19,7 +19,13 @@ from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts, StepOutcome
 from officina.trainer.parallel.group import join_group, leave_group
 from officina.trainer.parallel.tensors import (
-    autocast, buffer_pieces, fill_buffers, materialize, persistent_buffers, set_compute_dtype)
+    autocast,
+    buffer_pieces,
+    fill_buffers,
+    materialize,
+    persistent_buffers,
+    set_compute_dtype,
+)
 from officina.trainer.parallel.zero_state import ZeroState
 from officina.trainer.state import Piece, Source
 

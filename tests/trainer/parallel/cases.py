@@ -5,6 +5,7 @@ what an engine computes on its ranks.
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,8 +15,17 @@ from torch import Tensor
 
 from officina.trainer.batch import IGNORE, Batch
 from officina.trainer.config import (
-    AdamWConfig, BatchConfig, DDPConfig, DecoderConfig, FSDP2Config, HSDPConfig, MuonConfig, RunConfig, SingleConfig,
-    ZeroConfig)
+    AdamWConfig,
+    BatchConfig,
+    DDPConfig,
+    DecoderConfig,
+    FSDP2Config,
+    HSDPConfig,
+    MuonConfig,
+    RunConfig,
+    SingleConfig,
+    ZeroConfig,
+)
 from officina.trainer.model.build import build_model
 from officina.trainer.parallel.engine import Parts, build_engine
 from officina.trainer.state import PARAM
@@ -58,14 +68,14 @@ class Case:
     """A deliberate mistake; see `_fault`."""
     poison: tuple[int, int] = (-1, 0)
     """(step, rank) where the loss becomes nan."""
-    max_norms: Mapping[int, float] = field(default_factory=dict)
-    """Step -> bound on the gradient norm."""
+    max_norms: tuple[tuple[int, float], ...] = ()
+    """(step, bound on the gradient norm)."""
     evaluate_every: int = 0
 
     @property
     def run(self) -> RunConfig:
         engine = replace(ENGINES[self.engine], recompute=self.recompute, compile=self.compile)
-        return RunConfig(engine=engine, model=self.model, optim=self.optim, precision=self.precision,
+        return RunConfig(engine=engine, model=self.model, optim=self.optim,
                          batch=BatchConfig(global_tokens=self.rows * SEQ_LEN, seq_len=SEQ_LEN))
 
 
@@ -120,35 +130,78 @@ def micro_batches(fields: Mapping[str, Tensor], mine: range, splits: int) -> lis
     return batches
 
 
-def reference(case: Case, dtype: torch.dtype = torch.float32) -> Trace:
-    """One process, plain torch, the whole batch at once: no engine, no optimizer and no schedule of ours."""
-    torch.manual_seed(0)
+_REFERENCES: dict[str, "Trace"] = {}
+
+
+def reference(case: Case) -> Trace:
+    """`_reference(case)`, computed once a session."""
+    key = repr(case)
+    if key not in _REFERENCES:
+        _REFERENCES[key] = _reference(case)
+    return _REFERENCES[key]
+
+
+def _reference(case: Case) -> Trace:
+    """One process, plain torch, the whole batch at once: no engine and no optimizer of ours.
+
+    Of `case` it heeds the model, the optimizer, the data, the steps, `precision` (fp64 too) and the steps left out.
+    """
     run = case.run
     built = build_model(run)
-    module = built.module.to_empty(device="cpu").to(dtype)
+    module = built.module.to_empty(device="cpu").to(torch.float64 if case.precision == "fp64" else torch.float32)
+    if run.model.tie_embeddings:
+        assert module.head is None
     for name, parameter in module.named_parameters():
         parameter.data.copy_(built.source.read(name, PARAM, 0, parameter.numel()).view(parameter.shape))
-    if module.head is not None and run.model.tie_embeddings:
-        raise AssertionError("the reference would train an untied head")
-    matrices = [p for n, p in module.named_parameters() if p.ndim == 2 and not n.startswith("embed")]
-    rest = [p for n, p in module.named_parameters() if p.ndim != 2 or n.startswith("embed")]
-    optim = run.optim
+    if case.precision == "bf16":
+        module.compute_dtype = torch.bfloat16
+    optim, named = run.optim, dict(module.named_parameters())
+    by_muon = [p for n, p in named.items() if isinstance(optim, MuonConfig) and p.ndim == 2 and n.startswith("blocks")]
+    taken = set(map(id, by_muon))
+    decayed = [p for n, p in named.items() if p.ndim == 2 and not n.startswith("embed") and id(p) not in taken]
+    rest = [p for n, p in named.items() if p.ndim != 2 or n.startswith("embed")]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         betas=(optim.beta1, optim.beta2), eps=optim.eps, foreach=False, fused=False)
-    losses, norms = [], []
+    momenta = [torch.zeros_like(p) for p in by_muon]
+    losses, norms, applied = [], [], []
     for step in range(case.steps):
         fields = global_batch(step, case)
         loss = built.loss_fn(module, fields) / int((fields["labels"] != IGNORE).sum())
-        optimizer.zero_grad()
+        for parameter in named.values():
+            parameter.grad = None
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), optim.clip_norm or float("inf")).item())
+        losses.append(loss.item())
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), optim.clip_norm or float("inf")).item()
+        norms.append(float("nan") if step == case.poison[0] else norm)
+        applied.append(step != case.poison[0] and norm <= dict(case.max_norms).get(step, norm))
+        if not applied[-1]:
+            continue
         for group in optimizer.param_groups:
             group["lr"] = optim.lr * lr_factor(step)
         optimizer.step()
-        losses.append(loss.item())
-    state = {(name, PARAM): p.detach().double().numpy().reshape(-1) for name, p in module.named_parameters()}
-    return Trace(losses, norms, [True] * case.steps, state, case.steps)
+        _reference_muon(optim, by_muon, momenta, lr_factor(step))
+    state = {(name, PARAM): p.detach().double().numpy().reshape(-1) for name, p in named.items()}
+    return Trace(losses, norms, applied, state, sum(applied))
+
+
+@torch.no_grad()
+def _reference_muon(optim, matrices, momenta, factor: float) -> None:
+    """Muon as its author describes it: Nesterov momentum, five quintic Newton-Schulz iterations, decoupled decay."""
+    for p, buffer in zip(matrices, momenta, strict=True):
+        buffer.copy_(optim.momentum * buffer + (1 - optim.momentum) * p.grad)
+        x = (1 - optim.momentum) * p.grad + optim.momentum * buffer
+        rows, columns = x.shape
+        x = x / (x.norm() + 1e-7)
+        for _ in range(optim.newton_schulz_steps):
+            if rows <= columns:
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            else:
+                a = x.T @ x
+                x = 3.4445 * x + x @ (-4.7750 * a + 2.0315 * a @ a)
+        lr = optim.muon_lr * factor
+        p.copy_(p * (1 - lr * optim.weight_decay) - lr * max(1.0, rows / columns) ** 0.5 * x)
 
 
 def lr_factor(step: int) -> float:
@@ -164,21 +217,24 @@ def train(ranks, case: Case, begin: Mapping[tuple[str, str], np.ndarray] | None 
     run = case.run
     built = build_model(run)
     with _fault(case, ranks):
-        engine = build_engine(Parts(run, ranks, built.module, built.loss_fn, case.precision))
+        now = [case.first]
+        engine = build_engine(Parts(run, ranks, built.module, _poisoned(built.loss_fn, case, ranks.rank, now),
+                                    case.precision))
         try:
             if begin is None:
                 engine.import_state(built.source, optimizer_steps=None)
             else:
                 engine.import_state(Values(begin), optimizer_steps=case.first if resume == "moments" else None)
-            return _train(ranks, case, engine)
+            return _train(ranks, case, engine, now)
         finally:
             engine.close()
 
 
-def _train(ranks, case: Case, engine) -> dict:
+def _train(ranks, case: Case, engine, now: list[int]) -> dict:
     losses, norms, applied, evals = [], [], [], []
     for step in range(case.first, case.first + case.steps):
-        fields = global_batch(step + (case.fault == "data_shift_step"), case)
+        now[0] = step
+        fields = global_batch(step, case)
         if case.fault == "data_shift":
             fields = {name: values.roll(1, 0) if ranks.rank == ranks.world_size - 1 else values
                       for name, values in fields.items()}
@@ -191,9 +247,9 @@ def _train(ranks, case: Case, engine) -> dict:
             tokens = sum(micro.loss_tokens for micro in micros) * ranks.world_size or 1
         total = 0.0
         for i, micro in enumerate(micros):
-            last = i == len(micros) - 1 and case.fault != "missing_reduce"
+            last = i == len(micros) - 1 and not (case.fault == "missing_reduce" and case.engine == "ddp")
             total += engine.forward_backward(micro, step_tokens=tokens, last=last).item()
-        outcome = engine.step(lr_factor(step), max_norm=case.max_norms.get(step, float("inf")))
+        outcome = engine.step(lr_factor(step), max_norm=dict(case.max_norms).get(step, float("inf")))
         losses.append(ranks.sum([total])[0] / int((global_batch(step, case)["labels"] != IGNORE).sum()))
         norms.append(outcome.grad_norm)
         applied.append(outcome.applied)
@@ -254,33 +310,56 @@ class Distance:
 def distance(expected: Trace, found: Trace, first: int = 0) -> Distance:
     """How far `found`, which began at step `first`, is from `expected`."""
     losses, norms = np.array(expected.losses[first:]), np.array(expected.norms[first:])
+    seen = np.isfinite(norms)  # where the reference's is not, the caller looks for itself
     names = [key for key in expected.state if key[1] == PARAM]
     assert set(names) == {key for key in found.state if key[1] == PARAM}
     differences = np.concatenate([found.state[key] - expected.state[key] for key in names])
-    return Distance(float(np.abs(losses - found.losses).max()), float((np.abs(norms - found.norms) / norms).max()),
+    return Distance(float(np.abs(losses - found.losses).max()), float((np.abs(norms - found.norms) / norms)[seen].max()),
                     float(np.abs(differences).max()), float(np.sqrt((differences**2).mean())))
+
+
+def _poisoned(loss_fn, case: Case, rank: int, now: list[int]):
+    def loss(module, fields):
+        total = loss_fn(module, fields)
+        return total * float("nan") if (now[0], rank) == case.poison and torch.is_grad_enabled() else total
+
+    return loss
 
 
 @contextlib.contextmanager
 def _fault(case: Case, ranks) -> Iterator[None]:
-    """Faults inside the model; those of data and reduction are in `_train`."""
+    """Deliberate mistakes below the engine, on the last rank only; those of data and divisor are in `_train`."""
+    patches = []
     if case.fault == "positions" and ranks.rank == ranks.world_size - 1:
         from officina.trainer.model import transformer
 
-        right, calls = transformer.rotate, []
+        right, calls = transformer.rotate, itertools.count()
 
-        def wrong(x, cos, sin):
-            calls.append(None)
-            keys = len(calls) % 2 == 0
-            return right(x, cos.roll(1, -2) if keys else cos, sin.roll(1, -2) if keys else sin)
+        def keys_off_by_one(x, cos, sin):
+            is_key = next(calls) % 2 == 1
+            return right(x, cos.roll(1, -2), sin.roll(1, -2)) if is_key else right(x, cos, sin)
 
-        transformer.rotate = wrong
-        try:
-            yield
-        finally:
-            transformer.rotate = right
-        return
-    if case.poison[0] >= 0 and case.poison[1] == ranks.rank:
+        patches.append((transformer, "rotate", keys_off_by_one))
+    if case.fault == "missing_reduce" and ranks.rank == ranks.world_size - 1:
+        for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter_single"):
+            if hasattr(torch.distributed, name):
+                patches.append((torch.distributed, name, _without_mine(getattr(torch.distributed, name))))
+    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    for owner, name, wrong in patches:
+        setattr(owner, name, wrong)
+    try:
         yield
-        return
-    yield
+    finally:
+        for owner, name, right in kept:
+            setattr(owner, name, right)
+
+
+def _without_mine(collective):
+    """The collective, but what this rank adds to a sum of gradients (not of a few numbers) is zero."""
+    def wrong(*args, **kwargs):
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel() > 16:
+                tensor.zero_()
+        return collective(*args, **kwargs)
+
+    return wrong
