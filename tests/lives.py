@@ -1,8 +1,9 @@
 """Lives of a run inside the rank pool: the real loop on real shards, without starting a process for each."""
 
+import math
 import os
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from officina.trainer.config import (
@@ -65,29 +66,20 @@ def live(ranks, run_dir: str, stop_after: int = 0, fault: str = "") -> int:
 
 def inject(fault: str, rank: int):
     """Break something the loop uses; returns the function that mends it."""
-    import torch
-
+    from officina.trainer import assemble
     from officina.trainer.data import loader
     from officina.trainer.parallel import engine
 
-    if fault == "nan":  # one rank's third step and all later ones give a loss that is no number
-        real = engine.build_engine
+    if fault == "nan":  # on rank 0, from its third micro-batch on, the loss is no number
+        real, calls = engine.build_engine, [0]
 
         def build(parts):
-            built = real(parts)
-            inner, calls = built.forward_backward, [0]
-
-            def poisoned(batch, **kwargs):
+            def poisoned(module, fields):
                 calls[0] += 1
-                if rank == 0 and calls[0] > 2:
-                    for p in built.module.parameters():
-                        p.register_hook(lambda g: g * torch.nan)
-                return inner(batch, **kwargs)
+                return parts.loss_fn(module, fields) * (math.nan if rank == 0 and calls[0] > 2 else 1.0)
 
-            built.forward_backward = poisoned
-            return built
+            return real(replace(parts, loss_fn=poisoned))
 
-        from officina.trainer import assemble
         assemble.build_engine = build
         return lambda: setattr(assemble, "build_engine", real)
     if fault == "shifted data":  # after a resume the data is one sample late
@@ -126,13 +118,9 @@ def losses(run_dir: Path) -> dict[int, tuple[float, float]]:
 
 def states(run_dir: Path, step: int) -> dict[tuple[str, str], "object"]:
     """(name, slot) -> the whole tensor of a checkpoint."""
-    import math
-
     from officina.trainer.checkpoint.read import open_checkpoint
 
     with open_checkpoint(run_dir, step=step) as opened:
         return {(name, slot): opened.read(name, slot, 0, math.prod(shape))
                 for name, (shape, slots) in opened.tensors().items() for slot in slots}
 
-
-__all__ = ["asdict", "begin", "changed", "copy_of", "live", "losses", "plain_run", "states"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import resource
 import shutil
 import sys
@@ -120,8 +121,8 @@ class Job:
         if outcome.note:
             self.progress.say(outcome.note)
         self.write(SaveMetrics(
-            step=outcome.step, path=f"checkpoints/step-{outcome.step:08d}", bytes=outcome.bytes, stall_s=outcome.stall_s,
-            durable_s=outcome.durable_s, problem=outcome.problem))
+            step=outcome.step, path=f"checkpoints/step-{outcome.step:08d}", bytes=outcome.bytes,
+            stall_s=outcome.stall_s, durable_s=outcome.durable_s, problem=outcome.problem))
 
     def finish(self, reason: str, exit_status: int) -> int:
         """The orderly end. Raises CheckpointError if what was trained could not be saved."""
@@ -130,8 +131,8 @@ class Job:
         if self.saved_step != self.step:
             newest = max(committed_steps(self.run_dir), default=None)
             raise CheckpointError(
-                f"step {self.step} could not be saved (the reason is above and in {self.run_dir}/metrics.jsonl); the newest "
-                f"checkpoint is {'none' if newest is None else f'of step {newest}'}. "
+                f"step {self.step} could not be saved (the reason is above and in {self.run_dir}/metrics.jsonl); "
+                f"the newest checkpoint is {'none' if newest is None else f'of step {newest}'}. "
                 f"Make room, then: officina resume {self.run_dir}")
         return exit_status
 
@@ -143,7 +144,7 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
         rank0 = ranks.rank == 0
         precision = resolve_precision(run.precision, ranks.device)
         built = build_model(run)
-        parameters = sum(p.numel() for p in built.module.parameters())
+        shapes = {name: tuple(p.shape) for name, p in built.module.named_parameters()}  # an engine may hide them
         engine = build_engine(Parts(run, ranks, built.module, built.loss_fn, precision))
         stack.callback(engine.close)
 
@@ -154,7 +155,7 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
         else:
             stack.enter_context(opened)
             state = opened.train_state
-            opened.check_fits({n: tuple(p.shape) for n, p in built.module.named_parameters()})
+            opened.check_fits(shapes)
             engine.import_state(opened, optimizer_steps=state.optimizer_steps)
             if precision != "bf16_pure":  # which holds fewer bits than were saved
                 verify_loaded(engine.export_state(), opened, ranks)
@@ -163,7 +164,8 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
                                             device=ranks.device))
         if state.loader:
             loader.check_state(dict(state.loader))
-        spikes = {name: SpikeDetector(run.objective.spike_window, run.objective.spike_sigma) for name in ("loss", "grad_norm")}
+        window, sigma = run.objective.spike_window, run.objective.spike_sigma
+        spikes = {name: SpikeDetector(window, sigma) for name in ("loss", "grad_norm")}
         for name, values in state.spikes.items():
             spikes[name].load(values)
 
@@ -174,12 +176,14 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
             saver=Saver(run_dir, ranks, run.checkpoint, read_run_id(run_dir), damaged=opened.damaged if opened else ()),
             profiler=stack.enter_context(Profiler(run.profile, run_dir, ranks.rank, say=progress.say)),
             progress=progress, metrics=metrics, ledger=stack.enter_context(Ledger(run_dir)) if rank0 else None,
-            trackers=stack.enter_context(open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),
-            loss_spikes=spikes["loss"], norm_spikes=spikes["grad_norm"], flops=_flops(run), peak_flops=_peak(ranks, precision),
+            trackers=stack.enter_context(
+                open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),
+            loss_spikes=spikes["loss"], norm_spikes=spikes["grad_norm"], flops=_flops(run),
+            peak_flops=_peak(ranks, precision),
             step=state.step, tokens=state.tokens, position=state.position,
             saved_step=state.step if opened is not None else -1)
         job.saver.prepare(engine.export_state())
-        _announce(job, precision, parameters, opened)
+        _announce(job, precision, sum(math.prod(shape) for shape in shapes.values()), opened)
         if opened is not None:
             opened.close()
         yield job
@@ -209,7 +213,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 def _flops(run: RunConfig) -> tuple[float, float] | None:
     if run.model.kind != "decoder":
         return None
-    return (flops_per_token(run.model, run.batch.seq_len, causal=True), flops_per_token(run.model, run.batch.seq_len, causal=False))
+    causal, full = (flops_per_token(run.model, run.batch.seq_len, causal=causal) for causal in (True, False))
+    return causal, full
 
 
 def _peak(ranks: Ranks, precision: str) -> float | None:
@@ -225,16 +230,19 @@ def _announce(job: Job, precision: str, parameters: int, opened: OpenCheckpoint 
     facts = [json.loads(text) for text in ranks.gather_text(json.dumps(rank_facts(ranks.rank, ranks.env.local_rank)))]
     if ranks.rank != 0:
         return
-    modules = [run.model.factory.partition(":")[0], run.model.loss.partition(":")[0]] if run.model.kind == "custom" else []
-    write_environment(job.run_dir, describe(launcher=ranks.env.launcher, threads=torch.get_num_threads(), device=device_facts(),
-                                            ranks=facts, modules=modules), "")
+    modules = []
+    if run.model.kind == "custom":
+        modules = [path.partition(":")[0] for path in (run.model.factory, run.model.loss, run.model.decoder)]
+    write_environment(job.run_dir, describe(
+        launcher=ranks.env.launcher, threads=torch.get_num_threads(), device=device_facts(), ranks=facts, modules=modules))
     _keep_tokenizer(job)
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     history = read_history(job.run_dir)
+    causal, full = job.flops or (None, None)
     job.write(StartMetrics(
-        step=job.step, action=str(history[-1]["action"]) if history else "start", engine=engine_name(run), world_size=ranks.world_size,
-        device=device, precision=precision, parameters=parameters,
-        flops_per_token_causal=job.flops and job.flops[0], flops_per_token_full=job.flops and job.flops[1], peak_flops=job.peak_flops,
+        step=job.step, action=str(history[-1]["action"]) if history else "start", engine=engine_name(run),
+        world_size=ranks.world_size, device=device, precision=precision, parameters=parameters,
+        flops_per_token_causal=causal, flops_per_token_full=full, peak_flops=job.peak_flops,
         checkpoint=opened and f"checkpoints/{opened.path.name}", problems=opened.passed_over if opened else ()))
     for problem in opened.passed_over if opened else ():
         job.progress.say(f"not taken: {problem}")
@@ -242,8 +250,8 @@ def _announce(job: Job, precision: str, parameters: int, opened: OpenCheckpoint 
     why = ""
     if run.precision == "auto":
         why = " (this processor has no bf16 arithmetic)" if precision == "fp32" else " (the hardware has it)"
-    job.progress.say(f"{run.name}{from_step}: {parameters / 1e6:,.1f}M parameters, {engine_name(run)} on {ranks.world_size} "
-                     f"rank{'s' * (ranks.world_size > 1)} ({device}), {precision}{why}, "
+    job.progress.say(f"{run.name}{from_step}: {parameters / 1e6:,.1f}M parameters, {engine_name(run)} on "
+                     f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} ({device}), {precision}{why}, "
                      f"{run.batch.rows * run.batch.seq_len:,} tokens a step")
 
 

@@ -125,7 +125,8 @@ class CustomModelConfig:
     decoder: str
     """`decode(record: bytes) -> dict[str, Tensor]`: one record as read from a shard, without a batch dimension."""
     blocks: str = "blocks"
-    """Attribute of the module that holds the nn.ModuleList of repeated blocks, the unit of sharding, recomputation and compilation."""
+    """Attribute of the module that holds the nn.ModuleList of repeated blocks: the unit of sharding, recomputation and
+    compilation."""
     args: dict[str, int | float | bool | str | list[int]] = field(default_factory=dict)
     """Keyword arguments of the factory."""
 
@@ -400,7 +401,8 @@ class RunConfig:
     steps: Positive = 1000
     """Optimizer steps of the whole run."""
     ranks: NonNegative = 0
-    """Ranks that `officina train` starts on this machine; 0 = one per visible GPU, or one on the CPU. Not used inside srun, torchrun or mpirun."""
+    """Ranks that `officina train` starts on this machine (in an allocation: on each); 0 = one per visible GPU, or one on
+    the CPU. Not used inside srun, torchrun or mpirun."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cuda` stands for ROCm too."""
     precision: Literal["auto", "fp32", "bf16", "bf16_pure"] = "auto"

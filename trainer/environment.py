@@ -1,4 +1,4 @@
-"""What a run ran on: code, packages, machine, ranks; for RUN/environment.json and RUN/code.diff.
+"""What a run ran on: code, packages, machine, ranks; for RUN/environment.json and the history.
 
 No torch is imported here unless `device_facts` is called, so that a login node can describe itself. No user name and
 no absolute path is recorded: a run may move and be published.
@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENT_FILE, DIFF_FILE = "environment.json", "code.diff"
+ENVIRONMENT_FILE = "environment.json"
 MAX_DIFF_BYTES = 2 * 2**20
 """A longer diff is cut: somebody committed nothing for a long time, or has data in the repository."""
 PACKAGES = ("torch", "triton", "numpy", "deepspeed", "mpi4py", "hydra-core", "omegaconf", "pydantic", "tokenizers",
@@ -34,7 +34,7 @@ class Code:
     commit: str | None
     """None: neither in a repository nor installed from one."""
     dirty: bool
-    """True: tracked files differ from the commit; the difference is in code.diff."""
+    """True: tracked files differ from the commit; the difference is `code_diff`."""
     untracked_files: int
     """Python files beside the code that are not in the repository and therefore in no diff."""
 
@@ -71,15 +71,10 @@ def code_diff(modules: Sequence[str] = ()) -> str:
     return "".join(dict.fromkeys(diffs))  # two packages of one repository have one diff
 
 
-def write_environment(run_dir: Path, description: Mapping[str, Any], diff: str) -> None:
-    """Write RUN/environment.json, and RUN/code.diff where there is a difference (else an old one is removed)."""
-    run_dir = Path(run_dir)
+def write_environment(run_dir: Path, description: Mapping[str, Any]) -> None:
+    """Write RUN/environment.json: the environment of the newest start. (The code's changes are in the history.)"""
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-    _replace(run_dir / ENVIRONMENT_FILE, text)
-    if diff:
-        _replace(run_dir / DIFF_FILE, diff)
-    else:
-        (run_dir / DIFF_FILE).unlink(missing_ok=True)
+    _replace(Path(run_dir) / ENVIRONMENT_FILE, text)
 
 
 def rank_facts(rank: int, local_rank: int) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from officina.trainer.checkpoint.read import open_checkpoint
 from officina.trainer.config import DecoderConfig, RunConfig

@@ -22,14 +22,14 @@ from officina.trainer.step import StepResult, train_step
 def train(run_dir: Path, ranks: Ranks) -> int:
     """Train the run in `run_dir` on these ranks, from its newest whole checkpoint or from the start.
 
-    Returns EXIT_DONE, or EXIT_CONTINUE when a signal or the time limit stopped it in good order. Raises OfficinaError for
-    what the user can mend and NoProgressError where going on is useless; the last good checkpoint is intact in each case.
+    Returns EXIT_DONE, or EXIT_CONTINUE when a signal or the time limit stopped it in good order. Raises OfficinaError
+    for what the user can mend and NoProgressError where going on is useless; the last good checkpoint is intact.
     """
     began_s = time.monotonic()
     run = load_config(run_dir)
     with StopRequest() as stop, assemble(run_dir, run, ranks) as job:
         if job.step >= run.steps:
-            job.progress.say(f"step {job.step:,} of {run.steps:,} is done already; to go on: officina resume {run_dir} steps=N")
+            job.progress.say(f"all {run.steps:,} steps are done; to go on: officina resume {run_dir} steps=N")
             return job.finish("done", EXIT_DONE)
         data = job.loader.next_step()
         step_tokens, stop_votes = ranks.sum([data.loss_tokens, stop.wanted])
@@ -54,7 +54,7 @@ def train(run_dir: Path, ranks: Ranks) -> int:
 
             job.position = data.stop_sample
             job.tokens += int(step_tokens) if result.applied else 0
-            _record(job, data, result, tokens=int(step_tokens), loss_sum=loss_sum, digest=int(digest) % 2**32, factor=factor,
+            _record(job, data, result, tokens=int(step_tokens), loss_sum=loss_sum, digest=digest, lr_factor=factor,
                     step_time_s=step_time_s, peak_bytes=int(peak_bytes / ranks.world_size))
             if before is not None and result.applied:
                 verify_changed(before, state_hashes(job.engine.export_state(), slots={PARAM}), ranks)
@@ -92,8 +92,8 @@ def evaluate(job: Job) -> None:
     job.progress.phase("")
 
 
-def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_sum: float, digest: int, factor: float,
-            step_time_s: float, peak_bytes: int) -> None:
+def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_sum: float, digest: float,
+            lr_factor: float, step_time_s: float, peak_bytes: int) -> None:
     """Metrics and ledger of one step; raises NoProgressError where going on is useless."""
     objective = job.run.objective
     loss = loss_sum / tokens if tokens else 0.0
@@ -104,24 +104,24 @@ def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_s
     if job.flops and job.peak_flops:
         mfu = [tokens_per_s * flops / (job.peak_flops * job.ranks.world_size) for flops in job.flops]
     job.write(StepMetrics(
-        step=job.step, tokens=tokens, loss_nats=loss, grad_norm=result.grad_norm, lr=job.run.optim.lr * factor,
-        step_time_s=step_time_s, data_wait_s=data.wait_s, tokens_per_s=tokens_per_s, applied=result.applied, spike=spike,
-        mfu_causal=mfu[0], mfu_full=mfu[1], peak_memory_bytes=peak_bytes))
+        step=job.step, tokens=tokens, loss_nats=loss, grad_norm=result.grad_norm, lr=job.run.optim.lr * lr_factor,
+        step_time_s=step_time_s, data_wait_s=data.wait_s, tokens_per_s=tokens_per_s, applied=result.applied,
+        spike=spike, mfu_causal=mfu[0], mfu_full=mfu[1], peak_memory_bytes=peak_bytes))
     if job.ledger is not None:
         job.ledger.write(job.step, data, digest)
 
     job.nonfinite_in_a_row = 0 if finite else job.nonfinite_in_a_row + 1
     if job.nonfinite_in_a_row >= objective.max_nonfinite_steps:
         raise NoProgressError(
-            f"loss or gradient norm was not finite in {job.nonfinite_in_a_row} steps in a row (up to step {job.step}, loss {loss:g}, "
-            f"gradient norm {result.grad_norm:g}); none of them changed the model. The newest checkpoint is intact. "
-            f"Try: officina resume {job.run_dir} optim.lr={job.run.optim.lr / 2:g}, or leave the samples out: "
-            f"data.skip=[[{data.first_sample},{data.stop_sample}]]")
+            f"loss or gradient norm was not finite in {job.nonfinite_in_a_row} steps in a row (up to step {job.step}, "
+            f"loss {loss:g}, gradient norm {result.grad_norm:g}); none of them changed the model, and the newest "
+            f"checkpoint is intact. Try: officina resume {job.run_dir} optim.lr={job.run.optim.lr / 2:g}, or leave the "
+            f"samples out: 'data.skip=[[{data.first_sample},{data.stop_sample}]]'")
     if spike and objective.on_spike == "stop":
         raise NoProgressError(
-            f"step {job.step} is a spike (loss {loss:.4g}, gradient norm {result.grad_norm:.4g}) and objective.on_spike=stop. The "
-            f"newest checkpoint is intact. Try: officina resume {job.run_dir} 'data.skip=[[{data.first_sample},{data.stop_sample}]]', "
-            f"or objective.on_spike=flag")
+            f"step {job.step} is a spike (loss {loss:.4g}, gradient norm {result.grad_norm:.4g}) and "
+            f"objective.on_spike=stop; the newest checkpoint is intact. Try: officina resume {job.run_dir} "
+            f"'data.skip=[[{data.first_sample},{data.stop_sample}]]', or objective.on_spike=flag")
 
 
 def _due(step: int, every: int) -> bool:

@@ -2,7 +2,7 @@
 
     RUN/config.yaml        the resolved RunConfig, every key written out: all that a rank reads
     RUN/history.jsonl      one JSON object a start: what was asked for, what changed, with which code and packages
-    RUN/environment.json   packages and machine of the newest start; code.diff its uncommitted code
+    RUN/environment.json   packages and machine of the newest start
     RUN/code/*.diff        uncommitted code of every start, named by its hash; history.jsonl says which
     RUN/metrics.jsonl, ledger.jsonl, checkpoints/, logs/, report.html, report.json, tensorboard/
 

@@ -28,7 +28,8 @@ class Piece:
     start: int
     stop: int
     values: Tensor
-    """(stop - start,) on any device; fp32 for parameters and moments, their own dtype for buffers. May be a view: copy before the next step."""
+    """(stop - start,) on any device; fp32 for parameters and moments, their own dtype for buffers. May be a view: copy it
+    before the next step."""
 
 
 class Source(Protocol):

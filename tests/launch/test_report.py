@@ -115,7 +115,7 @@ def make_run(folder: Path, *, steps: int = 600, gpu: bool = False, personal: boo
             if ended:
                 writer.write(StopMetrics(step=stop, reason=ended[0], exit_status=ended[1], time=clock + 0.5))
     write_environment(run_dir, describe(launcher="officina", threads=1, device={"kind": "cpu", "capability": "AVX512"},
-                                        ranks=[rank_facts(0, 0)]), "")
+                                        ranks=[rank_facts(0, 0)]))
     (run_dir / "samples.txt").write_text(SAMPLE)
     return run_dir
 

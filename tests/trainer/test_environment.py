@@ -120,10 +120,9 @@ def test_the_image_is_named_without_its_folder(monkeypatch, tmp_path):
     assert describe()["image"] is None or "SINGULARITY_NAME" in os.environ
 
 
-def test_files_are_written_and_an_old_diff_goes_when_the_code_is_clean(tmp_path):
-    write_environment(tmp_path, {"python": "3.11"}, "diff --git ...\n")
-    assert (tmp_path / "code.diff").read_text() == "diff --git ...\n"
-    write_environment(tmp_path, {"python": "3.12"}, "")
+def test_the_newest_start_is_the_one_that_is_described(tmp_path):
+    write_environment(tmp_path, {"python": "3.11"})
+    write_environment(tmp_path, {"python": "3.12"})
     assert json.loads((tmp_path / "environment.json").read_text()) == {"python": "3.12"}
     assert sorted(f.name for f in tmp_path.iterdir()) == ["environment.json"]
 
