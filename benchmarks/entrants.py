@@ -91,7 +91,8 @@ class _Timed:
 def plain(turns: Turns, env: RankEnv, *, run_dir: Path, how: str = "single") -> None:
     """The loop that one writes by hand: batches in memory, no loader, no metrics, no wait for the device in a step.
 
-    how: `single`, `ddp` (DistributedDataParallel) or `fsdp2` (fully_shard per block). Facts: `losses`, summed per step.
+    how: `single`, `ddp` (DistributedDataParallel) or `fsdp2` (fully_shard per block).
+    Its facts: on the CPU `losses`, the sum of each step so far.
     """
     run = load_config(run_dir)
     ranks = start_ranks(env, device=run.device, threads=run.threads)
@@ -143,7 +144,8 @@ def plain(turns: Turns, env: RankEnv, *, run_dir: Path, how: str = "single") -> 
         nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss_sum if device.type == "cuda" else loss_sum.item())
+        if device.type == "cpu":  # on a GPU it would wait for the device
+            losses.append(loss_sum.item())
         step += 1
 
 

@@ -175,8 +175,8 @@ def start(session: Session) -> dict[str, Any]:
     from officina.benchmarks.start import WORDS, plain_start
 
     data = session.run_dir("h200_1b8").parent.parent / f"vocab_{512 if session.tiny else 50_304}"
-    words = [word for word in WORDS if not word.startswith("device=")] + [
-        f"device={'cpu' if session.tiny else 'cuda'}", "model.vocab_size=50304", f"data.sources.tokens.path={data}"]
+    words = [*WORDS, "model.vocab_size=50304", f"data.sources.tokens.path={data}"]
+    words += ["threads=1", "batch.global_tokens=2048"] if session.tiny else ["device=cuda"]
     return {"total_s": summary([plain_start(words, session.scratch) for _ in range(REPEATS)])}
 
 

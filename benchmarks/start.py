@@ -80,15 +80,15 @@ def _parent(stamps: str, words: list[str]) -> int:
     from officina.launch import cli, local
 
     def program(run_dir: Path) -> list[str]:
-        return [sys.executable, "-m", __spec__.name, "rank", stamps, str(run_dir)]
+        return [sys.executable, "-m", __spec__.name, "rank", stamps, str(time.time()), str(run_dir)]
 
     with mock.patch.object(local, "trainer_program", program):
         return cli.main(words)
 
 
-def _rank(stamps: str, run_dir: str) -> int:
+def _rank(stamps: str, began: str, run_dir: str) -> int:
     """`python -m officina.trainer RUN` that notes when each part ends."""
-    times = [_process_began()]
+    times = [float(began)]
     from officina.trainer import __main__ as trainer
     from officina.trainer import assemble, loop, ranks
 
@@ -117,13 +117,6 @@ def _rank(stamps: str, run_dir: str) -> int:
         return trainer.main(Path(run_dir))
 
 
-def _process_began() -> float:
-    """Unix time at which this process was started."""
-    import psutil
-
-    return psutil.Process().create_time()
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(prog="python -m officina.benchmarks.start", description=__doc__,
@@ -145,5 +138,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["parent"]:
         sys.exit(_parent(sys.argv[2], sys.argv[3:]))
     if sys.argv[1:2] == ["rank"]:
-        sys.exit(_rank(sys.argv[2], sys.argv[3]))
+        sys.exit(_rank(*sys.argv[2:]))
     main()
