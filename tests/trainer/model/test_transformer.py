@@ -14,6 +14,7 @@ from helpers import filled, random_config, small
 from officina.trainer.batch import IGNORE
 from officina.trainer.config import RopeConfig
 from officina.trainer.model.build import build_transformer
+from officina.trainer.model.layers import RMSNorm
 from officina.trainer.model.rope import rope_frequencies
 
 CONFIGS = [random_config(random.Random(seed)) for seed in range(14)]
@@ -97,6 +98,25 @@ def test_bf16_activations_stay_bf16():
         block.register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
     assert module(torch.zeros(1, 4, dtype=torch.int64)).dtype == torch.float32
     assert seen == [torch.bfloat16] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm_weight", ["plain", "zero_centred"])
+@pytest.mark.parametrize("norm_cast", ["before", "after"])
+def test_norm_conventions(norm_weight, norm_cast, dtype):
+    norm = RMSNorm(16, small(norm_weight=norm_weight, norm_cast=norm_cast, norm_eps=1e-3))
+    x = (torch.randn(5, 16, generator=torch.Generator().manual_seed(0)) * 0.1).to(dtype)
+    with torch.no_grad():
+        norm.weight.normal_(generator=torch.Generator().manual_seed(1))
+    weight = norm.weight.detach().to(dtype)
+    exact = x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    if norm_cast == "before":  # Llama: the product is one of the narrow dtype
+        want = exact.to(dtype) * (1 + weight if norm_weight == "zero_centred" else weight)
+    else:  # Gemma, OLMo 2: the product is fp32, rounded once
+        want = (exact * (1 + weight.float() if norm_weight == "zero_centred" else weight.float())).to(dtype)
+    torch.testing.assert_close(norm(x), want, atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 1e-2)
+    assert norm(x).dtype == dtype
+    assert (norm(x) == want).float().mean() > (0.9 if dtype == torch.bfloat16 else 0.0)  # the order of rounding
 
 
 def test_labels_give_the_sum_of_the_losses_of_the_logits():
