@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from officina.launch.devices import visible_devices
+from officina.trainer.config import RunConfig
 from officina.trainer.errors import LaunchError
+from officina.trainer.rank_env import read_rank_env
 from officina.trainer.slurm_env import ProcessFacts, expand_counts, expand_hosts, process_facts
 
 _SLURM_CONFS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf",
@@ -44,6 +46,39 @@ def find_allocation(environ: Mapping[str, str], facts: ProcessFacts | None = Non
     here = here or socket.gethostname().split(".")[0] in {host.split(".")[0] for host in hosts}
     cpus = expand_counts(environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
     return Allocation(job, hosts, here, min(cpus, default=0))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run's ranks will be, as seen from where the command was called."""
+
+    world_size: int
+    is_rank: bool = False
+    """This process is one of them: srun, torchrun or mpirun started it."""
+    ranks_per_node: int = 0
+    allocation: Allocation | None = None
+    """They will be one srun step over this allocation; None: this process, or its children on this machine."""
+
+
+def find_place(run: RunConfig, environ: Mapping[str, str]) -> Place:
+    """Ask the environment where the ranks of `run` will be. Raises LaunchError on a login node, unless `ranks` is given.
+
+    A srun step of one task is no rank but a place like any other machine: it may see several GPUs.
+    """
+    env = read_rank_env(environ)
+    here = run.ranks or (1 if run.device == "cpu" else visible_devices(environ)) or 1
+    alone_in_step = env is not None and env.launcher == "srun" and env.world_size == 1
+    if env is not None and not (alone_in_step and here > 1):
+        return Place(env.world_size, is_rank=True)
+    if alone_in_step:
+        return Place(here)
+    allocation = find_allocation(environ)
+    if allocation is not None and (len(allocation.hosts) > 1 or not allocation.here):
+        per_node = run.ranks or (1 if run.device == "cpu" else gpus_per_node(environ, allocation)) or 1
+        return Place(per_node * len(allocation.hosts), ranks_per_node=per_node, allocation=allocation)
+    if allocation is None and not run.ranks and on_login_node(environ):
+        raise refuse_login_node()
+    return Place(here)
 
 
 def on_login_node(environ: Mapping[str, str], confs: tuple[str, ...] = _SLURM_CONFS) -> bool:

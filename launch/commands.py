@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from officina.launch.allocation import find_allocation, gpus_per_node, on_login_node, refuse_login_node
+from officina.launch.allocation import find_place
 from officina.launch.devices import visible_devices
 from officina.launch.start import (
     Plan,
@@ -18,9 +18,8 @@ from officina.launch.start import (
     wait_for_start,
     write_start,
 )
-from officina.trainer.config import RunConfig
 from officina.trainer.errors import EXIT_DONE, ConfigError, LaunchError, OfficinaError
-from officina.trainer.rank_env import RankEnv, read_rank_env
+from officina.trainer.rank_env import read_rank_env
 from officina.trainer.run_dir import METRICS, config_text
 from officina.trainer.validate import missing_packages, problems
 
@@ -55,7 +54,7 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
                       f"officina resume {plan.run_dir} steps={2 * plan.run.steps}")
             return EXIT_DONE
         plan.checked()
-        world_size = ranks_to_be(plan.run, env, devices)
+        world_size = find_place(plan.run, os.environ).world_size
         if found := problems(plan.run, world_size, read_data=False) + missing_packages(plan.run):
             raise ConfigError(found)  # with the ranks that will be, and the packages that are here
         if rank == 0 or plan.action == "start":  # a branch's checkpoint may be there before rank 1 looks
@@ -72,21 +71,6 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
     if rank == 0 and (plan.run_dir / METRICS).exists():
         print(f"Report: {import_module('officina.launch.report').write_report(plan.run_dir)}")
     return status
-
-
-def ranks_to_be(run: RunConfig, env: RankEnv | None, devices: int) -> int:
-    """Ranks that `officina.launch.local.start` will come to from here. Raises LaunchError where it would
-    start none."""
-    here = run.ranks or (1 if run.device == "cpu" else devices) or 1
-    if env is not None:
-        return here if env.launcher == "srun" and env.world_size == 1 else env.world_size
-    allocation = find_allocation(os.environ)
-    if allocation is not None and (len(allocation.hosts) > 1 or not allocation.here):
-        per_node = run.ranks or (1 if run.device == "cpu" else gpus_per_node(os.environ, allocation)) or 1
-        return per_node * len(allocation.hosts)
-    if allocation is None and not run.ranks and on_login_node(os.environ):
-        raise refuse_login_node()
-    return here
 
 
 def check(args: argparse.Namespace) -> int:

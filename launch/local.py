@@ -12,21 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from officina.launch.allocation import (
-    find_allocation,
-    gpus_per_node,
-    on_login_node,
-    refuse_login_node,
-    srun_words,
-    step_environ,
-    trainer_program,
-)
-from officina.launch.devices import visible_devices
+from officina.launch.allocation import find_place, srun_words, step_environ, trainer_program
 from officina.launch.postmortem import Ended, explain, name_signal, oom_kills
 from officina.trainer import rank_log
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import EXIT_BUG, EXIT_CONTINUE, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_USER
-from officina.trainer.rank_env import LOOPBACK, read_rank_env
+from officina.trainer.rank_env import LOOPBACK
 from officina.trainer.signals import STOP_SIGNALS
 
 _POLL_S = 0.02
@@ -46,21 +37,15 @@ def start(run_dir: Path, run: RunConfig, environ: Mapping[str, str]) -> int:
     or by one srun step if we stand in an allocation of several nodes or beside it. On a login node only if `ranks` says
     so; else LaunchError.
     """
-    env = read_rank_env(environ)
-    n_here = run.ranks or (1 if run.device == "cpu" else visible_devices(environ)) or 1
-    alone_in_step = env is not None and env.launcher == "srun" and env.world_size == 1 and n_here > 1
-    if env is not None and not alone_in_step:
+    place = find_place(run, environ)
+    if place.is_rank:
         from officina.trainer.__main__ import main
 
         return main(run_dir)
-    allocation = None if alone_in_step else find_allocation(environ)
-    if allocation is not None and (len(allocation.hosts) > 1 or not allocation.here):
-        per_node = run.ranks or (1 if run.device == "cpu" else gpus_per_node(environ, allocation)) or 1
-        words = srun_words(allocation, per_node, trainer_program(run_dir))
+    if place.allocation is not None:
+        words = srun_words(place.allocation, place.ranks_per_node, trainer_program(run_dir))
         return run_step(run_dir, words, environ=step_environ(environ), grace_s=run.site.grace)
-    if allocation is None and not alone_in_step and not run.ranks and on_login_node(environ):
-        raise refuse_login_node()
-    return run_ranks(run_dir, n_here, environ=environ, grace_s=run.site.grace)
+    return run_ranks(run_dir, place.world_size, environ=environ, grace_s=run.site.grace)
 
 
 # ---- ranks on this machine -----------------------------------------------------------------------------------------
