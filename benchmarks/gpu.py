@@ -92,7 +92,7 @@ class Session:
             synthetic_dataset(data, vocab_size=vocab, tokens=200_000 if self.tiny else 20_000_000)
         shrink = [word for word in TINY if not word.startswith(tuple(w.split("=")[0] + "=" for w in words))]
         return write_run([f"experiment={experiment}", "steps=100000", f"data.sources.tokens.path={data}",
-                          f"name={experiment}-{len(list(self.scratch.iterdir()))}",
+                          f"name={experiment}-{len(list(self.scratch.glob('runs/*')))}",
                           *(shrink if self.tiny else ["device=cuda"]), *words], self.scratch / "runs")
 
     def race(self, entrants: dict[str, Entrant], *, steps: int, lead: int, alternate: bool) -> dict[str, list[Block]]:
