@@ -10,11 +10,13 @@ Shapes: B rows, H query heads, G key and value heads (H a multiple of G), T quer
 import functools
 import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 Impl = Literal["auto", "reference", "sdpa", "flex"]
 
@@ -31,7 +33,9 @@ class AttentionPlan:
     mask: Tensor | None
     """(T, S) or (B, 1, T, S) bool, true where a query sees a key; None: see is_causal, else all."""
     block_mask: Any = None
-    """The same as a BlockMask of flex attention."""
+    """flex: the same as a BlockMask."""
+    score_mod: Any = None
+    """flex: the softcap as a function of a score."""
 
 
 def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = True,
@@ -59,7 +63,7 @@ def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = 
                               documents_BS=documents_BS, impl=impl, device=q_BHTD.device, head_dim=D)
     scale = D**-0.5 if scale is None else scale
     if plan.impl == "flex":
-        return _flex(q_BHTD, k_BGSD, v_BGSD, plan, scale, softcap)
+        return _flex(q_BHTD, k_BGSD, v_BGSD, plan, scale)
     if plan.impl == "sdpa":
         return _sdpa(q_BHTD, k_BGSD, v_BGSD, plan, scale)
     return attention_reference(q_BHTD, k_BGSD, v_BGSD, mask=_full_mask(plan, T, q_BHTD.device), scale=scale,
@@ -99,7 +103,7 @@ def plan_attention(n_queries: int, n_keys: int, *, causal: bool = True, window: 
                      head_dim=head_dim)
     if chosen == "flex":
         block_mask = _block_mask(n_queries, n_keys, causal, window, documents_BS, device)
-        return AttentionPlan("flex", False, None, block_mask)
+        return AttentionPlan("flex", False, None, block_mask, _softcap_mod(softcap) if softcap else None)
     if not masked and (not causal or n_queries == 1):
         return AttentionPlan(chosen, False, None)
     if not masked and n_queries == n_keys:
@@ -129,7 +133,6 @@ def flex_missing(device: torch.device, head_dim: int) -> str | None:
         return f"flex attention has no backward on the {device.type}"
     if head_dim < 16:
         return f"flex attention needs head_dim of at least 16, not {head_dim}"
-    from importlib.util import find_spec
     return None if find_spec("triton") else "flex attention needs triton (pip install 'officina[kernels]')"
 
 
@@ -169,10 +172,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) ->
                                           enable_gqa=grouped)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, softcap: float) -> Tensor:
-    run = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else _plain_flex()
-    return run(q, k, v, score_mod=_softcap_mod(softcap) if softcap else None, block_mask=plan.block_mask,
-               scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+def _flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+    # Inside a compiled block the function is compiled with it.
+    run = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    return run(q, k, v, score_mod=plan.score_mod, block_mask=plan.block_mask, scale=scale,
+               enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _full_mask(plan: AttentionPlan, n_queries: int, device: torch.device) -> Tensor | None:
@@ -181,8 +185,6 @@ def _full_mask(plan: AttentionPlan, n_queries: int, device: torch.device) -> Ten
 
 def _block_mask(n_queries: int, n_keys: int, causal: bool, window: int, documents_BS: Tensor | None,
                 device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
     offset = n_keys - n_queries
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -195,20 +197,18 @@ def _block_mask(n_queries: int, n_keys: int, causal: bool, window: int, document
 
     rows = None if documents_BS is None else documents_BS.shape[0]
     # Compiled, the mask is reduced to blocks on the fly; else all B x T x S entries exist for a moment.
-    create = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    create = _compiled_block_mask() if device.type == "cuda" else create_block_mask
     return create(sees, rows, None, n_queries, n_keys, device=device)
 
 
 @functools.cache
 def _compiled_flex() -> Any:
-    return torch.compile(_plain_flex())
+    return torch.compile(flex_attention)
 
 
 @functools.cache
-def _plain_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention
+def _compiled_block_mask() -> Any:
+    return torch.compile(create_block_mask)
 
 
 @functools.cache

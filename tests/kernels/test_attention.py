@@ -93,8 +93,9 @@ def test_flex_forward_equals_the_reference():
     documents = torch.tensor([[0] * 60 + [1] * 68, [0] * 128], dtype=torch.int32)
     q, k, v = qkv(T=128)
     for window, softcap, docs in [(0, 0.0, documents), (17, 0.0, None), (9, 5.0, documents), (0, 5.0, None)]:
-        plan = module.AttentionPlan("flex", False, None, module._block_mask(128, 128, True, window, docs, CPU))
-        got = module._flex(q, k, v, plan, 0.25, softcap)
+        plan = module.AttentionPlan("flex", False, None, module._block_mask(128, 128, True, window, docs, CPU),
+                                    module._softcap_mod(softcap) if softcap else None)
+        got = module._flex(q, k, v, plan, 0.25)
         want = attention_reference(q, k, v, mask=dense_mask(128, 128, True, window, docs, CPU), scale=0.25,
                                    softcap=softcap)
         torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import filled, random_config, small
 
+from officina.kernels import attention as kernel
 from officina.trainer.batch import IGNORE
 from officina.trainer.config import RopeConfig
 from officina.trainer.model.build import build_transformer
@@ -185,6 +186,22 @@ def test_blocks_compile_once_per_kind_of_layer(recompute):
     for a, b in zip(torch.autograd.grad(got, list(module.parameters())), grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert len(graphs) == 2  # windowed and global layers, not one for each of six
+
+
+def test_flex_attention_goes_into_compiled_blocks_whole(monkeypatch, recwarn):
+    """On the CPU flex attention has a forward: what a GPU compiles is traced here without a break or a warning."""
+    monkeypatch.setattr(kernel, "flex_missing", lambda device, head_dim: None)
+    switches = dict(n_layers=4, n_kv_heads=2, head_dim=16, window=40, window_pattern=[True, False], attn_softcap=20.0)
+    modules = [filled(small(**switches, attention_impl=impl)) for impl in ("flex", "reference")]
+    tokens = torch.randint(0, 61, (2, 256))
+    documents = (torch.arange(256) // 100).expand(2, -1).int().contiguous()
+    torch._dynamo.reset()
+    for block in modules[0].blocks:
+        block.compile(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        got, want = (module(tokens, documents_BT=documents) for module in modules)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert not [w for w in recwarn if "Dynamo" in str(w.message)]
 
 
 @pytest.mark.parametrize("rope", [
