@@ -7,8 +7,18 @@ import torch
 from torch import nn
 
 from officina.trainer.config import (
-    AdamWConfig, BatchConfig, CustomModelConfig, DataConfig, DDPConfig, FSDP2Config, HSDPConfig, RunConfig,
-    SingleConfig, SourceConfig, ZeroConfig)
+    AdamWConfig,
+    BatchConfig,
+    CustomModelConfig,
+    DataConfig,
+    DDPConfig,
+    FSDP2Config,
+    HSDPConfig,
+    RunConfig,
+    SingleConfig,
+    SourceConfig,
+    ZeroConfig,
+)
 from officina.trainer.data.loader import Loader
 from officina.trainer.model.build import build_model
 from officina.trainer.parallel.engine import Parts, build_engine
