@@ -24,10 +24,10 @@ ENGINES = {"ddp": ["engine=ddp"], "fsdp2": ["engine=fsdp2"], "hsdp": ["engine=hs
 PLAIN = {"plain DDP": ("ddp", "ddp"), "plain FSDP2": ("fsdp2", "fsdp2")}
 """Entrant -> how the plain loop shards, and the engine it is compared with."""
 WORDS = ["model=tiny", "data=joined", "steps=100000", "device=cpu", "checkpoint=at_end", "batch.seq_len=256",
-         "batch.micro_rows=8", "batch.global_tokens=8192", "data.prefetch_batches=2"]
+         "batch.micro_rows=4", "batch.global_tokens=4096", "data.prefetch_batches=1"]
 
 
-def run(*, ranks: int = 2, blocks: int = 5, steps: int = 4, precisions: tuple[str, ...] = ("fp32", "bf16"),
+def run(*, ranks: int = 2, blocks: int = 4, steps: int = 4, precisions: tuple[str, ...] = ("fp32", "bf16"),
         words: list[str] | None = None) -> dict[str, Any]:
     """Measure; returns the record. Engines whose package is missing are left out."""
     results: dict[str, Any] = {}
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m officina.benchmarks.engines", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=5, help="timed blocks of each entrant (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=4, help="timed blocks of each entrant (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="steps a block (default: %(default)s)")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "bf16_pure"])
     parser.add_argument("--out", type=Path, help="where the record goes (default: benchmarks/results/engines.json)")

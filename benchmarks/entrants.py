@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from officina.benchmarks.turns import Turns
 from officina.trainer import assemble
@@ -107,9 +108,9 @@ def plain(turns: Turns, env: RankEnv, *, run_dir: Path, how: str = "single") -> 
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(built.source.read(name, PARAM, 0, parameter.numel()).view_as(parameter))
-    for block in module.blocks:
+    for i, block in enumerate(module.blocks):
         if run.engine.recompute == "full":
-            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+            module.blocks[i] = block = checkpoint_wrapper(block, preserve_rng_state=False)
         if run.engine.compile:
             block.compile()
     called: nn.Module = module
@@ -117,11 +118,11 @@ def plain(turns: Turns, env: RankEnv, *, run_dir: Path, how: str = "single") -> 
         called = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
     elif how == "fsdp2":
         _fully_shard(module, device, precision)
-    matrices = [p for p in module.parameters() if p.ndim >= 2]
-    vectors = [p for p in module.parameters() if p.ndim < 2]
+    decayed = [p for n, p in module.named_parameters() if p.ndim >= 2 and not n.startswith("embed")]
+    others = [p for n, p in module.named_parameters() if p.ndim < 2 or n.startswith("embed")]
     config = run.optim
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
     step, losses = 0, []

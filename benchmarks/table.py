@@ -123,15 +123,16 @@ def _gpu(results: Record) -> str:
     if "total_s" in results.get("start", {}):
         said.append(f"From the command to the first step: {results['start']['total_s']['median']:.1f} s.")
     return _table(["run", "loop", "tokens/s", "MFU, causal", "MFU, full", "of the measured ceiling, causal",
-                   "peak GiB"], rows) + "\n\n" + " ".join(said)
+                   "peak GiB"], rows, words=2) + "\n\n" + " ".join(said)
 
 
 _TABLES = {"step": _step, "engines": _engines, "start": _start, "checkpoint": _checkpoint,
            "checkpoint_faults": _checkpoint_faults, "gpu": _gpu}
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """words: columns of text, which come first and stand left."""
+    lines = [head, ["---"] * words + ["---:"] * (len(head) - words), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

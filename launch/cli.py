@@ -152,10 +152,13 @@ examples:
 def _bench(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.add_argument("words", nargs="*", metavar="NAME", help="benchmarks to run; none lists them, `all` "
                          "runs all")
+    command.add_argument("--out", metavar="DIR", help="folder for the records (default: benchmarks/results in a clone)")
+    command.add_argument("--quick", action="store_true", help="only see that they run; needs --out")
     command.epilog = """\
 examples:
   officina bench
   officina bench all
+  officina bench step --quick --out quick-results
 """
 
 

@@ -124,4 +124,5 @@ def bench(args: argparse.Namespace) -> int:
     """The suite in the folder benchmarks."""
     if find_spec("officina.benchmarks.suite") is None:
         raise LaunchError("the benchmark suite is not installed. Run it from a clone of officina: make bench")
-    return import_module("officina.benchmarks.suite").main(args.words)
+    options = [*(["--out", args.out] if args.out else []), *(["--quick"] if args.quick else [])]
+    return import_module("officina.benchmarks.suite").main([*args.words, *options])
