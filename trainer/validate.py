@@ -218,10 +218,9 @@ def _engine(run: RunConfig, world_size: int | None) -> Iterator[Problem]:
         yield Problem("optim", "muon", "does not work under ZeRO: DeepSpeed hands the optimizer flat pieces, "
                       "not matrices, and "
                       "its norm and clipping would see the orthogonalised update", "engine=fsdp2")
-    if zero and run.precision == "bf16_pure":
-        yield Problem("precision", "bf16_pure", "does not work under ZeRO, which always keeps fp32 master "
-                      "weights",
-                      "precision=bf16")
+    if zero and run.precision == "bf16_pure" and engine.offload_optimizer:
+        yield Problem("precision", "bf16_pure", "does not work with engine.offload_optimizer: DeepSpeed then wants its own "
+                      "CPU Adam", "engine.offload_optimizer=false")
     if zero and engine.offload_params and engine.stage != 3:
         yield Problem("engine.offload_params", True, f"needs stage 3; stage {engine.stage} keeps whole "
                       "parameters on each rank",

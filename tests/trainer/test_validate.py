@@ -160,7 +160,8 @@ COMBINATIONS = [
     *sizes(),
     *((f"single on {n}", ["engine=single"], n, "engine") for n in (2, 3, 64)),
     *((f"muon under zero{s}", ["optim=muon", f"engine=zero{s}"], None, "optim") for s in (1, 2, 3)),
-    *((f"bf16_pure under zero{s}", [f"engine=zero{s}", "precision=bf16_pure"], None, "precision") for s in (1, 2, 3)),
+    *((f"bf16_pure offloaded under zero{s}",
+       [f"engine=zero{s}", "precision=bf16_pure", "engine.offload_optimizer=true"], None, "precision") for s in (1, 2, 3)),
     *((f"offload under zero{s}", [f"engine=zero{s}", "engine.offload_params=true"], None, "engine.offload_params")
       for s in (1, 2)),
     *((f"muon offloaded under {e}", ["optim=muon", f"engine={e}", "engine.cpu_offload=true"], 2, "engine.cpu_offload")

@@ -13,7 +13,6 @@ from officina.trainer.muon import Split
 from officina.trainer.optim import group_parameters
 from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts
-from officina.trainer.parallel.group import join_group, leave_group
 from officina.trainer.parallel.single import TorchEngine
 from officina.trainer.parallel.tensors import Held, deal, materialize
 
@@ -29,14 +28,14 @@ def build(parts: Parts) -> "FSDP2Engine":
     if scalars:
         raise OfficinaError(f"{scalars[0]} has no dimension, and engine={parts.run.engine.kind} shards the first one. "
                             "Give it shape (1,), or use engine=ddp")
-    return FSDP2Engine(parts, join_group(parts.ranks))
+    parts.ranks.ensure_group()
+    return FSDP2Engine(parts)
 
 
 class FSDP2Engine(TorchEngine):
     """Each rank holds some rows of every parameter, a contiguous flat range."""
 
-    def __init__(self, parts: Parts, own_group: bool) -> None:
-        self._own_group = own_group
+    def __init__(self, parts: Parts) -> None:
         self._config, run, module = parts.run.engine, parts.run, parts.module
         mesh = _mesh(parts)
         blocks = find_blocks(module, run)
@@ -92,7 +91,6 @@ class FSDP2Engine(TorchEngine):
     def close(self) -> None:
         super().close()
         self._shards = None
-        leave_group(self._own_group)
 
     def _free_gathered(self) -> None:
         """After a forward without backward the root's weights stay gathered, and would be stale once shards change."""

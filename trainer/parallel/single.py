@@ -11,14 +11,13 @@ from officina.trainer.muon import Split
 from officina.trainer.optim import Groups, Optimizer, group_parameters
 from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts, StepOutcome
+from officina.trainer.parallel.precision import set_precision
 from officina.trainer.parallel.tensors import (
     Held,
-    autocast,
     buffer_pieces,
     fill_buffers,
     materialize,
     persistent_buffers,
-    set_compute_dtype,
 )
 from officina.trainer.state import PARAM, Piece, Source
 
@@ -47,8 +46,9 @@ class TorchEngine:
         self.optimizer_steps = 0
         self._ranks, self._loss_fn = parts.ranks, parts.loss_fn
         self._clip_norm = parts.run.optim.clip_norm
-        set_compute_dtype(parts.module, parts.precision)
-        self._autocast = autocast(parts.module, parts.precision, parts.ranks.device)
+        # In bf16, FSDP2's own policy casts; one process and DDP hand over fp32 weights, which the forward casts.
+        self._autocast = set_precision(parts.module, find_blocks(parts.module, parts.run), parts.precision,
+                                       parts.ranks.device, bf16_weights=parts.precision == "bf16_pure")
         self._params = dict(parts.module.named_parameters())
         self._buffers = persistent_buffers(parts.module)
         self._optimizer = Optimizer(parts.run.optim, groups, self._params, split)

@@ -1,6 +1,6 @@
 """What every engine does with a module's tensors: make them real, name them, deal them out, fill the buffers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,15 +96,3 @@ def deal(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
         owners[name] = loads.index(min(loads))
         loads[owners[name]] += size
     return owners
-
-
-def set_compute_dtype(module: nn.Module, precision: str) -> None:
-    """Tell a model that casts its own weights (the decoder) what to compute in."""
-    if hasattr(module, "compute_dtype"):
-        module.compute_dtype = None if precision == "fp32" else torch.bfloat16
-
-
-def autocast(module: nn.Module, precision: str, device: torch.device) -> Callable[[], torch.autocast]:
-    """A context to compute in: torch.autocast to bf16 for models that do not cast for themselves."""
-    enabled = precision != "fp32" and not hasattr(module, "compute_dtype")
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

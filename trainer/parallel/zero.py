@@ -4,8 +4,10 @@ DeepSpeed's own counting of micro-batches, averaging and learning-rate schedules
 """
 
 import gc
+import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -17,14 +19,12 @@ from officina.trainer.errors import ConfigError, OfficinaError, Problem
 from officina.trainer.optim import group_parameters, new_adamw
 from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts, StepOutcome
-from officina.trainer.parallel.group import join_group, leave_group
+from officina.trainer.parallel.precision import set_precision
 from officina.trainer.parallel.tensors import (
-    autocast,
     buffer_pieces,
     fill_buffers,
     materialize,
     persistent_buffers,
-    set_compute_dtype,
 )
 from officina.trainer.parallel.zero_state import ZeroState
 from officina.trainer.state import Piece, Source
@@ -41,14 +41,15 @@ def build(parts: Parts) -> "ZeroEngine":
     """
     if isinstance(parts.run.optim, MuonConfig):
         raise ConfigError([Problem("optim", "muon", NO_MUON, "optim=adamw, or engine=fsdp2")])
-    return ZeroEngine(parts, join_group(parts.ranks))
+    parts.ranks.ensure_group()
+    return ZeroEngine(parts)
 
 
 class ZeroEngine:
     """Wraps a DeepSpeedEngine; `self.module` is that one."""
 
-    def __init__(self, parts: Parts, own_group: bool) -> None:
-        self._own_group, self._ranks, self._loss_fn = own_group, parts.ranks, parts.loss_fn
+    def __init__(self, parts: Parts) -> None:
+        self._ranks, self._loss_fn = parts.ranks, parts.loss_fn
         self.optimizer_steps = 0
         run, module = parts.run, parts.module
         deepspeed = load_deepspeed(parts.ranks.device, parts.ranks.env.local_rank)
@@ -64,8 +65,7 @@ class ZeroEngine:
         else:
             materialize(module, parts.ranks.device)
         prepare_blocks(blocks, run)
-        set_compute_dtype(module, parts.precision)
-        self._autocast = autocast(module, parts.precision, parts.ranks.device)
+        self._autocast = set_precision(module, blocks, parts.precision, parts.ranks.device, bf16_weights=True)
         self._buffers = persistent_buffers(module)
         optimizer = new_adamw(run.optim, groups, dict(module.named_parameters()))
         self._lr = run.optim.lr
@@ -116,7 +116,6 @@ class ZeroEngine:
         self._guard = self._state = self.module = self._loss_fn = None
         self._buffers = {}
         forget_deepspeed()
-        leave_group(self._own_group)
 
 
 class NormGuard:
@@ -220,10 +219,10 @@ def load_deepspeed(device: torch.device, local_rank: int):
     except ImportError as error:
         raise OfficinaError("engine=zero needs DeepSpeed, which is not installed here. Try: pip install "
                             "'officina[deepspeed]', or engine=fsdp2") from error
-    import logging
-
     from deepspeed.utils import logger
     logger.setLevel(logging.WARNING)
+    # torch 2.13's new names for what DeepSpeed calls at every step: a line per call and rank otherwise.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
     # Otherwise a C++ extension is built at first use: half a minute, a compiler, and shared memory that a kill leaves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)

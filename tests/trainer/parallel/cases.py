@@ -234,7 +234,7 @@ def _train(ranks, case: Case, engine, now: list[int]) -> dict:
     losses, norms, applied, evals = [], [], [], []
     for step in range(case.first, case.first + case.steps):
         now[0] = step
-        fields = global_batch(step, case)
+        fields = global_batch(step + (case.fault == "data_shift_step"), case)
         if case.fault == "data_shift":
             fields = {name: values.roll(1, 0) if ranks.rank == ranks.world_size - 1 else values
                       for name, values in fields.items()}
@@ -281,15 +281,16 @@ def join(parts: Sequence[dict]) -> Trace:
 
 
 class Values:
-    """A Source of (name, slot) -> flat array; refuses what is not there."""
+    """A Source of (name, slot) -> flat array; refuses what is not there. keep: buffers, whose dtype is not fp32."""
 
-    def __init__(self, state: Mapping[tuple[str, str], np.ndarray]) -> None:
-        self.state = state
+    def __init__(self, state: Mapping[tuple[str, str], np.ndarray], keep: Sequence[str] = ()) -> None:
+        self.state, self.keep = state, keep
 
     def read(self, name: str, slot: str, start: int, stop: int) -> Tensor:
         whole = self.state[name, slot]
         assert 0 <= start <= stop <= len(whole), f"{name}/{slot}: [{start}, {stop}) of {len(whole)}"
-        return torch.from_numpy(whole[start:stop]).float()
+        values = torch.from_numpy(whole[start:stop])
+        return values if name in self.keep else values.float()
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,10 @@ def test_engine_conforms_whole_grid(pool, engine, ranks, splits, packed, rows):
 @pytest.mark.parametrize(("engine", "ranks", "model"), [
     ("ddp", 2, OTHER), ("fsdp2", 4, OTHER), ("hsdp", 4, TIED), ("zero2", 3, TIED), ("zero3", 2, OTHER)])
 def test_tied_and_unlike_models_conform(pool, engine, ranks, model):
-    # Tied embeddings amplify rounding: the fp32 reference itself is further from fp64 than any engine is from it.
-    case = Case(engine, model=model)
-    assert distance(expected(case), trace(pool, ranks, case)).within(), distance(expected(case), trace(pool, ranks, case))
+    # At lr 1e-3 the second model is chaotic: its fp32 reference is 3e-4 (norm) away from its fp64 one after 20 steps.
+    case = Case(engine, model=model, optim=replace(ADAMW, lr=3e-4))
+    away = distance(expected(case), trace(pool, ranks, case))
+    assert away.within(), away
 
 
 def test_reference_is_close_to_fp64():
@@ -82,19 +83,23 @@ def test_muon_conforms(pool, engine, ranks):
 @pytest.mark.parametrize(("engine", "ranks"), [
     ("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2)])
 def test_bf16_is_as_good_as_one_bf16_process(pool, engine, ranks):
-    """Residuals against fp32: their mean size, because along one trajectory they are correlated and not centred."""
-    case = Case(engine, precision="bf16", steps=40)
+    """Residuals against fp32: their mean size, because along one trajectory they are correlated and not centred.
+
+    A low rate, because at 1e-3 two right bf16 runs come as far apart (one norm by 16 %) as a wrong one would.
+    """
+    case = Case(engine, precision="bf16", steps=20, optim=replace(ADAMW, lr=1e-4))
     exact, plain = expected(replace(case, precision="fp32")), expected(case)
     found = trace(pool, ranks, case)
     allowed = np.abs(np.subtract(plain.losses, exact.losses)).mean()
     assert np.abs(np.subtract(found.losses, exact.losses)).mean() <= 2 * allowed
-    assert np.abs(np.divide(found.norms, plain.norms) - 1).mean() <= 1e-3
+    assert np.abs(np.divide(found.norms, exact.norms) - 1).mean() <= 1e-3
     assert {values.dtype for values in found.state.values()} == {np.dtype("float64")}
     masters = found.state["blocks.0.mlp.up.weight", "param"].astype(np.float32)
     assert (masters.view(np.uint32) & 0xFFFF).any(), "master weights have no more digits than bf16"
 
 
-@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4)])
+@pytest.mark.parametrize(("engine", "ranks"), [
+    ("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2)])
 def test_bf16_pure_keeps_everything_in_bf16_and_learns(pool, engine, ranks):
     case = Case(engine, precision="bf16_pure", steps=20)
     found, exact = trace(pool, ranks, case), expected(replace(case, precision="fp32"))

@@ -23,7 +23,7 @@ def test_resume_in_the_same_world_is_bitwise(pool, engine, ranks):
 
 @pytest.mark.parametrize(("engine", "ranks", "precision"), [
     ("single", 1, "bf16"), ("fsdp2", 2, "bf16"), ("zero1", 2, "bf16"), ("zero2", 2, "bf16"), ("zero3", 2, "bf16"),
-    ("ddp", 2, "bf16_pure"), ("fsdp2", 2, "bf16_pure")])
+    ("ddp", 2, "bf16_pure"), ("fsdp2", 2, "bf16_pure"), ("zero2", 2, "bf16_pure"), ("zero3", 2, "bf16_pure")])
 def test_resume_in_bf16_is_bitwise(pool, engine, ranks, precision):
     check_bitwise(pool, ranks, engine=engine, precision=precision)
 

@@ -1,0 +1,130 @@
+"""A model that is not the decoder: a convolution, frozen and tied parameters, persistent and other buffers, float inputs."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from officina.trainer.batch import Batch
+from officina.trainer.config import AdamWConfig, BatchConfig, CustomModelConfig, RunConfig
+from officina.trainer.model.build import build_model
+from officina.trainer.parallel.engine import Parts, build_engine
+from officina.trainer.state import PARAM
+from tests.trainer.parallel.cases import ENGINES, Values, join
+
+HERE = "tests.trainer.parallel.custom"
+ROWS, STEPS = 8, 6
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.place = nn.Parameter(0.1 * torch.randn(1, 4, width), requires_grad=False)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(2))
+        self.head = nn.Linear(width, 5)
+        self.again = nn.Linear(width, 5, bias=False)
+        self.again.weight = self.head.weight
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scale", torch.tensor([0.5, 2.0]))
+        self.register_buffer("ramp", torch.linspace(0, 1, width), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen += 1
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.place + self.ramp * self.scale[0]
+        for layer in self.layers:
+            x = layer(x)
+        x = x.mean(1)
+        return self.head(x) + self.again(x * self.scale[1])
+
+
+def factory(width: int) -> nn.Module:
+    return Net(width)
+
+
+def losses(module: nn.Module, fields: dict[str, Tensor]) -> Tensor:
+    return torch.nn.functional.cross_entropy(module(fields["x"]), fields["y"], reduction="none")
+
+
+def decode(record: bytes) -> dict[str, Tensor]:
+    return {"x": torch.frombuffer(bytearray(record), dtype=torch.float32).view(3, 8, 8), "y": torch.tensor(0)}
+
+
+def run_of(engine: str) -> RunConfig:
+    model = CustomModelConfig(factory=f"{HERE}:factory", loss=f"{HERE}:losses", decoder=f"{HERE}:decode", blocks="layers",
+                              args={"width": 16})
+    return RunConfig(model=model, engine=ENGINES[engine], optim=AdamWConfig(lr=1e-3, eps=1e-6),
+                     batch=BatchConfig(global_tokens=ROWS, seq_len=1))
+
+
+def batch_of(step: int) -> dict[str, Tensor]:
+    random = np.random.default_rng(step)
+    x = random.standard_normal((ROWS, 3, 8, 8), dtype=np.float32)
+    return {"x": torch.from_numpy(x), "y": torch.from_numpy(random.integers(0, 5, ROWS)),
+            "valid": torch.from_numpy(random.random(ROWS) < 0.8)}
+
+
+def train(ranks, engine: str, precision: str = "fp32", first: int = 0, steps: int = STEPS, begin=None) -> dict:
+    """Train the model; this rank's part of a Trace."""
+    run = run_of(engine)
+    built = build_model(run)
+    engine = build_engine(Parts(run, ranks, built.module, built.loss_fn, precision))
+    source, done = (built.source, None) if begin is None else (Values(begin, keep=("seen", "scale")), first)
+    engine.import_state(source, optimizer_steps=done)
+    losses_, norms = [], []
+    for step in range(first, first + steps):
+        fields = batch_of(step)
+        mine = slice(ranks.rank * ROWS // ranks.world_size, (ranks.rank + 1) * ROWS // ranks.world_size)
+        part = {name: values[mine] for name, values in fields.items()}
+        total = int(fields["valid"].sum())
+        loss = engine.forward_backward(Batch(part, int(part["valid"].sum())), step_tokens=total, last=True)
+        losses_.append(ranks.sum([loss.item()])[0] / total)
+        norms.append(engine.step(1.0).grad_norm)
+    pieces = [(p.name, p.slot, p.shape, p.start, p.stop, p.values.detach().cpu().double().numpy())
+              for p in engine.export_state()]
+    # What the forward uses must be the same for everyone, also where it is a copy of what was exported.
+    last = batch_of(99)
+    evals = [engine.evaluate(Batch(last, int(last["valid"].sum()))).item()]
+    result = {"losses": losses_, "norms": norms, "applied": [True] * steps, "pieces": pieces, "evals": evals,
+              "optimizer_steps": engine.optimizer_steps}
+    engine.close()
+    return result
+
+
+def reference():
+    """The same in plain torch, one process."""
+    run = run_of("single")
+    built = build_model(run)
+    with torch.random.fork_rng():
+        torch.manual_seed(run.seed)
+        module = Net(16)
+    named = dict(module.named_parameters())
+    for name, parameter in named.items():
+        assert torch.equal(parameter.detach().flatten(), built.source.read(name, PARAM, 0, parameter.numel()))
+    matrices = [p for n, p in named.items() if p.ndim >= 2 and n.endswith("weight")]
+    rest = [p for n, p in named.items() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                                  lr=1e-3, betas=(0.9, 0.95), eps=1e-6, foreach=False, fused=False)
+    losses_, norms = [], []
+    for step in range(STEPS):
+        fields = batch_of(step)
+        loss = built.loss_fn(module, fields) / int(fields["valid"].sum())
+        optimizer.zero_grad()
+        loss.backward()
+        losses_.append(loss.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), 1.0).item())
+        optimizer.step()
+    pieces = [(n, PARAM, tuple(p.shape), 0, p.numel(), p.detach().double().numpy().reshape(-1)) for n, p in named.items()]
+    module.eval()
+    evals = [built.loss_fn(module, batch_of(99)).item()]
+    return join([{"losses": losses_, "norms": norms, "applied": [True] * STEPS, "pieces": pieces, "evals": evals,
+                  "optimizer_steps": STEPS}])

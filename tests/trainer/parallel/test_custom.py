@@ -1,0 +1,47 @@
+"""Frozen and tied parameters, buffers and models that do not cast for themselves, under every engine."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from tests.trainer.parallel import custom
+from tests.trainer.parallel.cases import join
+
+TRAIN = "tests.trainer.parallel.custom:train"
+ALL = [("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3_persist", 3)]
+reference = functools.cache(custom.reference)
+
+
+@pytest.mark.parametrize(("engine", "ranks"), ALL)
+def test_frozen_tied_and_buffers(pool, engine, ranks):
+    found, plain = join(pool.run(ranks, TRAIN, engine)), reference()
+    assert np.abs(np.subtract(found.losses, plain.losses)).max() <= 1e-5
+    assert np.abs(np.divide(found.norms, plain.norms) - 1).max() <= 1e-5
+    assert np.abs(np.subtract(found.eval_losses, plain.eval_losses)).max() <= 1e-4
+    for key, values in plain.state.items():
+        assert np.abs(found.state[key] - values).max() <= 1e-5, key
+    assert ("again.weight", "param") not in found.state  # tied: it has its first name only
+    assert ("place", "exp_avg") not in found.state and ("head.weight", "exp_avg") in found.state
+    assert ("ramp", "param") not in found.state
+    # DDP's thrown-away first backward and evaluation leave no trace in a buffer that counts training forwards.
+    assert found.state["seen", "param"] == [custom.STEPS]
+    assert found.state["scale", "param"].tolist() == [0.5, 2.0]
+
+
+@pytest.mark.parametrize(("engine", "ranks"), ALL)
+def test_resume_is_bitwise(pool, engine, ranks):
+    whole = join(pool.run(ranks, TRAIN, engine))
+    half = join(pool.run(ranks, TRAIN, engine, steps=3))
+    rest = join(pool.run(ranks, TRAIN, engine, first=3, steps=3, begin=half.state))
+    assert rest.losses == whole.losses[3:] and rest.eval_losses == whole.eval_losses
+    for key, values in whole.state.items():
+        assert np.array_equal(values, rest.state[key]), key
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero3", 2)])
+@pytest.mark.parametrize("precision", ["bf16", "bf16_pure"])
+def test_bf16_by_autocast(pool, engine, ranks, precision):
+    found, plain = join(pool.run(ranks, TRAIN, engine, precision)), reference()
+    away = np.abs(np.subtract(found.losses, plain.losses))
+    assert 0 < away.max() < 0.05
