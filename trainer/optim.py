@@ -13,6 +13,8 @@ from officina.trainer.config import AdamWConfig, MuonConfig
 from officina.trainer.muon import Muon, Split
 from officina.trainer.state import EXP_AVG, EXP_AVG_SQ, MOMENTUM
 
+_NORMS = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._BatchNorm
+
 
 @dataclass(frozen=True, slots=True)
 class Groups:
@@ -32,25 +34,26 @@ def group_parameters(module: nn.Module, blocks: nn.Module, config: AdamWConfig) 
     Decayed are matrices (2 dimensions or more) inside the blocks, and outside them those called `weight` (a linear map or
     a convolution, the output head); never a norm, a bias, another 1-dimensional parameter or an embedding, tied or not.
     """
-    embeddings = {id(child.weight) for name, child in module.named_modules() if _is_embedding(name, child)}
+    never = {id(parameter) for name, child in module.named_modules() if _is_norm_or_embedding(name, child)
+             for parameter in child.parameters(recurse=False)}
     inside = {id(parameter) for parameter in blocks.parameters()}
     decayed, plain, muon = [], [], []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
+        leaf = name.rpartition(".")[2]
+        is_matrix = parameter.ndim >= 2 and leaf != "bias" and id(parameter) not in never
         if isinstance(config, MuonConfig) and is_matrix and id(parameter) in inside and parameter.ndim == 2:
             muon.append(name)
-        elif is_matrix and (id(parameter) in inside or name.rpartition(".")[2] == "weight"):
+        elif is_matrix and (id(parameter) in inside or leaf == "weight"):
             decayed.append(name)
         else:
             plain.append(name)
     return Groups(tuple(decayed), tuple(plain), tuple(muon))
 
 
-def _is_embedding(name: str, child: nn.Module) -> bool:
-    named = name.rpartition(".")[2].startswith("embed") and isinstance(getattr(child, "weight", None), nn.Parameter)
-    return isinstance(child, nn.Embedding) or named
+def _is_norm_or_embedding(name: str, child: nn.Module) -> bool:
+    return isinstance(child, _NORMS | nn.Embedding) or name.rpartition(".")[2].startswith("embed")
 
 
 def new_adamw(config: AdamWConfig, groups: Groups, params: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
