@@ -149,19 +149,25 @@ class KillOutcome:
     detail: str = ""
 
 
-def kill_trial(folder: Path, rng: random.Random, context, *, asynchronous: bool, world_size: int = 2) -> KillOutcome:
-    """Start ranks, kill one or all with SIGKILL at a random moment after the first commit, look at what is left."""
+def kill_trial(folder: Path, rng: random.Random, context, *, asynchronous: bool,
+               world_size: int = 2) -> KillOutcome | None:
+    """Start ranks, kill one or all with SIGKILL at a random moment after the first commit, look at what is left.
+
+    None if the ranks ended or came to no first commit (a machine that is paused or overloaded): nobody was killed.
+    """
     run_dir = folder / "run"
     processes = [context.Process(target=_train, args=(str(run_dir), str(folder / "store"), r, world_size, asynchronous))
                  for r in range(world_size)]
     for p in processes:
         p.start()
-    deadline = time.monotonic() + 60
+    looks = 0
     while not (run_dir.exists() and any(checkpoints_dir(run_dir).glob(f"*/{COMMIT}"))):
-        if time.monotonic() > deadline or any(p.exitcode is not None for p in processes):
+        looks += 1
+        if looks > 20_000 or any(p.exitcode is not None for p in processes):
             for p in processes:
                 p.kill()
-            return KillOutcome(False, False, "the ranks never committed a first checkpoint")
+                p.join()
+            return None
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.3))
     for p in processes if rng.random() < 0.5 else [rng.choice(processes)]:
@@ -200,11 +206,20 @@ def kills(count: int, *, seed: int = 0, folder: Path | None = None) -> dict[str,
     rng = random.Random(seed)
     found: dict[str, Any] = {}
     for mode in ("synchronous", "asynchronous"):
-        outcomes = []
-        for _ in range(count // 2 if mode == "synchronous" else count - count // 2):
+        outcomes: list[KillOutcome] = []
+        not_started = 0
+        wanted = count // 2 if mode == "synchronous" else count - count // 2
+        while len(outcomes) < wanted:
             with tempfile.TemporaryDirectory(dir=folder, prefix="officina-kill-") as scratch:
-                outcomes.append(kill_trial(Path(scratch), rng, context, asynchronous=mode == "asynchronous"))
-        found[mode] = {"kills": len(outcomes), "kills_during_a_save": sum(o.in_save for o in outcomes),
+                outcome = kill_trial(Path(scratch), rng, context, asynchronous=mode == "asynchronous")
+            if outcome is not None:
+                outcomes.append(outcome)
+                if len(outcomes) % 25 == 0:
+                    print(f"{mode}: {len(outcomes)} of {wanted} kills", file=sys.stderr, flush=True)
+            elif (not_started := not_started + 1) > max(5, wanted // 4):
+                raise RuntimeError(f"in {not_started} trials the ranks never committed a first checkpoint")
+        found[mode] = {"kills": len(outcomes), "trials_without_a_kill": not_started,
+                       "kills_during_a_save": sum(o.in_save for o in outcomes),
                        "whole_checkpoint_loaded": sum(o.whole for o in outcomes),
                        "failures": [o.detail for o in outcomes if not o.whole]}
     return found

@@ -14,7 +14,8 @@ from officina.trainer.errors import DataError
 
 INCLUDE = ("*.txt", "*.md", "*.rst", "*.py", "*.jsonl", "*.jsonl.gz")
 """What is read of a folder unless something else is asked for."""
-_STDLIB_WITHOUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "turtledemo"}
+_STDLIB_WITHOUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "turtledemo",
+                   "encodings", "pydoc_data"}  # the last two are tables and prose, a fifth of all bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,8 @@ class LeftOut:
 
 
 def standard_library() -> tuple[list[TextSource], dict[str, str]]:
-    """The sources of this Python's standard library without its tests, and words about them for the
-    manifest."""
+    """The sources of this Python's standard library without tests and tables, and words about them
+    for the manifest."""
     root = Path(sysconfig.get_path("stdlib"))
     version = platform.python_version()
     files = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")
@@ -62,7 +63,7 @@ def standard_library() -> tuple[list[TextSource], dict[str, str]]:
     if not files:
         raise DataError(f"the standard library's sources are not at {root} (a zipped or frozen Python?). "
                         "Name a folder of text: officina data build OUT FOLDER")
-    about = {"description": f"Sources of the Python {version} standard library, without its tests.",
+    about = {"description": f"Sources of the Python {version} standard library, without tests and tables.",
              "licence": "PSF-2.0", "python": version}
     return [TextSource("python-stdlib", tuple(sorted(files)))], about
 
