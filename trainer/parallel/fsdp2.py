@@ -93,7 +93,7 @@ class FSDP2Engine(TorchEngine):
         self._shards = None
 
     def _free_gathered(self) -> None:
-        """After a forward without backward the root's weights stay gathered, and would be stale once shards change."""
+        """Free what stays gathered after a forward without backward: it costs memory, and is stale once shards change."""
         for child in self.module.modules():
             if isinstance(child, FSDPModule):
                 child.reshard()

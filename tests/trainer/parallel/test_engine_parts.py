@@ -70,6 +70,25 @@ def test_names_stay_clean(how):
     assert {(p.name, p.slot) for p in plain.export_state()} == {(p.name, p.slot) for p in changed.export_state()}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["single", "fsdp2"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_many_blocks_compile_once(engine, recompute):
+    """Two graphs, one to train and one to evaluate; from the ninth on, torch would silently compile no more of them."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    case = Case(engine, model=replace(Case().model, n_layers=10), recompute=recompute, compile=True)
+    made, batch = engine_of(case), only_batch(case)
+    for _ in range(2):
+        made.forward_backward(batch, step_tokens=batch.loss_tokens, last=True)
+        made.step(1.0)
+    made.evaluate(batch)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    made.close()
+
+
 def test_missing_blocks_are_named():
     module = nn.Sequential(nn.ModuleList([nn.Linear(2, 2)]))
     run = RunConfig(model=CustomModelConfig(factory="a:b", loss="a:b", decoder="a:b", blocks="model.layers"))

@@ -4,8 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from tests.trainer.parallel.cases import MUON, Case, distance, join, reference
+from officina.trainer.model.build import build_model
+from officina.trainer.parallel.engine import Parts, build_engine
+from tests.trainer.parallel.cases import MUON, Case, Values, distance, global_batch, join, micro_batches, reference
 
 TRAIN = "tests.trainer.parallel.cases:train"
 RANKS = {"single": 1, "ddp": 3, "fsdp2": 3, "hsdp": 4, "zero1": 2, "zero2": 3, "zero3": 3}
@@ -41,6 +44,32 @@ def check_bitwise(pool, ranks: int, **case) -> None:
     assert ended.optimizer_steps == 6 and ended.state.keys() == whole.state.keys()
     for key, values in whole.state.items():
         assert np.array_equal(values, ended.state[key]), f"{key}: {np.abs(values - ended.state[key]).max()}"
+
+
+def evaluate_import_evaluate(ranks, engine: str, state) -> tuple[float, float]:
+    """The loss on a batch after `state` was filled into an engine that had evaluated before, and into a new one."""
+    case = Case(engine)
+    micro = micro_batches(global_batch(0, case), range(case.rows), 1)[0]
+    losses = []
+    for used in (True, False):
+        built = build_model(case.run)
+        made = build_engine(Parts(case.run, ranks, built.module, built.loss_fn, "fp32"))
+        made.import_state(built.source, optimizer_steps=None)
+        if used:
+            with torch.no_grad():  # as generation does: the engine does not see it
+                built.loss_fn(made.module, micro.fields)
+        made.import_state(Values(state), optimizer_steps=5)
+        losses.append(made.evaluate(micro).item())
+        made.close()
+    return losses[0], losses[1]
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2_fast", 2), ("zero2", 2),
+                                               ("zero3", 2), ("zero3_persist", 2)])
+def test_state_reaches_the_weights_that_were_in_use(pool, engine, ranks):
+    state = join(pool.run(1, TRAIN, Case(steps=5))).state
+    for used, new in pool.run(ranks, "tests.trainer.parallel.test_resume:evaluate_import_evaluate", engine, state):
+        assert used == new
 
 
 @pytest.fixture(scope="module")
