@@ -115,6 +115,7 @@ class ZeroState:
         if self._stage != 3:
             z.update_lp_params()
             return
+        z._partition_all_parameters()  # as DeepSpeed's step does: a gather leaves out what is gathered already
         for group in range(len(z.fp16_groups)):
             z._reassign_or_swap_out_partitioned_parameters(group)
         if z.persistent_parameters:
