@@ -32,7 +32,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once, a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,deepspeed,kernels,mpi,datasets]'
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --constraint constraints.txt \
+	  --editable '.[test,deepspeed,kernels,mpi,datasets]' >$(VENV)/install.log 2>&1 || { tail -30 $(VENV)/install.log; exit 1; }
 	@touch $@
 
 clean: ## remove .venv and what the demo made

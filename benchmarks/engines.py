@@ -36,7 +36,7 @@ def run(*, ranks: int = 2, blocks: int = 4, steps: int = 4, precisions: tuple[st
                if not name.startswith("zero") or importlib.util.find_spec("deepspeed")}
     for precision in precisions:
         with tempfile.TemporaryDirectory(prefix="officina-bench-") as scratch:
-            data = synthetic_dataset(Path(scratch) / "data", vocab_size=4096, tokens=4_000_000)
+            data = synthetic_dataset(Path(scratch) / "data", vocab_size=2048, tokens=4_000_000)
             common = [*words, f"precision={precision}", f"data.sources.synthetic.path={data}"]
             dirs = {name: write_run([*common, *choice, f"name={name}"], Path(scratch) / "runs", ranks)
                     for name, choice in engines.items()}

@@ -86,7 +86,7 @@ class Session:
 
     def run_dir(self, experiment: str, *words: str) -> Path:
         """A run of the experiment on synthetic shards."""
-        vocab = 512 if self.tiny else VOCABULARIES.get(experiment, 4096)
+        vocab = 512 if self.tiny else VOCABULARIES.get(experiment, 2048)
         data = self.scratch / f"vocab_{vocab}"
         if not (data / "dataset.json").exists():
             synthetic_dataset(data, vocab_size=vocab, tokens=200_000 if self.tiny else 20_000_000)

@@ -33,7 +33,7 @@ def run(*, repeats: int = 5, words: list[str] | None = None) -> dict[str, Any]:
 
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in CASES}
     with tempfile.TemporaryDirectory(prefix="officina-bench-") as scratch:
-        data = synthetic_dataset(Path(scratch) / "data", vocab_size=4096, tokens=1_000_000)
+        data = synthetic_dataset(Path(scratch) / "data", vocab_size=2048, tokens=1_000_000)
         words = [*WORDS, f"data.sources.synthetic.path={data}", *(words or [])]
 
         def one(name: str) -> float:

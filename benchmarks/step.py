@@ -22,7 +22,7 @@ from officina.trainer.run_dir import load_config
 
 WORDS = ["model=tiny", "data=joined", "steps=100000", "device=cpu", "checkpoint=at_end", "batch.seq_len=256",
          "batch.micro_rows=8", "batch.global_tokens=4096", "data.prefetch_batches=1", "name=ours"]
-"""The demo's model and half its batch: small, so that what the loop adds is large beside it."""
+"""The demo's model: small, so that what the loop adds is large beside it."""
 
 
 def run(*, blocks: int = 6, steps: int = 6, precisions: tuple[str, ...] = ("fp32", "bf16"),
@@ -39,7 +39,7 @@ def run(*, blocks: int = 6, steps: int = 6, precisions: tuple[str, ...] = ("fp32
 
 def measure(scratch: Path, words: list[str], blocks: int, steps: int) -> tuple[dict[str, list[Block]], RunConfig]:
     """Blocks of each entrant, and the run they all follow."""
-    data = synthetic_dataset(scratch / "data", vocab_size=4096, tokens=4_000_000)
+    data = synthetic_dataset(scratch / "data", vocab_size=2048, tokens=4_000_000)
     run_dir = write_run([*words, f"data.sources.synthetic.path={data}"], scratch / "runs")
     entrants = {
         "officina": Entrant(partial(officina, run_dir=run_dir)),

@@ -22,7 +22,7 @@ WORDS = ["data=joined", "steps=1000", "device=cpu", "threads=1", "checkpoint=at_
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return synthetic_dataset(tmp_path_factory.mktemp("data") / "tokens", vocab_size=4096, tokens=50_000)
+    return synthetic_dataset(tmp_path_factory.mktemp("data") / "tokens", vocab_size=2048, tokens=50_000)
 
 
 def test_the_synthetic_data_set_is_whole(data):

@@ -142,7 +142,7 @@ def test_check_summarises_a_run_without_problems(data_set, capsys, tmp_path):
     (tmp_path / "officina" / "me.yaml").write_text("site: {account: 1e5}\n")
     assert cli.main(["check", "experiment=demo", f"data.sources.python.path={data_set}"]) == 0
     told = capsys.readouterr().out
-    for part in ("2, engine fsdp2", "parameters", "8,192 tokens a step = 32 rows x 256", "300 steps = 2,457,600 tokens",
+    for part in ("2, engine fsdp2", "parameters", "2,048 tokens a step = 8 rows x 256", "640 steps = 1,310,720 tokens",
                  "site.account=1e5", "me.yaml", "runs/demo"):
         assert part in told, part
 
@@ -160,7 +160,7 @@ def test_check_prints_the_configuration(data_set, capsys):
     import yaml
 
     assert cli.main(["check", "experiment=demo", f"data.sources.python.path={data_set}", "--yaml"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["steps"] == 300
+    assert yaml.safe_load(capsys.readouterr().out)["steps"] == 640
 
 
 def test_bench_outside_a_clone_says_where(monkeypatch, capsys):
@@ -181,7 +181,7 @@ def data_set(tmp_path):
                          xxh3="0" * 16)
               for split in ("train", "validation")]
     write_manifest(folder, shards, {}, kind="tokens", dtype="u16", name="test",
-                   tokenizer=TokenizerInfo(sha256="a" * 64, vocab_size=4096, eos="<|end|>", eos_id=0))
+                   tokenizer=TokenizerInfo(sha256="a" * 64, vocab_size=2048, eos="<|end|>", eos_id=0))
     return folder
 
 

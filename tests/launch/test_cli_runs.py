@@ -83,7 +83,7 @@ def test_resume_with_another_mixture_and_branch_of_it(home, run):
         (0, {"python": 1.0}), (32, {"python": 1.0, "more": 1.0})]
     start, resume = read_history(run)
     assert (resume["action"], resume["step"], resume["run_id"]) == ("resume", 4, start["run_id"])
-    assert {"key": "optim.lr", "old": 0.003, "new": 0.001} in resume["changes"]
+    assert {"key": "optim.lr", "old": 0.004, "new": 0.001} in resume["changes"]
     assert "none twice, none missing" in officina(home, "data", "audit", "runs/first").stdout
 
     told = officina(home, "check", "from=runs/first@4", "name=decay", "lr_schedule=wsd",

@@ -32,7 +32,7 @@ def no_personal_defaults(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CONFIG_DIRS", "")
 
 
-def make_data(folder, *, kind="tokens", vocab_size=4096, tokenizer="a", splits=("train", "validation")):
+def make_data(folder, *, kind="tokens", vocab_size=2048, tokenizer="a", splits=("train", "validation")):
     info = TokenizerInfo(sha256=tokenizer * 64, vocab_size=vocab_size, eos="<|end|>",
                          eos_id=0) if kind == "tokens" else None
     shards = [ShardEntry(path=f"shards/{split}.dls", split=split, bytes=100, tokens=10, documents=1, sha256="0" * 64,
@@ -260,7 +260,7 @@ def test_there_are_faults_enough():
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_refused_by_name_and_its_remedy_works(name, data):
     words, world_size, key = FAULTS[name]
-    words = ["experiment=demo", f"data.sources.python.path={data}", *words]
+    words = ["experiment=demo", "steps=300", f"data.sources.python.path={data}", *words]
     if words[3:5] == CUSTOM[:2] or "model=custom" in words:
         words = [w for w in words if not w.startswith(("experiment", "data.sources.python"))]
         words += [f"data.sources.records.path={make_records(data)}", "steps=300", "lr_schedule.warmup_steps=10"]
@@ -295,7 +295,7 @@ def test_most_remedies_are_words_to_type(data):
     for name, (words, world_size, key) in list(FAULTS.items())[::7]:
         if any(w.startswith("model=custom") for w in words):
             continue
-        words = ["experiment=demo", f"data.sources.python.path={data}", *words]
+        words = ["experiment=demo", "steps=300", f"data.sources.python.path={data}", *words]
         [problem] = [p for p in judge(words, world_size) if p.key == key]
         if mended(words, problem) is None:
             advice.append((name, problem.remedy))
