@@ -11,7 +11,7 @@ from officina.trainer.validate import problems
 
 @pytest.fixture(scope="module")
 def old():
-    return compose(["experiment=demo", "data.sources.python.path=x"])
+    return compose(["experiment=demo", "steps=300", "optim.lr=3e-3", "data.sources.python.path=x"])
 
 
 def judge(old, words, *, step=100, position=3200, **how):
