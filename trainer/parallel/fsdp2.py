@@ -13,8 +13,10 @@ from officina.trainer.muon import Split
 from officina.trainer.optim import group_parameters
 from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts
+from officina.trainer.parallel.precision import storage_dtype
 from officina.trainer.parallel.single import TorchEngine
 from officina.trainer.parallel.tensors import Held, deal, materialize
+from officina.trainer.state import Source
 
 SHARD, REPLICATE = "dp_shard", "dp_replicate"
 
@@ -43,8 +45,7 @@ class FSDP2Engine(TorchEngine):
         prepare_blocks(blocks, run)
         self._shard(module, blocks, mesh, parts)
         offload = torch.device("cpu") if self._config.cpu_offload else None
-        pure = torch.bfloat16 if parts.precision == "bf16_pure" else None
-        materialize(module, parts.ranks.device, dtype=pure, parameter_device=offload)
+        materialize(module, parts.ranks.device, dtype=storage_dtype(parts.precision), parameter_device=offload)
         self._shards = mesh[SHARD] if mesh.ndim > 1 else mesh
         self._replicas = mesh.size() // self._shards.size()
         self._replica = mesh.get_local_rank(REPLICATE) if mesh.ndim > 1 else 0
@@ -84,7 +85,7 @@ class FSDP2Engine(TorchEngine):
         self._free_gathered()
         return loss
 
-    def import_state(self, source, *, optimizer_steps):
+    def import_state(self, source: Source, *, optimizer_steps: int | None) -> None:
         self._free_gathered()
         super().import_state(source, optimizer_steps=optimizer_steps)
 

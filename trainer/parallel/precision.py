@@ -10,6 +10,11 @@ Compute = Callable[[], torch.autocast]
 """Makes the context that every forward pass runs in."""
 
 
+def storage_dtype(precision: str) -> torch.dtype:
+    """What parameters, gradients and moments are stored in; of `bf16`, the masters."""
+    return torch.bfloat16 if precision == "bf16_pure" else torch.float32
+
+
 def set_precision(module: nn.Module, blocks: Iterable[nn.Module], precision: str, device: torch.device, *,
                   bf16_weights: bool) -> Compute:
     """Make the module compute in bf16 unless precision is fp32.

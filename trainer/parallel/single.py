@@ -11,7 +11,7 @@ from officina.trainer.muon import Split
 from officina.trainer.optim import Groups, Optimizer, group_parameters
 from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts, StepOutcome
-from officina.trainer.parallel.precision import set_precision
+from officina.trainer.parallel.precision import set_precision, storage_dtype
 from officina.trainer.parallel.tensors import (
     Held,
     buffer_pieces,
@@ -33,7 +33,7 @@ def prepare_whole(parts: Parts) -> Groups:
     """Make the whole module real on this rank's device, blocks prepared; returns the groups of its parameters."""
     blocks = find_blocks(parts.module, parts.run)
     groups = group_parameters(parts.module, blocks, parts.run.optim)
-    materialize(parts.module, parts.ranks.device, dtype=torch.bfloat16 if parts.precision == "bf16_pure" else None)
+    materialize(parts.module, parts.ranks.device, dtype=storage_dtype(parts.precision))
     prepare_blocks(blocks, parts.run)
     return groups
 
@@ -97,9 +97,9 @@ class TorchEngine:
         for name, parameter in self._params.items():
             held = self._held(name, parameter)
             if held.stop > held.start and self._exports(name):
-                yield held.piece(PARAM, self._local(parameter))
+                yield held.piece(PARAM, self._local(parameter).float())
                 for slot, state in self._optimizer.slots(name):
-                    yield held.piece(slot, self._local(state))
+                    yield held.piece(slot, self._local(state).float())
         if self._ranks.rank == 0:
             yield from buffer_pieces(self._buffers)
 

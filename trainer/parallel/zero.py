@@ -63,7 +63,7 @@ class ZeroEngine:
                 materialize(part, parts.ranks.device, dtype=compute)
                 deepspeed.zero.Init(module=part, config_dict_or_path=settings, dtype=compute)
         else:
-            materialize(module, parts.ranks.device)
+            materialize(module, parts.ranks.device, dtype=compute)
         prepare_blocks(blocks, run)
         self._autocast = set_precision(module, blocks, parts.precision, parts.ranks.device, bf16_weights=True)
         self._buffers = persistent_buffers(module)

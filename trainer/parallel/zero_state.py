@@ -61,9 +61,9 @@ class ZeroState:
         flats, states = self._flats(), self._optimizer.optimizer.state
         for fragment in self._fragments:
             flat = flats[fragment.flat]
-            yield fragment.held.piece(PARAM, fragment.of(flat))
+            yield fragment.held.piece(PARAM, fragment.of(flat).float())
             for slot in (EXP_AVG, EXP_AVG_SQ):
-                yield fragment.held.piece(slot, fragment.of(states[flat][slot]))
+                yield fragment.held.piece(slot, fragment.of(states[flat][slot]).float())
         for name, parameter in self._frozen.items():
             held, values = self._frozen_part(name, parameter)
             if self._stage == 3 or torch.distributed.get_rank() == 0:

@@ -28,7 +28,7 @@ from officina.trainer.config import (
 )
 from officina.trainer.model.build import build_model
 from officina.trainer.parallel.engine import Parts, build_engine
-from officina.trainer.state import PARAM
+from officina.trainer.state import PARAM, Piece
 
 SEQ_LEN, ROWS = 32, 8
 MODEL = DecoderConfig(vocab_size=259, n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_ff=128, qk_norm="head",
@@ -255,10 +255,14 @@ def _train(ranks, case: Case, engine, now: list[int]) -> dict:
         applied.append(outcome.applied)
         if case.evaluate_every and step % case.evaluate_every == 0:
             evals.append(ranks.sum([sum(engine.evaluate(micro).item() for micro in micros)])[0])
-    pieces = [(p.name, p.slot, p.shape, p.start, p.stop, p.values.detach().cpu().double().numpy())
-              for p in engine.export_state()]
+    pieces = [(p.name, p.slot, p.shape, p.start, p.stop, _numbers(p)) for p in engine.export_state()]
     return {"losses": losses, "norms": norms, "applied": applied, "pieces": pieces, "evals": evals,
             "optimizer_steps": engine.optimizer_steps}
+
+
+def _numbers(piece: Piece) -> np.ndarray:
+    assert piece.values.dtype == torch.float32, f"{piece.name}/{piece.slot} left as {piece.values.dtype}"
+    return piece.values.detach().cpu().double().numpy()
 
 
 def join(parts: Sequence[dict]) -> Trace:
