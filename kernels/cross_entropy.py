@@ -87,14 +87,16 @@ def _forward(x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, softcap: 
         logits = (x_c @ weight.T).to(wide)
         if softcap:
             logits = logits.div_(softcap).tanh_().mul_(softcap)
-        lse = logits.logsumexp(-1)
+        # One exponential serves loss and gradient: the largest probability is 1 / sum(exp(z - max z)), never below 1 / V.
+        p = logits.softmax(-1)
+        lse = logits.amax(-1) - p.amax(-1).log()
         has_label, index = labels_c != IGNORE, labels_c.clamp(min=0)[:, None]
         target = logits.gather(1, index).squeeze(1)
         loss += torch.where(has_label, lse - target + z_loss * lse.square(), 0.0).sum()
         if not (want_dx or want_dweight):
             continue
         slope = 1 - (logits / softcap).square() if softcap else None
-        dlogits = logits.sub_(lse[:, None]).exp_()
+        dlogits = p
         if z_loss:
             dlogits *= (1 + 2 * z_loss * lse)[:, None]
         dlogits.scatter_add_(1, index, dlogits.new_full((1, 1), -1.0).expand_as(index))

@@ -1,6 +1,7 @@
 """The commands behind the console script. Each takes the parsed arguments and returns the exit status."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable
 from importlib import import_module
@@ -20,7 +21,7 @@ from officina.launch.start import (
 )
 from officina.trainer.errors import EXIT_DONE, ConfigError, LaunchError, OfficinaError
 from officina.trainer.rank_env import read_rank_env
-from officina.trainer.run_dir import METRICS, config_text
+from officina.trainer.run_dir import METRICS, claim, config_text
 from officina.trainer.validate import missing_packages, problems
 
 
@@ -57,17 +58,18 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
         world_size = find_place(plan.run, os.environ).world_size
         if found := problems(plan.run, world_size, read_data=False) + missing_packages(plan.run):
             raise ConfigError(found)  # with the ranks that will be, and the packages that are here
-        if rank == 0 or plan.action == "start":  # a branch's checkpoint may be there before rank 1 looks
-            refuse_existing(plan)
-        if rank == 0:
-            write_start(plan, world_size)
-        else:
-            wait_for_start(plan)
+        with contextlib.nullcontext() if rank else claim(plan.run_dir):
+            if rank == 0 or plan.action == "start":  # a branch's checkpoint may be there before rank 1 looks
+                refuse_existing(plan)
+            if rank == 0:
+                write_start(plan, world_size)
+            else:
+                wait_for_start(plan)
+            status = import_module("officina.launch.local").start(plan.run_dir, plan.run, os.environ)
     except OfficinaError as error:
         if rank:  # rank 0 meets the same and says it
             return error.exit_status
         raise
-    status = import_module("officina.launch.local").start(plan.run_dir, plan.run, os.environ)
     if rank == 0 and (plan.run_dir / METRICS).exists():
         print(f"Report: {import_module('officina.launch.report').write_report(plan.run_dir)}")
     return status

@@ -18,10 +18,9 @@ from officina.trainer.environment import ENVIRONMENT_FILE
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, OfficinaError
 from officina.trainer.metrics import Generation, RunMetrics, StepMetrics, read_metrics
 from officina.trainer.model.flops import parameter_count
-from officina.trainer.run_dir import committed_steps, load_config, read_history
+from officina.trainer.run_dir import LEDGER, committed_steps, load_config, read_history
 from officina.trainer.schema import dump_run
 
-LEDGER = "ledger.jsonl"
 FINAL_STEPS = 20
 """The final training loss is the mean over the tokens of this many last steps: one step's loss is noise."""
 SAMPLE_FILE = "samples.txt"

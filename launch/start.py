@@ -29,6 +29,7 @@ from officina.trainer.run_dir import (
     read_history,
     read_run_id,
     save_config,
+    unwritable,
 )
 from officina.trainer.validate import problems
 
@@ -189,8 +190,7 @@ def write_start(plan: Plan, world_size: int | None) -> None:
             origin=_origin_record(plan) if plan.action == "branch" else None))
         save_config(plan.run, plan.run_dir / CONFIG)
     except OSError as error:
-        raise LaunchError(f"{error.filename or plan.run_dir}: {error.strerror}, so the run directory cannot "
-                          "be made. Choose another place: --runs-dir DIR") from error
+        raise unwritable(plan.run_dir, error) from error
 
 
 def _origin_record(plan: Plan) -> dict[str, object]:
@@ -247,18 +247,15 @@ def describe_run(run: RunConfig, world_size: int | None) -> list[tuple[str, str]
     """A run in a few lines: what a person wants to see before it starts."""
     n = world_size or 1
     batch, rows = run.batch, run.batch.rows
+    micros, unit = batch.micro_steps(n), run.batch_unit
+    shape = f"{rows:,} rows x {batch.seq_len:,}, in " if unit == "tokens" else ""
     lines = [("run", f"{run.name}, seed {run.seed}"),
-             ("ranks", f"{world_size if world_size else 'as the launcher starts'}, engine "
-              f"{_engine_name(run)}, "
-                       f"precision {run.precision}"),
+             ("ranks", f"{world_size or 'as the launcher starts'}, engine {_engine_name(run)}, precision {run.precision}"),
              ("model", _model_line(run)),
-             ("data", ", ".join(f"{name} ({source.path}) x {source.weight:g}" for name,
-                                source in run.data.sources.items())),
-             ("batch", f"{batch.global_tokens:,} tokens a step = {rows:,} rows x {batch.seq_len:,}, in "
-                       f"{batch.micro_steps(n)} micro-batch{'es' if batch.micro_steps(n) > 1 else ''} of up "
-              "to "
+             ("data", ", ".join(f"{name} ({source.path}) x {source.weight:g}" for name, source in run.data.sources.items())),
+             ("batch", f"{batch.global_tokens:,} {unit} a step = {shape}{micros} micro-batch{'es' * (micros > 1)} of up to "
                        f"{batch.micro_rows} rows a rank"),
-             ("length", f"{run.steps:,} steps = {run.steps * batch.global_tokens:,} tokens"),
+             ("length", f"{run.steps:,} steps = {run.steps * batch.global_tokens:,} {unit}"),
              ("rate", f"{run.optim.kind}, lr {run.optim.lr:g}, {run.lr_schedule.kind} schedule with "
                       f"{run.lr_schedule.warmup_steps} steps of warm-up")]
     return lines

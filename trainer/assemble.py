@@ -169,7 +169,8 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
         for name, values in state.spikes.items():
             spikes[name].load(values)
 
-        progress = stack.enter_context(Progress(run.steps, state.step, enabled=rank0, stream=sys.stdout))
+        progress = stack.enter_context(Progress(run.steps, state.step, enabled=rank0, stream=sys.stdout,
+                                                unit="tok" if run.batch_unit == "tokens" else run.batch_unit))
         metrics = stack.enter_context(MetricsWriter(run_dir, say=progress.say)) if rank0 else None
         job = Job(
             run=run, run_dir=run_dir, ranks=ranks, engine=engine, loader=loader,
@@ -252,7 +253,7 @@ def _announce(job: Job, precision: str, parameters: int, opened: OpenCheckpoint 
         why = " (this processor has no bf16 arithmetic)" if precision == "fp32" else " (the hardware has it)"
     job.progress.say(f"{run.name}{from_step}: {parameters / 1e6:,.1f}M parameters, {engine_name(run)} on "
                      f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} ({device}), {precision}{why}, "
-                     f"{run.batch.rows * run.batch.seq_len:,} tokens a step")
+                     f"{run.batch.rows * run.batch.seq_len:,} {run.batch_unit} a step")
 
 
 def engine_name(run: RunConfig) -> str:

@@ -424,3 +424,8 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     site: SiteConfig = field(default_factory=SiteConfig)
+
+    @property
+    def batch_unit(self) -> str:
+        """What batches count: `tokens`, or a custom model's `records`."""
+        return "records" if isinstance(self.model, CustomModelConfig) else "tokens"

@@ -12,21 +12,16 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from officina.trainer.config import LoggingConfig, RunConfig
-from officina.trainer.errors import ConfigError, Problem
+from officina.trainer.config import RunConfig
 from officina.trainer.metrics import EvalMetrics, StepMetrics
 
 MAX_WAITING = 10_000
 """Records a slow tracker may be behind before new ones are dropped."""
 CLOSE_S = 30.0
 """Longest wait for the trackers at the end of a run."""
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-_INSTALL = {"tensorboard": "tensorboard", "wandb": "'officina[wandb]'", "mlflow": "'officina[mlflow]'"}
-
 
 class Tracker(Protocol):
     """One place where numbers go."""
@@ -38,14 +33,6 @@ class Tracker(Protocol):
     def close(self, exit_status: int) -> None:
         """The run leaves; 0 is done, 75 is to be continued."""
         ...
-
-
-def tracker_problems(logging: LoggingConfig) -> list[Problem]:
-    """Trackers that are asked for and not installed here. No import of them, so it may be asked on a login node."""
-    return [
-        Problem(f"logging.{name}", True, f"needs the package {package}, which is not installed here",
-                f"pip install {_INSTALL[name]}, or logging.{name}=false")
-        for name, package in _PACKAGES.items() if getattr(logging, name) and find_spec(package) is None]
 
 
 def values_of(record: StepMetrics | EvalMetrics) -> dict[str, float]:
@@ -123,11 +110,9 @@ def open_trackers(run: RunConfig, run_dir: Path, *, rank: int, start_step: int,
                   say: Callable[[str], None] = lambda text: None) -> Trackers:
     """The trackers that `run.logging` asks for, on rank 0; continued where the run directory has some already.
 
-    Raises ConfigError, on every rank alike, where one is not installed. One that cannot start (no login, no server)
-    is left out with a message: a run that Slurm starts again at night must not die of it.
+    One that cannot start (no login, no server) is left out with a message: a run that Slurm starts again at night must
+    not die of it. What is not installed was refused before the start (`validate.missing_packages`).
     """
-    if problems := tracker_problems(run.logging):
-        raise ConfigError(problems)
     opened: dict[str, Tracker] = {}
     if rank == 0:
         for name, opener in (("tensorboard", TensorBoard), ("wandb", WandB), ("mlflow", MLflow)):

@@ -6,19 +6,9 @@ from pathlib import Path
 import torch
 
 from officina.trainer.config import ProfileConfig
-from officina.trainer.errors import ConfigError, Problem
 
 MEMORY_EVENTS = 200_000
 """Allocations and frees a memory snapshot keeps, the newest: about 100 MB on disk."""
-
-
-def profile_problems(config: ProfileConfig) -> list[Problem]:
-    """What is wrong with `profile.steps`."""
-    steps = config.steps
-    if not steps or (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
-        return []
-    return [Problem("profile.steps", steps, "needs the first and the last step to record, counted from 1",
-                    "'profile.steps=[10,12]'")]
 
 
 class Profiler:
@@ -30,9 +20,6 @@ class Profiler:
 
     def __init__(self, config: ProfileConfig, run_dir: Path, rank: int, *,
                  say: Callable[[str], None] = lambda text: None) -> None:
-        """Raises ConfigError for a range of steps that is none."""
-        if problems := profile_problems(config):
-            raise ConfigError(problems)
         wanted = bool(config.steps) and rank in config.ranks
         self._first, self._last = config.steps if wanted else (0, -1)
         self._folder = Path(run_dir) / "profile"

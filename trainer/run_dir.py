@@ -5,15 +5,20 @@
     RUN/environment.json   packages and machine of the newest start
     RUN/code/*.diff        uncommitted code of every start, named by its hash; history.jsonl says which
     RUN/metrics.jsonl, ledger.jsonl, checkpoints/, logs/, report.html, report.json, tensorboard/
+    RUN/.claim             locked by the one start that trains here now
 
 Nothing in them depends on user, host or the run's own path. No torch and no Hydra here.
 """
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +26,11 @@ from pathlib import Path
 import yaml
 
 from officina.trainer.config import RunConfig
-from officina.trainer.errors import ConfigError, OfficinaError
+from officina.trainer.errors import ConfigError, LaunchError, OfficinaError
 from officina.trainer.schema import dump_run, read_run
 
 CONFIG, HISTORY, CODE, CHECKPOINTS = "config.yaml", "history.jsonl", "code", "checkpoints"
-METRICS, LEDGER = "metrics.jsonl", "ledger.jsonl"
+METRICS, LEDGER, CLAIM = "metrics.jsonl", "ledger.jsonl", ".claim"
 
 _HEAD = """\
 # The whole run, every key written out. Ranks read only this file. To change it: officina resume RUN key=value
@@ -173,6 +178,48 @@ def committed_steps(run_dir: Path) -> list[int]:
     is read."""
     found = (Path(run_dir) / CHECKPOINTS).glob("step-*/COMMIT")
     return sorted(int(path.parent.name[5:]) for path in found if path.parent.name[5:].isdigit())
+
+
+# ---- one start at a time -----------------------------------------------------------------------------------
+@contextlib.contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Be the one start that writes to the run directory; LaunchError names the other one if there is one.
+
+    A POSIX record lock, which Lustre, GPFS and NFS keep over nodes and which a dead process loses; where the file
+    system has none, nothing is claimed.
+    """
+    run_dir = Path(run_dir)
+    with contextlib.ExitStack() as stack:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(run_dir / CLAIM, "a+", encoding="utf-8"))
+        except OSError as error:
+            raise unwritable(run_dir, error) from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise LaunchError(f"{run_dir} is being trained by another start ({file.read().strip() or 'just begun'}). "
+                                  "Wait for it or stop it, or branch from one of its checkpoints: officina train "
+                                  f"from={run_dir}@STEP") from None
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        job = os.environ.get("SLURM_JOB_ID")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}, since "
+                   f"{datetime.now(UTC).isoformat(timespec='seconds')}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def unwritable(run_dir: Path, error: OSError) -> LaunchError:
+    """The error for a run directory that cannot be written."""
+    return LaunchError(f"{error.filename or run_dir}: {error.strerror}, so the run directory cannot be made. "
+                       "Choose another place: --runs-dir DIR")
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ import yaml
 from officina.configs.compose import compose
 from officina.launch import cli
 from officina.launch.start import plan_train, wait_for_start, write_start
-from officina.trainer.errors import EXIT_USER, LaunchError
+from officina.trainer.errors import EXIT_CONTINUE, EXIT_USER, LaunchError
 from officina.trainer.run_dir import committed_steps, load_config, read_history, save_config
 
 BIN = Path(sys.executable).parent
@@ -128,6 +128,28 @@ def test_a_place_that_cannot_be_written(home):
     told = officina(home, "train", *TINY, "data.sources.python.path=one", "--runs-dir", "file/runs",
                     status=EXIT_USER).stderr
     assert "--runs-dir" in told and "file/runs" in told
+
+
+def test_one_start_at_a_time(home):
+    """A second start beside one that trains would append to the same files: it is refused and changes nothing."""
+    run = home / "runs/busy"
+    words = [*TINY, "data.sources.python.path=one", "steps=1000000", "checkpoint.every_steps=0", "name=busy"]
+    first = subprocess.Popen([BIN / "officina", "train", *words], cwd=home, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        before = (run / "config.yaml").read_bytes()
+        for again in (["resume", "runs/busy", "optim.lr=1e-4"], ["train", *words]):
+            told = officina(home, *again, status=EXIT_USER).stderr
+            assert f"runs/busy is being trained by another start (process {first.pid} on " in told
+        assert (run / "config.yaml").read_bytes() == before and len(read_history(run)) == 1
+    finally:
+        first.terminate()
+        status = first.wait(120)
+    assert status == EXIT_CONTINUE
+    officina(home, "resume", "runs/busy", f"steps={committed_steps(run)[-1] + 1}")
+    assert (run / ".claim").read_text() == ""
 
 
 def test_a_start_that_never_saved_may_be_repeated(home):

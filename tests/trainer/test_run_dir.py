@@ -1,7 +1,10 @@
 """The run directory: config.yaml read strictly, history told whole."""
 
+import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -9,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from officina.trainer.config import AdamWConfig, FSDP2Config, MuonConfig, RunConfig, ZeroConfig
-from officina.trainer.errors import ConfigError, OfficinaError
+from officina.trainer.errors import ConfigError, LaunchError, OfficinaError
 from officina.trainer.run_dir import (
     Start,
     append_history,
+    claim,
     committed_steps,
     config_text,
     keep_diff,
@@ -140,3 +144,28 @@ def test_only_committed_checkpoints_count(tmp_path):
         if committed:
             (tmp_path / "checkpoints" / name / "COMMIT").write_text("{}")
     assert committed_steps(tmp_path) == [100]
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    code = ("import sys, time, pathlib; from officina.trainer.run_dir import claim\n"
+            f"with claim(pathlib.Path({str(tmp_path)!r})): print('claimed', flush=True); time.sleep(600)")
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "claimed\n"
+        with pytest.raises(LaunchError, match=rf"trained by another start \(process {other.pid} on "), claim(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    with claim(tmp_path):
+        pass
+
+
+def test_no_claim_where_the_file_system_keeps_no_locks(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", unsupported)
+    with claim(tmp_path):
+        pass

@@ -23,12 +23,10 @@ import numpy as np
 
 from officina.trainer.data.reader import DIGEST_MODULUS, RowReader
 from officina.trainer.errors import DataError
-from officina.trainer.run_dir import load_config, read_history
+from officina.trainer.run_dir import LEDGER, load_config, read_history
 
 if TYPE_CHECKING:  # the loader needs torch, a login node has none
     from officina.trainer.data.loader import StepData
-
-LEDGER = "ledger.jsonl"
 
 
 class Ledger:

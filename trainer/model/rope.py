@@ -38,7 +38,8 @@ def rope_tables(frequencies: Tensor, factor: float, positions_BT: Tensor) -> tup
 def rotate(x_BHTD: Tensor, cos_B1TP: Tensor, sin_B1TP: Tensor) -> Tensor:
     """Turn pair p = (x[p], x[p + D / 2]) by its angle, in fp32; x's dtype."""
     first, second = at_least_fp32(x_BHTD).chunk(2, dim=-1)
-    turned = torch.cat((first * cos_B1TP - second * sin_B1TP, second * cos_B1TP + first * sin_B1TP), dim=-1)
+    turned = torch.cat((torch.addcmul(first * cos_B1TP, second, sin_B1TP, value=-1),
+                        torch.addcmul(second * cos_B1TP, first, sin_B1TP)), dim=-1)
     return turned.to(x_BHTD.dtype)
 
 

@@ -11,11 +11,11 @@ import pytest
 from data_sets import make_run, write_tokens
 
 from officina.trainer.config import RunConfig, SourceConfig
-from officina.trainer.data.ledger import LEDGER, Ledger, audit, read_ledger
+from officina.trainer.data.ledger import Ledger, audit, read_ledger
 from officina.trainer.data.loader import Loader
 from officina.trainer.data.order import extend_timeline
 from officina.trainer.errors import DataError
-from officina.trainer.run_dir import save_config
+from officina.trainer.run_dir import LEDGER, save_config
 
 
 @pytest.fixture(scope="module")
