@@ -33,7 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --constraint constraints.txt \
-	  --editable '.[test,deepspeed,kernels,mpi,datasets]' >$(VENV)/install.log 2>&1 || { tail -30 $(VENV)/install.log; exit 1; }
+	  --editable '.[test,deepspeed,kernels,mpi,datasets,wandb,mlflow]' >$(VENV)/install.log 2>&1 || { tail -30 $(VENV)/install.log; exit 1; }
 	@touch $@
 
 clean: ## remove .venv and what the demo made
