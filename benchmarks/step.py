@@ -25,7 +25,7 @@ WORDS = ["model=tiny", "data=joined", "steps=100000", "device=cpu", "checkpoint=
 """The demo's model: small, so that what the loop adds is large beside it."""
 
 
-def run(*, blocks: int = 16, steps: int = 4, precisions: tuple[str, ...] = ("fp32", "bf16"),
+def run(*, blocks: int = 24, steps: int = 4, precisions: tuple[str, ...] = ("fp32", "bf16"),
         words: list[str] | None = None) -> dict[str, Any]:
     """Measure; returns the record. words: further words of the run."""
     results: dict[str, Any] = {}
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and write the record."""
     parser = argparse.ArgumentParser(prog="python -m officina.benchmarks.step", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=16, help="timed blocks of each entrant (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=24, help="timed blocks of each entrant (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="steps a block (default: %(default)s)")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "bf16_pure"])
     parser.add_argument("--out", type=Path, help="where the record goes (default: benchmarks/results/step.json)")

@@ -23,14 +23,14 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "step": Benchmark("a training step against a plain PyTorch loop and Hugging Face's Trainer", "4",
+    "step": Benchmark("a training step against a plain PyTorch loop and Hugging Face's Trainer", "6",
                       ("--blocks", "1", "--steps", "1", "--precision", "fp32")),
     "engines": Benchmark("tokens per second of every engine on 2 ranks, and of plain DDP and FSDP2 loops", "4",
                          ("--blocks", "1", "--steps", "1", "--precision", "fp32")),
     "start": Benchmark("time from the command to the first step", "2", ("--repeats", "1")),
-    "checkpoint": Benchmark("saving and loading against torch.save and torch.distributed.checkpoint", "3",
+    "checkpoint": Benchmark("saving and loading against torch.save and torch.distributed.checkpoint", "2",
                             ("--gib", "0.1", "--repeats", "1")),
-    "checkpoint_faults": Benchmark("damaged checkpoints: which are noticed, by officina and by others", "30",
+    "checkpoint_faults": Benchmark("damaged checkpoints: which are noticed, by officina and by others", "16",
                                    ("--kills", "4", "--corruptions", "40")),
 }
 """Those that run without a GPU; `make gpu` runs the ones that need one (benchmarks/gpu.py)."""

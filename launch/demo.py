@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -9,11 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from officina.trainer.errors import EXIT_CONTINUE, LaunchError
+from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, LaunchError
+from officina.trainer.metrics import read_metrics
+from officina.trainer.run_dir import METRICS
 
 FOLDER = Path("demo")
-PROMPT = "class Queue:\n    def __init__(self, maxsize=0):\n        "
-FIRST_LEG_S = 75
+PROMPT = 'def read_lines(path):\n    """'
+STOP_AFTER_STEPS = 320
+"""Half of the experiment's steps."""
 
 
 def main() -> int:
@@ -26,10 +30,13 @@ def main() -> int:
     if not zero:
         console.print("DeepSpeed is not installed (pip install 'officina[deepspeed]'): step 3 takes DDP instead.")
 
-    def step(title: str, *words: str, expect: int = 0) -> None:
+    def step(title: str, *words: str, stop_after: int = 0) -> None:
         console.rule(f"[bold]{title}", align="left")
         console.print(f"[dim]$ officina {' '.join(_quoted(w) for w in words)}")
-        status = subprocess.run([sys.executable, "-m", "officina.launch.cli", *words]).returncode
+        with subprocess.Popen([sys.executable, "-m", "officina.launch.cli", *words]) as command:
+            if stop_after:
+                _stop_after(stop_after, run, command)
+        status, expect = command.returncode, EXIT_CONTINUE if stop_after else EXIT_DONE
         if status != expect:
             raise LaunchError(f"the demo's command `officina {words[0]}` ended with status {status}, expected {expect}; "
                               f"its log is under {run}/logs")
@@ -39,17 +46,25 @@ def main() -> int:
     else:
         step("1. Shards from the Python standard library's own sources",
              "data", "build", str(data), "--vocab-size", "2048")
-    step("2. Train with 2 ranks under FSDP2, and be stopped by a time limit",
-         "train", "experiment=demo", "name=first-run", f"time_limit={FIRST_LEG_S}s", "--runs-dir", str(FOLDER),
-         expect=EXIT_CONTINUE)
+    step("2. Train with 2 ranks under FSDP2, and be told to stop halfway, as Slurm does before a time limit",
+         "train", "experiment=demo", "name=first-run", "--runs-dir", str(FOLDER), stop_after=STOP_AFTER_STEPS)
     step("3. Resume with 3 ranks under " + ("DeepSpeed ZeRO-2" if zero else "DDP"), "resume", str(run), "ranks=3",
-         "engine=zero2" if zero else "engine=ddp", "time_limit=none")
+         "engine=zero2" if zero else "engine=ddp")
     step("4. Each sample once and in order? Ask the ledger", "data", "audit", str(run))
     step("5. Let it write Python", "generate", str(run), PROMPT, "--max-new-tokens", "200",
-         "--temperature", "0.7", "--keep")
+         "--temperature", "0.6", "--keep")
     step("6. The report", "report", str(run))
     console.print(f"\nDone in {time.monotonic() - started:.0f} s. Open {run / 'report.html'}")
-    return 0
+    return EXIT_DONE
+
+
+def _stop_after(steps: int, run_dir: Path, command: subprocess.Popen) -> None:
+    """SIGTERM to the command once its run has done so many steps."""
+    while command.poll() is None:
+        if (run_dir / METRICS).exists() and (done := read_metrics(run_dir).steps) and done[-1].step >= steps:
+            command.send_signal(signal.SIGTERM)
+            return
+        time.sleep(0.2)
 
 
 def _quoted(word: str) -> str:
