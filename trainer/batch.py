@@ -21,10 +21,9 @@ class Batch:
     """One micro-batch on one rank. B rows, T tokens a row."""
 
     fields: dict[str, Tensor]
-    """Decoder: `tokens` (B, T) int64; `labels` (B, T) int64, IGNORE where no loss; and with data.mask_documents
-    `documents` (B, T) int32, a number per document that rises within the row, and `positions` (B, T) int64, counted
-    from the document's first token in the row. Custom models: what the decoder gave, stacked, plus `valid` (B,) bool,
-    false for a missing row."""
+    """Decoder: `tokens` (B, T) int64; `labels` (B, T) int64, IGNORE where no loss; and with data.mask_documents `documents`
+    (B, T) int32, a number per document that rises within the row, and `positions` (B, T) int64, counted from the document's
+    first token in the row. Custom models: what the decoder gave, stacked, plus `valid` (B,) bool, false for a missing row."""
     loss_tokens: int
     """Loss-bearing tokens (records for custom models) in this micro-batch; 0 is legal."""
 

@@ -43,9 +43,8 @@ def describe(*, launcher: str = "none", threads: int | None = None, device: Mapp
              ranks: Sequence[Mapping[str, Any]] = (), modules: Sequence[str] = ()) -> dict[str, Any]:
     """The environment of this process as plain JSON values.
 
-    launcher: who started the ranks. threads: CPU threads per rank. device: `device_facts()` of a rank. ranks:
-    `rank_facts(...)` of every rank. modules: dotted names of a user's own code (model factory, loss), whose source
-    counts as the run's code too.
+    launcher: who started the ranks. threads: CPU threads per rank. device: `device_facts()` of a rank. ranks: `rank_facts(...)`
+    of every rank. modules: dotted names of a user's own code (model factory, loss), whose source counts as the run's code too.
     """
     packages = {name: version for name in PACKAGES if (version := _version(name)) is not None}
     code = {name: asdict(found) for name, (found, _) in _sources(modules).items()}

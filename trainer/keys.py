@@ -1,5 +1,4 @@
-"""The tree of dotted keys that `officina.trainer.config` declares: which there are, their defaults, how they are
-written."""
+"""The tree of dotted keys that `officina.trainer.config` declares: which there are, their defaults, how they are written."""
 
 import dataclasses
 import shlex
@@ -13,8 +12,7 @@ from officina.trainer import config
 Values = dict[str, object]
 """A run as nested plain values, as YAML holds it."""
 
-GROUPS = ("model", "engine", "data", "optim", "lr_schedule", "objective", "checkpoint", "logging", "site",
-          "experiment")
+GROUPS = ("model", "engine", "data", "optim", "lr_schedule", "objective", "checkpoint", "logging", "site", "experiment")
 """Parts of a run that can be chosen by name, `engine=zero2`. `experiment` is a whole run."""
 
 EXAMPLES = {
@@ -81,8 +79,7 @@ def default_of(cls: type, name: str) -> object:
 
 
 def leaves(values: Mapping | None = None) -> dict[str, object]:
-    """Every dotted key of a run -> its default (`dataclasses.MISSING` if it has none), for the kinds chosen in
-    `values`.
+    """Every dotted key of a run -> its default (`dataclasses.MISSING` if it has none), for the kinds chosen in `values`.
 
     Names that users choose stand as `*`. Without `values`, the keys of all kinds.
     """
@@ -108,8 +105,7 @@ def _leaves(cls: type, prefix: str, values: object, everything: bool) -> Iterato
 
 
 def generic(key: str, values: Mapping | None = None) -> str | None:
-    """The declared form of a dotted key (`data.sources.wiki.path` -> `data.sources.*.path`); None if there is no such
-    key."""
+    """The declared form of a dotted key (`data.sources.wiki.path` -> `data.sources.*.path`); None if there is no such key."""
     classes: list[type] = [config.RunConfig]
     parts, done, here = key.split("."), [], values
     item: object | None = None  # value type of the dict we are in

@@ -120,9 +120,8 @@ def explain_oom(error: BaseException, *, rank: int, world_size: int, run: RunCon
              f"  The allocation that failed: {_shorten(first_line)}"]
     try:
         parts = measure_parts()
-        lines.append(f"  This rank holds: parameters {_gib(parts.parameters)}, gradients {_gib(parts.gradients)}, "
-                     f"moments {_gib(parts.moments)}, other live tensors (activations, gathered weights) "
-                     f"{_gib(parts.other_tensors)}.")
+        lines.append(f"  This rank holds: parameters {_gib(parts.parameters)}, gradients {_gib(parts.gradients)}, moments "
+                     f"{_gib(parts.moments)}, other live tensors (activations, gathered weights) {_gib(parts.other_tensors)}.")
         lines.append(f"  {_device_totals(device)}")
     except MemoryError:  # not even room to look around
         lines.append("  No memory was left to measure what holds it.")
@@ -136,9 +135,8 @@ def _device_totals(device: torch.device) -> str:
 
         free, total = torch.cuda.mem_get_info(device)
         reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
-        return (f"Device: {_gib(total)} in all, {_gib(free)} free; this process has {_gib(used)} in tensors "
-                f"(peak {_gib(torch.cuda.max_memory_allocated(device))}) and {_gib(reserved - used)} cached by the "
-                "allocator.")
+        return (f"Device: {_gib(total)} in all, {_gib(free)} free; this process has {_gib(used)} in tensors (peak "
+                f"{_gib(torch.cuda.max_memory_allocated(device))}) and {_gib(reserved - used)} cached by the allocator.")
     import psutil
 
     memory, rss = psutil.virtual_memory(), psutil.Process().memory_info().rss

@@ -179,9 +179,8 @@ def from_line(line: str | bytes) -> Record | None:
 class MetricsWriter:
     """Appends to RUN/metrics.jsonl; every line is with the operating system when `write` returns.
 
-    Only rank 0 has one. A line torn by a kill is healed on opening. Metrics never stop a run: where the disk
-    takes no line, it stays in memory (up to MAX_PENDING_BYTES), the trouble is said once by `say`, and the
-    next write tries again.
+    Only rank 0 has one. A line torn by a kill is healed on opening. Metrics never stop a run: where the disk takes no line, it
+    stays in memory (up to MAX_PENDING_BYTES), the trouble is said once by `say`, and the next write tries again.
     """
 
     def __init__(self, run_dir: Path, *, say: Callable[[str], None] = lambda text: None) -> None:

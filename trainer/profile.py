@@ -68,8 +68,7 @@ class Profiler:
             if self._memory:
                 file = self._folder / f"{self._stem}.memory.pickle"
                 torch.cuda.memory._dump_snapshot(str(file))
-                self._say(f"Memory snapshot written to profile/{file.name}: open it at "
-                          "https://pytorch.org/memory_viz")
+                self._say(f"Memory snapshot written to profile/{file.name}: open it at https://pytorch.org/memory_viz")
         except (OSError, RuntimeError) as error:
             self._say(f"The profile could not be written to profile/: {error}. Training goes on.")
         finally:

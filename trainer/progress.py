@@ -27,9 +27,8 @@ class Progress:
     else a plain line comes every PLAIN_S seconds, at the first and at the last step.
     """
 
-    def __init__(self, steps: int, start_step: int = 0, *, enabled: bool = True,
-                 stream: TextIO | None = None, live: bool | None = None, plain_s: float = PLAIN_S,
-                 unit: str = "tok") -> None:
+    def __init__(self, steps: int, start_step: int = 0, *, enabled: bool = True, stream: TextIO | None = None,
+                 live: bool | None = None, plain_s: float = PLAIN_S, unit: str = "tok") -> None:
         """steps: of the whole run; start_step: those done before; live=None asks the stream if it is a terminal.
         unit: what the rate counts, short."""
         self._steps, self._unit = steps, unit

@@ -126,8 +126,7 @@ def start_ranks(env: RankEnv, *, device: str = "auto", threads: int = 0, timeout
     chosen = _pick_device(env, device)
     env = _locate(env)
     os.environ.update(RANK=str(env.rank), LOCAL_RANK=str(env.local_rank), WORLD_SIZE=str(env.world_size),
-                      LOCAL_WORLD_SIZE=str(env.local_world_size), MASTER_ADDR=env.master_addr,
-                      MASTER_PORT=str(env.master_port))
+                      LOCAL_WORLD_SIZE=str(env.local_world_size), MASTER_ADDR=env.master_addr, MASTER_PORT=str(env.master_port))
     if env.world_size > 1:
         store = _open_store(env, end, timeout_s)
         _meet(store, env, end, timeout_s)

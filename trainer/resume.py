@@ -1,9 +1,7 @@
 """What may change when a run goes on: the table, and how a change is told, judged and applied. Torch-free.
 
-Everything of how and where a run is run may change, and so may what is everyday work in the middle of one:
-learning rate,
-schedule, length, batch size, mixture. What the weights, the moments or the order of past samples rest on may
-not.
+Everything of how and where a run is run may change, and so may what is everyday work in the middle of one: learning rate,
+schedule, length, batch size, mixture. What the weights, the moments or the order of past samples rest on may not.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -37,8 +35,7 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("optim.kind", "refused", "one optimizer's moments mean nothing to another"),
     ("optim.*", "free", "takes effect at the next step"),
     ("objective.*", "free", "takes effect at the next step"),
-    ("batch.seq_len", "refused", "rows would be cut elsewhere, so that past samples could not be told from "
-     "new ones"),
+    ("batch.seq_len", "refused", "rows would be cut elsewhere, so that past samples could not be told from new ones"),
     ("batch.*", "free", "samples are counted in rows, whatever the batch"),
     # data
     ("data.sources.*.path", "free", "a data set may move; its fingerprint is checked"),
@@ -54,12 +51,9 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     # the model
     ("model.attention_impl", "free", "the same mathematics"),
     ("model.init_std", "refused", "is of the first step only"),
-    ("model.rope.*", "force",
-     "the weights were trained with other positions; meant for extending the context"),
-    ("model.local_rope", "force", "the weights were trained with other positions; meant for extending the "
-     "context"),
-    ("model.local_rope.*", "force", "the weights were trained with other positions; meant for extending the "
-     "context"),
+    ("model.rope.*", "force", "the weights were trained with other positions; meant for extending the context"),
+    ("model.local_rope", "force", "the weights were trained with other positions; meant for extending the context"),
+    ("model.local_rope.*", "force", "the weights were trained with other positions; meant for extending the context"),
     ("model.rope_pattern", "force", "the weights were trained with other positions"),
     ("model.window", "force", "the weights were trained to see another context"),
     ("model.window_pattern", "force", "the weights were trained to see another context"),
@@ -115,16 +109,14 @@ def resume_problems(old: RunConfig, new: RunConfig, *, step: int, position: int,
     """What stands against going on with `new` where `old` stopped.
 
     Args:
-        step, position: optimizer steps done and next global sample index, of the checkpoint that is gone on
-        from.
+        step, position: optimizer steps done and next global sample index, of the checkpoint that is gone on from.
         force: the user said --force.
         branch: a new run with a name of its own.
     """
     return list(_resume_problems(old, new, step, position, force, branch))
 
 
-def _resume_problems(old: RunConfig, new: RunConfig, step: int, position: int, force: bool,
-                     branch: bool) -> Iterator[Problem]:
+def _resume_problems(old: RunConfig, new: RunConfig, step: int, position: int, force: bool, branch: bool) -> Iterator[Problem]:
     judged: set[str] = set()
     for change in changes(old, new):
         if change.key.startswith("data.sources."):
@@ -139,18 +131,14 @@ def _resume_problems(old: RunConfig, new: RunConfig, step: int, position: int, f
         judged.add(whole)
         if rule == "refused":
             kept = _flat(dump_run(old)).get(whole)
-            yield Problem(whole, as_text(_flat(dump_run(new)).get(whole)), f"cannot change in the middle of "
-                          f"a run: {why}",
+            yield Problem(whole, as_text(_flat(dump_run(new)).get(whole)), f"cannot change in the middle of a run: {why}",
                           "officina train name=NEW for a new run" if kept is None else word(whole, kept))
         elif not force:
-            yield Problem(change.key, as_text(change.new), f"was {as_text(change.old)}; {why}", "the same "
-                          "command with --force")
+            yield Problem(change.key, as_text(change.new), f"was {as_text(change.old)}; {why}", "the same command with --force")
     if new.steps <= step:
-        yield Problem("steps", new.steps, f"the run has done {step} steps already",
-                      f"steps={step + max(1, step // 10)}")
+        yield Problem("steps", new.steps, f"the run has done {step} steps already", f"steps={step + max(1, step // 10)}")
     for a, b in _skip_changes(old.data.skip, new.data.skip, position):
-        yield Problem("data.skip", as_text(new.data.skip), f"changes samples {a} to {b}, and those before "
-                      f"{position} are past",
+        yield Problem("data.skip", as_text(new.data.skip), f"changes samples {a} to {b}, and those before {position} are past",
                       word("data.skip", _skip_that_works(old.data.skip, new.data.skip, position)))
         break
 
@@ -179,8 +167,7 @@ def _skip_that_works(old: list[list[int]], new: list[list[int]], position: int) 
 def carry_forward(old: RunConfig, new: RunConfig, position: int, named: Collection[str] = ()) -> RunConfig:
     """`new` with the mixture's timeline that `old` and the change from sample `position` on make together.
 
-    named: sources that the user named; one that had left the mixture and is kept for the audit comes back by
-    this.
+    named: sources that the user named; one that had left the mixture and is kept for the audit comes back by this.
     """
     from officina.trainer.data.order import (  # needs numpy, which --help should not wait for
         extend_timeline,

@@ -38,8 +38,7 @@ _HEAD = """\
 
 
 class _Dumper(yaml.SafeDumper):
-    """Floats as Python writes them with a dot, so that every YAML reader sees a number (1e-05 is text in
-    YAML 1.1)."""
+    """Floats as Python writes them with a dot, so that every YAML reader sees a number (1e-05 is text in YAML 1.1)."""
 
 
 def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
@@ -54,8 +53,7 @@ _Dumper.add_representer(float, _float)
 
 # ---- config.yaml -------------------------------------------------------------------------------------------
 def config_text(run: RunConfig) -> str:
-    """config.yaml's content: a pure function of the run, so that ranks can tell whether they mean the same
-    one."""
+    """config.yaml's content: a pure function of the run, so that ranks can tell whether they mean the same one."""
     return _HEAD + yaml.dump(dump_run(run), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
@@ -67,8 +65,7 @@ def save_config(run: RunConfig, path: Path) -> None:
 def load_config(path: Path) -> RunConfig:
     """The run in `path` (config.yaml, or the run directory that holds it).
 
-    Unknown keys and wrong values raise ConfigError; keys that are missing (written by an older officina)
-    take defaults.
+    Unknown keys and wrong values raise ConfigError; keys that are missing (written by an older officina) take defaults.
     A missing or unreadable file raises OfficinaError.
     """
     path = _config_path(path)
@@ -78,13 +75,11 @@ def load_config(path: Path) -> RunConfig:
         raise OfficinaError(f"{path} does not exist, so {path.parent} is no run directory. "
                             "Start a run with `officina train`, or list yours with `ls runs`.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OfficinaError(f"{path} cannot be read: {' '.join(str(error).split())}. "
-                            "Restore the file; history.jsonl beside it holds the words the run was started "
-                            "with.") from error
+        raise OfficinaError(f"{path} cannot be read: {' '.join(str(error).split())}. Restore the file; "
+                            "history.jsonl beside it holds the words the run was started with.") from error
     if not isinstance(values, dict):
-        raise OfficinaError(f"{path} holds no run, but {str(values)[:40]!r}. "
-                            "Restore the file; history.jsonl beside it holds the words the run was started "
-                            "with.")
+        raise OfficinaError(f"{path} holds no run, but {str(values)[:40]!r}. Restore the file; "
+                            "history.jsonl beside it holds the words the run was started with.")
     run, problems = read_run(values)
     if problems:
         raise ConfigError(problems, source=str(path))
@@ -102,8 +97,7 @@ class Start:
     """One start of a run: a line of history.jsonl."""
 
     run_id: str
-    """The same for all starts of a run and for its branches; checkpoints carry it, and it moves with the
-    directory."""
+    """The same for all starts of a run and for its branches; checkpoints carry it, and it moves with the directory."""
     action: str
     """`start`, `resume` or `branch`."""
     words: Sequence[str]
@@ -149,8 +143,7 @@ def append_history(run_dir: Path, start: Start) -> None:
     path = Path(run_dir) / HISTORY
     broken_tail = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
     with open(path, "a", encoding="utf-8") as file:
-        file.write(("\n" if broken_tail else "") + json.dumps({"time": line.pop("time"), **line},
-                                                              default=str) + "\n")
+        file.write(("\n" if broken_tail else "") + json.dumps({"time": line.pop("time"), **line}, default=str) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -174,8 +167,7 @@ def read_run_id(run_dir: Path) -> str:
 
 
 def committed_steps(run_dir: Path) -> list[int]:
-    """Steps whose checkpoint has its commit file, oldest first. Whether the data is whole is found when it
-    is read."""
+    """Steps whose checkpoint has its commit file, oldest first. Whether the data is whole is found when it is read."""
     found = (Path(run_dir) / CHECKPOINTS).glob("step-*/COMMIT")
     return sorted(int(path.parent.name[5:]) for path in found if path.parent.name[5:].isdigit())
 

@@ -48,8 +48,7 @@ def unknown_key(key: str, value: object, values: Mapping) -> Problem:
     known = leaves(values)
     stem, _, leaf = key.rpartition(".")
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
-    if "." not in key and (groups := difflib.get_close_matches(key, GROUPS, 1, 0.55)) and isinstance(value,
-                                                                                                     str) \
+    if "." not in key and (groups := difflib.get_close_matches(key, GROUPS, 1, 0.55)) and isinstance(value, str) \
             and not same_leaf:
         return Problem(key, value, "there is no such key", word(groups[0], value))
     siblings = [k for k in known if k.rpartition(".")[0] == (generic(stem, values) or stem if stem else "")]
@@ -245,8 +244,7 @@ def _bad_kind(key: str, value: object) -> Problem:
     kinds = [kind_of(variant) for variant in variants]
     got = value.get("kind") if isinstance(value, Mapping) else value
     near = difflib.get_close_matches(str(got), kinds, 1, 0.5)
-    return Problem(f"{key}.kind", got, f"must be one of {', '.join(kinds)}",
-                   f"{key}.kind={near[0] if near else default.kind}")
+    return Problem(f"{key}.kind", got, f"must be one of {', '.join(kinds)}", f"{key}.kind={near[0] if near else default.kind}")
 
 
 def _literals(declared: str, values: Mapping) -> list[str]:

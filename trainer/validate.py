@@ -1,5 +1,4 @@
-"""Rules between the keys of a run: everything that can be known to be wrong before a rank is started.
-Torch-free.
+"""Rules between the keys of a run: everything that can be known to be wrong before a rank is started. Torch-free.
 
 Each rule is a few lines that yield Problems whose remedy, where it is `key=value`, makes the problem go away.
 """
@@ -37,14 +36,12 @@ def problems(run: RunConfig, world_size: int | None = None, *, devices: int | No
     """Every rule between keys that `run` breaks; empty if it can start.
 
     Args:
-        world_size: number of ranks; None where a later launcher decides (then `run.ranks`, if it is set, is
-        taken).
+        world_size: number of ranks; None where a later launcher decides (then `run.ranks`, if it is set, is taken).
         devices: accelerators on this machine; None if nobody has looked.
         read_data: look into the data sets' manifests; False where their file system is not at hand.
     """
     world_size = world_size or run.ranks or None
-    found = [*_numbers(run), *_run(run, devices), *_model(run), *_batch(run), *_engine(run, world_size),
-             *_schedule(run),
+    found = [*_numbers(run), *_run(run, devices), *_model(run), *_batch(run), *_engine(run, world_size), *_schedule(run),
              *_objective(run), *_life(run, world_size), *_data(run)]
     if read_data:
         found += _data_sets(run)
@@ -52,8 +49,7 @@ def problems(run: RunConfig, world_size: int | None = None, *, devices: int | No
 
 
 def missing_packages(run: RunConfig) -> list[Problem]:
-    """Optional packages that the run needs and this machine's Python does not have; asked where ranks
-    start."""
+    """Optional packages that the run needs and this machine's Python does not have; asked where ranks start."""
     wanted = [("engine", run.engine.kind, isinstance(run.engine, ZeroConfig), "deepspeed", "engine=fsdp2"),
               ("logging.wandb", True, run.logging.wandb, "wandb", "logging.wandb=false"),
               ("logging.mlflow", True, run.logging.mlflow, "mlflow", "logging.mlflow=false")]
@@ -61,8 +57,7 @@ def missing_packages(run: RunConfig) -> list[Problem]:
                      f"(pip install 'officina[{package}]')", remedy)
              for key, value, needed, package, remedy in wanted if needed and find_spec(package) is None]
     if run.engine.compile and run.device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        found.append(Problem("engine.compile", True, "needs a C++ compiler on the CPU, and there is no g++ "
-                             "here",
+        found.append(Problem("engine.compile", True, "needs a C++ compiler on the CPU, and there is no g++ here",
                              "engine.compile=false"))
     return found
 
@@ -86,16 +81,13 @@ def _numbers(run: RunConfig) -> Iterator[Problem]:
 def _run(run: RunConfig, devices: int | None) -> Iterator[Problem]:
     if not _NAME.fullmatch(run.name):
         clean = re.sub(r"[^A-Za-z0-9._-]+", "-", run.name).lstrip("._-") or "run"
-        yield Problem("name", run.name, "names a directory: letters, digits, '.', '_' and '-', a letter or "
-                      "digit first",
+        yield Problem("name", run.name, "names a directory: letters, digits, '.', '_' and '-', a letter or digit first",
                       f"name={clean}")
     if run.device == "cuda" and devices is not None and run.ranks > devices:
         remedy = f"ranks={devices}" if devices else "device=cpu"
-        yield Problem("ranks", run.ranks, f"each rank needs a GPU of its own and {devices} are visible",
-                      remedy)
+        yield Problem("ranks", run.ranks, f"each rank needs a GPU of its own and {devices} are visible", remedy)
     if run.time_limit is not None and run.time_limit <= 0:
-        yield Problem("time_limit", f"{run.time_limit:g}s", "is the time after which the run stops and saves",
-                      "time_limit=8h")
+        yield Problem("time_limit", f"{run.time_limit:g}s", "is the time after which the run stops and saves", "time_limit=8h")
     if run.site.grace < 0:
         yield Problem("site.grace", run.site.grace, "is a time and cannot be negative", "site.grace=60s")
 
@@ -107,8 +99,7 @@ def _model(run: RunConfig) -> Iterator[Problem]:
         yield from _custom_model(run, model)
         return
     if not model.head_dim and model.d_model % model.n_heads:
-        yield Problem("model.n_heads", model.n_heads, f"must divide model.d_model={model.d_model}, or "
-                      "model.head_dim be given",
+        yield Problem("model.n_heads", model.n_heads, f"must divide model.d_model={model.d_model}, or model.head_dim be given",
                       f"model.n_heads={_nearest_divisor(model.d_model, model.n_heads)}")
     elif model.head_size % 2 and any(model.rope_pattern):
         yield Problem("model.head_dim", model.head_size, "must be even, since RoPE rotates pairs",
@@ -124,8 +115,7 @@ def _model(run: RunConfig) -> Iterator[Problem]:
     if model.local_rope is not None:
         yield from _rope("model.local_rope", model.local_rope)
         if not model.window:
-            yield Problem("model.local_rope", "given", "is for windowed layers, and model.window=0 leaves "
-                          "none",
+            yield Problem("model.local_rope", "given", "is for windowed layers, and model.window=0 leaves none",
                           "model.window=1024")
     if model.attn_scale is not None and model.attn_scale <= 0:
         yield Problem("model.attn_scale", model.attn_scale, "must be greater than 0", "model.attn_scale=null")
@@ -137,15 +127,12 @@ def _model(run: RunConfig) -> Iterator[Problem]:
 def _rope(key: str, rope: RopeConfig) -> Iterator[Problem]:
     if rope.scaling == "none":
         if rope.factor != 1:
-            yield Problem(f"{key}.factor", rope.factor, f"does nothing with {key}.scaling=none",
-                          f"{key}.scaling=linear")
+            yield Problem(f"{key}.factor", rope.factor, f"does nothing with {key}.scaling=none", f"{key}.scaling=linear")
         return
     if rope.factor < 1:
-        yield Problem(f"{key}.factor", rope.factor, "extends the context, so it must be at least 1",
-                      f"{key}.factor=1")
+        yield Problem(f"{key}.factor", rope.factor, "extends the context, so it must be at least 1", f"{key}.factor=1")
     if rope.scaling in ("llama3", "yarn") and not rope.original_seq_len:
-        yield Problem(f"{key}.original_seq_len", 0, f"{rope.scaling} must know the length the unscaled model "
-                      "was trained for",
+        yield Problem(f"{key}.original_seq_len", 0, f"{rope.scaling} must know the length the unscaled model was trained for",
                       f"{key}.original_seq_len=8192")
     if rope.scaling == "llama3" and not 0 < rope.low_freq_factor < rope.high_freq_factor:
         yield Problem(f"{key}.low_freq_factor", rope.low_freq_factor,
@@ -175,15 +162,12 @@ def _custom_model(run: RunConfig, model: CustomModelConfig) -> Iterator[Problem]
             yield Problem(f"model.{name}", path, "must name a Python object as package.module:name",
                           f"model.{name}={_as_dotted_path(path) or f'my_package.model:{example}'}")
     if not all(part.isidentifier() for part in model.blocks.split(".")):
-        yield Problem("model.blocks", model.blocks, "must name an attribute of the module, such as blocks or "
-                      "encoder.layers",
+        yield Problem("model.blocks", model.blocks, "must name an attribute of the module, such as blocks or encoder.layers",
                       "model.blocks=blocks")
     if run.batch.seq_len != 1:
-        yield Problem("batch.seq_len", run.batch.seq_len, "is 1 for a custom model, where a row is a record",
-                      "batch.seq_len=1")
+        yield Problem("batch.seq_len", run.batch.seq_len, "is 1 for a custom model, where a row is a record", "batch.seq_len=1")
     if run.objective.z_loss:
-        yield Problem("objective.z_loss", run.objective.z_loss, "belongs to the decoder's loss; a custom "
-                      "model has its own",
+        yield Problem("objective.z_loss", run.objective.z_loss, "belongs to the decoder's loss; a custom model has its own",
                       "objective.z_loss=0")
 
 
@@ -199,31 +183,26 @@ def _batch(run: RunConfig) -> Iterator[Problem]:
     seq_len = run.batch.seq_len
     if run.batch.global_tokens % seq_len and not isinstance(run.model, CustomModelConfig):
         rows = max(1, round(run.batch.global_tokens / seq_len))
-        yield Problem("batch.global_tokens", run.batch.global_tokens, f"must be a multiple of "
-                      f"batch.seq_len={seq_len} (rows x "
-                      "seq_len)", f"batch.global_tokens={rows * seq_len}")
+        yield Problem("batch.global_tokens", run.batch.global_tokens, f"must be a multiple of batch.seq_len={seq_len} "
+                      "(rows x seq_len)", f"batch.global_tokens={rows * seq_len}")
 
 
 def _engine(run: RunConfig, world_size: int | None) -> Iterator[Problem]:
     engine, zero = run.engine, isinstance(run.engine, ZeroConfig)
     if world_size is not None:
         if isinstance(engine, SingleConfig) and world_size > 1:
-            yield Problem("engine", "single", f"is one process, and there are {world_size} ranks",
-                          "engine=fsdp2")
+            yield Problem("engine", "single", f"is one process, and there are {world_size} ranks", "engine=fsdp2")
         if isinstance(engine, HSDPConfig) and world_size % engine.shard_size:
-            yield Problem("engine.shard_size", engine.shard_size, f"must divide the number of ranks, "
-                          f"{world_size}",
+            yield Problem("engine.shard_size", engine.shard_size, f"must divide the number of ranks, {world_size}",
                           f"engine.shard_size={_nearest_divisor(world_size, engine.shard_size)}")
     if zero and isinstance(run.optim, MuonConfig):
-        yield Problem("optim", "muon", "does not work under ZeRO: DeepSpeed hands the optimizer flat pieces, "
-                      "not matrices, and "
-                      "its norm and clipping would see the orthogonalised update", "engine=fsdp2")
+        yield Problem("optim", "muon", "does not work under ZeRO: DeepSpeed hands the optimizer flat pieces, not matrices, "
+                      "and its norm and clipping would see the orthogonalised update", "engine=fsdp2")
     if zero and run.precision == "bf16_pure" and engine.offload_optimizer:
-        yield Problem("precision", "bf16_pure", "does not work with engine.offload_optimizer: DeepSpeed then wants its own "
-                      "CPU Adam", "engine.offload_optimizer=false")
+        yield Problem("precision", "bf16_pure", "does not work with engine.offload_optimizer: "
+                      "DeepSpeed then wants its own CPU Adam", "engine.offload_optimizer=false")
     if zero and engine.offload_params and engine.stage != 3:
-        yield Problem("engine.offload_params", True, f"needs stage 3; stage {engine.stage} keeps whole "
-                      "parameters on each rank",
+        yield Problem("engine.offload_params", True, f"needs stage 3; stage {engine.stage} keeps whole parameters on each rank",
                       "engine.stage=3")
     offloads = isinstance(engine, FSDP2Config | HSDPConfig) and engine.cpu_offload
     if offloads and isinstance(run.optim, MuonConfig):
@@ -235,13 +214,11 @@ def _engine(run: RunConfig, world_size: int | None) -> Iterator[Problem]:
 def _schedule(run: RunConfig) -> Iterator[Problem]:
     schedule, steps = run.lr_schedule, run.steps
     if schedule.warmup_steps > steps:
-        yield Problem("lr_schedule.warmup_steps", schedule.warmup_steps, f"is more than the run has steps, "
-                      f"{steps}",
+        yield Problem("lr_schedule.warmup_steps", schedule.warmup_steps, f"is more than the run has steps, {steps}",
                       f"lr_schedule.warmup_steps={steps // 10}")
     if schedule.kind != "wsd":
         if schedule.decay_steps:
-            yield Problem("lr_schedule.decay_steps", schedule.decay_steps, f"does nothing in a "
-                          f"{schedule.kind} schedule",
+            yield Problem("lr_schedule.decay_steps", schedule.decay_steps, f"does nothing in a {schedule.kind} schedule",
                           "lr_schedule.kind=wsd")
     elif not schedule.decay_steps:
         yield Problem("lr_schedule.decay_steps", 0, "wsd must know how many steps at the end decay",
@@ -250,19 +227,16 @@ def _schedule(run: RunConfig) -> Iterator[Problem]:
         room, wanted = steps - schedule.warmup_steps, schedule.warmup_steps + schedule.decay_steps
         remedy = f"lr_schedule.decay_steps={room}" if room else f"steps={wanted}"
         yield Problem("lr_schedule.decay_steps", schedule.decay_steps,
-                      f"with warmup_steps={schedule.warmup_steps} is more than "
-                      f"the run has steps, {steps}", remedy)
+                      f"with warmup_steps={schedule.warmup_steps} is more than the run has steps, {steps}", remedy)
 
 
 def _objective(run: RunConfig) -> Iterator[Problem]:
     objective = run.objective
     if objective.on_spike != "flag" and not objective.spike_sigma:
-        yield Problem("objective.on_spike", objective.on_spike, "nothing is a spike while "
-                      "objective.spike_sigma=0",
+        yield Problem("objective.on_spike", objective.on_spike, "nothing is a spike while objective.spike_sigma=0",
                       "objective.spike_sigma=6")
     if objective.spike_sigma and objective.spike_window < 8:
-        yield Problem("objective.spike_window", objective.spike_window, "is too few steps for a standard "
-                      "deviation; at least 8",
+        yield Problem("objective.spike_window", objective.spike_window, "is too few steps for a standard deviation; at least 8",
                       "objective.spike_window=128")
 
 
@@ -270,18 +244,15 @@ def _objective(run: RunConfig) -> Iterator[Problem]:
 def _life(run: RunConfig, world_size: int | None) -> Iterator[Problem]:
     every, keep = run.checkpoint.every_steps, run.checkpoint.keep_every
     if keep and not every:
-        yield Problem("checkpoint.keep_every", keep, "keeps nothing while checkpoint.every_steps=0 writes "
-                      "none on the way",
+        yield Problem("checkpoint.keep_every", keep, "keeps nothing while checkpoint.every_steps=0 writes none on the way",
                       f"checkpoint.every_steps={keep}")
     elif keep and keep % every:
         yield Problem("checkpoint.keep_every", keep, f"must be a multiple of checkpoint.every_steps={every}, "
-                      "or steps fall between",
-                      f"checkpoint.keep_every={max(1, round(keep / every)) * every}")
+                      "or steps fall between", f"checkpoint.keep_every={max(1, round(keep / every)) * every}")
     steps = run.profile.steps
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= run.steps):
         last = min(run.steps, 12)
-        yield Problem("profile.steps", steps, f"must be the first and last step to record, within 1 and "
-                      f"{run.steps}",
+        yield Problem("profile.steps", steps, f"must be the first and last step to record, within 1 and {run.steps}",
                       f"profile.steps=[{min(10, last)},{last}]")
     ranks = run.profile.ranks
     if any(rank < 0 or (world_size is not None and rank >= world_size) for rank in ranks):
@@ -293,28 +264,23 @@ def _life(run: RunConfig, world_size: int | None) -> Iterator[Problem]:
 def _data(run: RunConfig) -> Iterator[Problem]:
     data = run.data
     if not data.sources:
-        yield Problem("data.sources", None, "is empty, and a run needs a data set (`officina data build DIR` "
-                      "makes one)",
+        yield Problem("data.sources", None, "is empty, and a run needs a data set (`officina data build DIR` makes one)",
                       "data.sources.main.path=demo/data")
     for name in data.sources:
         if not _NAME.fullmatch(name):
-            yield Problem(f"data.sources.{name}", None, "a source's name has letters, digits, '.', '_' and "
-                          "'-'",
+            yield Problem(f"data.sources.{name}", None, "a source's name has letters, digits, '.', '_' and '-'",
                           "data.sources.main.path=DIR")
     if data.split == data.validation_split:
         other = "validation" if data.split != "validation" else "test"
         yield Problem("data.validation_split", data.validation_split, "is the split that is trained on; "
-                      "held-out loss on it "
-                      "would mean nothing", f"data.validation_split={other}")
+                      "held-out loss on it would mean nothing", f"data.validation_split={other}")
     for pair in data.skip:
         if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
-            yield Problem("data.skip", data.skip, f"{pair} is no range [a,b) of sample indices with 0 <= a "
-                          "< b", "data.skip=[]")
+            yield Problem("data.skip", data.skip, f"{pair} is no range [a,b) of sample indices with 0 <= a < b", "data.skip=[]")
             break
     named = {name for stage in data.timeline for name in stage.weights}
     for name in sorted(named - set(data.sources)):
-        yield Problem(f"data.sources.{name}.path", None, "is missing: data.timeline says that samples come "
-                      "from this data set",
+        yield Problem(f"data.sources.{name}.path", None, "is missing: data.timeline says that samples come from this data set",
                       f"data.sources.{name}.path=DIR, the folder of that data set")
 
 
@@ -335,24 +301,20 @@ def _data_sets(run: RunConfig) -> Iterator[Problem]:
             continue
         if run.data.split not in manifest.splits:
             there = sorted(manifest.splits) or ["train"]
-            yield Problem("data.split", run.data.split, f"{source.path} has no such split, only "
-                          f"{', '.join(there)}",
+            yield Problem("data.split", run.data.split, f"{source.path} has no such split, only {', '.join(there)}",
                           f"data.split={there[0]}")
         if kind == "tokens" and manifest.kind != "tokens":
-            yield Problem(key, source.path, "holds records, and a decoder reads tokens", "model=custom with "
-                          "your own decoder")
+            yield Problem(key, source.path, "holds records, and a decoder reads tokens", "model=custom with your own decoder")
         if manifest.tokenizer is None or kind == "records":
             continue
         size = manifest.tokenizer.vocab_size
         if size > run.model.vocab_size:
-            yield Problem("model.vocab_size", run.model.vocab_size, f"{source.path} has a tokenizer of "
-                          f"{size} tokens",
+            yield Problem("model.vocab_size", run.model.vocab_size, f"{source.path} has a tokenizer of {size} tokens",
                           f"model.vocab_size={-(-size // 128) * 128}")
         tokenizers.setdefault(manifest.tokenizer.sha256, name)
     if len(tokenizers) > 1:
         one, other = list(tokenizers.values())[:2]
-        yield Problem(f"data.sources.{other}.path", run.data.sources[other].path, f"was tokenised with "
-                      "another tokenizer than "
+        yield Problem(f"data.sources.{other}.path", run.data.sources[other].path, "was tokenised with another tokenizer than "
                       f"{one}; a token means one thing in a run", "officina data build with that tokenizer")
 
 

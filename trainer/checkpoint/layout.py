@@ -225,8 +225,7 @@ def unpack_commit(raw: bytes) -> Commit:
             raise Unreadable("its own hash does not fit: bytes were changed")
         known = {f.name for f in fields(TrainState)}
         state = TrainState(**{k: v for k, v in body["train_state"].items() if k in known})
-        return Commit(body["run_id"], body["step"], body["world_size"], body["data_bytes"], tuple(body["manifests"]),
-                      state)
+        return Commit(body["run_id"], body["step"], body["world_size"], body["data_bytes"], tuple(body["manifests"]), state)
     except Unreadable:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as e:

@@ -25,8 +25,7 @@ from officina.trainer.checkpoint.stage import Segment
 class RankFile:
     """Created, fed with segments in order, finished. Every method may raise OSError; then `abandon`."""
 
-    def __init__(self, directory: Path, run_id: str, step: int, rank: int, world_size: int,
-                 expected_bytes: int) -> None:
+    def __init__(self, directory: Path, run_id: str, step: int, rank: int, world_size: int, expected_bytes: int) -> None:
         """expected_bytes: reserved at once; 0 if unknown."""
         self._about = (run_id, step, world_size, rank)
         self._manifest_path = directory / manifest_name(rank)

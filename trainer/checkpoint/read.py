@@ -45,8 +45,7 @@ _OPEN_FILES = 64
 class OpenCheckpoint:
     """A checkpoint whose every byte was verified. Close it when the engine is filled."""
 
-    def __init__(self, contents: Contents, passed_over: tuple[str, ...], damaged: tuple[Path, ...],
-                 threads: int) -> None:
+    def __init__(self, contents: Contents, passed_over: tuple[str, ...], damaged: tuple[Path, ...], threads: int) -> None:
         self.path = contents.path
         self.step = contents.commit.step
         self.run_id = contents.commit.run_id
@@ -84,8 +83,7 @@ class OpenCheckpoint:
                 faults.append(self._missing(name, slot))
             elif entry.shape != tuple(shape):
                 file = data_name(entry.spans[0].rank) if entry.spans else "COMMIT"
-                faults.append(f"{name} {slot} is {list(entry.shape)} in {self.path / file} and {list(shape)} in the "
-                              f"model")
+                faults.append(f"{name} {slot} is {list(entry.shape)} in {self.path / file} and {list(shape)} in the model")
         if faults:
             more = f"\n  ... and {len(faults) - 8} more" if len(faults) > 8 else ""
             raise CheckpointError(f"{self.path} is not of this model:\n  " + "\n  ".join(faults[:8]) + more +

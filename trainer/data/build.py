@@ -42,8 +42,7 @@ EOS_NAMES = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>"
 """Tokens that end a document in known tokenizers, in the order of preference."""
 TRAIN, VALIDATION = "train", "validation"
 SAMPLE_BYTES = 64 << 20
-"""Text a tokenizer is trained on at most, chosen by the documents' hashes: merges no longer change much
-beyond it."""
+"""Text a tokenizer is trained on at most, chosen by the documents' hashes: merges no longer change much beyond it."""
 _BATCH_CHARACTERS = 1 << 21
 """Text tokenised at once, by all cores."""
 
@@ -84,11 +83,9 @@ class BuildResult:
 
 def build(folder: str | Path, options: BuildOptions,
           progress: Progress = lambda phase, done, total: None) -> BuildResult:
-    """Build the data set in `folder`; it counts as one only when its dataset.json stands, which is written
-    last.
+    """Build the data set in `folder`; it counts as one only when its dataset.json stands, which is written last.
 
-    Raises DataError if `folder` holds a data set already, an input is missing or damaged, or nothing is left
-    to train on.
+    Raises DataError if `folder` holds a data set already, an input is missing or damaged, or nothing is left to train on.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists() and not options.overwrite:
@@ -126,10 +123,8 @@ def build(folder: str | Path, options: BuildOptions,
             counts[split].add(document, len(tokens), sources)
         shards = [entry for writer in writers.values() for entry in writer.close()]
     if not counts[TRAIN].documents:
-        raise DataError(f"{folder}: no document is left to train on ({counts[VALIDATION].documents} held "
-                        "out, "
-                        f"{left_out.empty} empty, {len(left_out.undecodable)} undecodable). Name inputs "
-                        "with more text.")
+        raise DataError(f"{folder}: no document is left to train on ({counts[VALIDATION].documents} held out, "
+                        f"{left_out.empty} empty, {len(left_out.undecodable)} undecodable). Name inputs with more text.")
     stats = {name: c.as_stats() for name, c in counts.items() if c.documents} | {"left_out": {
         "undecodable": len(left_out.undecodable), "undecodable_files": left_out.undecodable[:100],
         "empty": left_out.empty, "duplicates": left_out.duplicates}}
@@ -145,8 +140,7 @@ def _prepare(folder: Path) -> None:
     try:
         (folder / "shards").mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise DataError(f"{folder}: cannot be made ({exc.strerror}). Name a folder that you may "
-                        "write.") from exc
+        raise DataError(f"{folder}: cannot be made ({exc.strerror}). Name a folder that you may write.") from exc
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in (folder / "shards").glob("*.dls*"):
         path.unlink()
@@ -195,8 +189,7 @@ def _given_tokenizer(path: Path) -> str:
         Tokenizer.from_str(text)
     except Exception as exc:  # tokenizers raises bare Exception
         raise DataError(f"--tokenizer {path}: is no tokenizer.json ({exc}). "
-                        "Name a file in the format of Hugging Face tokenizers, or leave the option "
-                        "out.") from exc
+                        "Name a file in the format of Hugging Face tokenizers, or leave the option out.") from exc
     return text
 
 

@@ -50,8 +50,7 @@ class Ledger:
         self._started = True
 
     def sync(self) -> None:
-        """Return when all lines are on the disk; to be called before a checkpoint of their steps is
-        committed."""
+        """Return when all lines are on the disk; to be called before a checkpoint of their steps is committed."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -67,8 +66,7 @@ class Ledger:
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Remove a last line without its end: a kill in the middle of writing left it, and its step is done
-    again."""
+    """Remove a last line without its end: a kill in the middle of writing left it, and its step is done again."""
     with open(path, "r+b") as file:
         content = file.read()
         if content and not content.endswith(b"\n"):
@@ -101,8 +99,7 @@ def read_ledger(run_dir: str | Path) -> tuple[list[Entry], int]:
     """
     path = Path(run_dir) / LEDGER
     if not path.is_file():
-        raise DataError(f"{path} does not exist: no step of this run has read data, or {run_dir} is no run "
-                        "directory. "
+        raise DataError(f"{path} does not exist: no step of this run has read data, or {run_dir} is no run directory. "
                         "Name a run directory, for example runs/NAME.")
     steps: dict[int, Entry] = {}
     starts = 0
@@ -117,8 +114,7 @@ def read_ledger(run_dir: str | Path) -> tuple[list[Entry], int]:
                 steps[values["step"]] = Entry(**values)
         except (ValueError, KeyError, TypeError) as exc:
             raise DataError(f"{path} line {number}: no line of a ledger ({type(exc).__name__}: {exc}). "
-                            "The file was edited or damaged: restore it from a copy of the run "
-                            "directory.") from exc
+                            "The file was edited or damaged: restore it from a copy of the run directory.") from exc
     return [steps[step] for step in sorted(steps)], starts
 
 
@@ -165,8 +161,7 @@ def audit(run_dir: str | Path,
           progress: Callable[[int, int], None] = lambda done, total: None) -> AuditReport:
     """Compute order and digests anew from configuration and shards and compare them with the ledger.
 
-    Raises ConfigError or DataError if run or data sets cannot be read. Memory: one byte per row of each
-    source.
+    Raises ConfigError or DataError if run or data sets cannot be read. Memory: one byte per row of each source.
     """
     run_dir = Path(run_dir)
     run, (entries, starts) = load_config(run_dir), read_ledger(run_dir)
@@ -180,8 +175,7 @@ def audit(run_dir: str | Path,
         samples = entry.samples()
         faults += coverage.use(entry)
         if (found := reader.digest(samples)) != entry.digest:
-            faults.append(f"step {entry.step}: the ledger's digest is {entry.digest}, samples "
-                          f"{entry.first_sample} to "
+            faults.append(f"step {entry.step}: the ledger's digest is {entry.digest}, samples {entry.first_sample} to "
                           f"{entry.stop_sample} give {found}: it read other rows, or the shards have changed")
         if (planned := reader.source_rows(samples)) != entry.source_rows:
             faults.append(f"step {entry.step}: read rows {entry.source_rows}, planned {planned}")
@@ -201,17 +195,14 @@ def _range_faults(entries: list[Entry], branched: bool) -> list[str]:
     faults = []
     if not branched and (entries[0].step, entries[0].first_sample) != (1, 0):
         faults.append(f"the ledger begins with step {entries[0].step} at sample {entries[0].first_sample}, "
-                      "not with "
-                      "step 1 at sample 0: its beginning is missing")
+                      "not with step 1 at sample 0: its beginning is missing")
     for before, entry in pairwise(entries):
         if entry.step != before.step + 1:
             faults.append(f"steps {before.step + 1} to {entry.step - 1} are missing")
         if entry.first_sample > before.stop_sample:
-            faults.append(f"step {entry.step}: samples {before.stop_sample} to {entry.first_sample} were "
-                          "never read")
+            faults.append(f"step {entry.step}: samples {before.stop_sample} to {entry.first_sample} were never read")
         if entry.first_sample < before.stop_sample:
-            faults.append(f"step {entry.step}: samples {entry.first_sample} to {before.stop_sample} were "
-                          "read twice")
+            faults.append(f"step {entry.step}: samples {entry.first_sample} to {before.stop_sample} were read twice")
     return faults
 
 
@@ -236,9 +227,8 @@ class _Coverage:
             self._skipped[source] += int(np.count_nonzero(here & ~read))
             cursors = places.cursor[here]
             if not np.array_equal(cursors, np.arange(len(cursors)) + self._next[source]):
-                faults.append(f"step {entry.step}: source {self._names[source]} goes from row "
-                              f"{self._next[source]} on "
-                              f"to {cursors[0]}: the mixture lost or repeats rows")
+                faults.append(f"step {entry.step}: source {self._names[source]} goes from row {self._next[source]} on to "
+                              f"{cursors[0]}: the mixture lost or repeats rows")
             self._next[source] = cursors[-1] + 1
             for epoch in np.unique(places.epoch[here]):
                 rows = places.row[here & (places.epoch == epoch)]
@@ -260,15 +250,13 @@ class _Coverage:
         return faults
 
     def _end_epoch(self, source: int) -> list[str]:
-        """When the next epoch begins, every row of the one before must have been used, but for a branch's
-        first."""
+        """When the next epoch begins, every row of the one before must have been used, but for a branch's first."""
         if source not in self._seen:
             return []
         epoch, seen = self._seen[source]
         begun_at = max(0, int(self._first[source]) - epoch * len(seen))
         missing = len(seen) - begun_at - int(np.count_nonzero(seen))
-        return [f"source {self._names[source]}: {missing} rows of epoch {epoch} were left "
-                "out"] if missing else []
+        return [f"source {self._names[source]}: {missing} rows of epoch {epoch} were left out"] if missing else []
 
     def finish(self) -> list[str]:
         """Compare the rows marked in the open epochs with the cursors."""
@@ -276,8 +264,7 @@ class _Coverage:
         for source, (epoch, seen) in self._seen.items():
             start = max(epoch * len(seen), int(self._first[source]))
             if (used := int(np.count_nonzero(seen))) != (planned := int(self._next[source]) - start):
-                faults.append(f"source {self._names[source]}: {used} rows of epoch {epoch} used, planned "
-                              f"{planned}")
+                faults.append(f"source {self._names[source]}: {used} rows of epoch {epoch} used, planned {planned}")
         return faults
 
     def report(self) -> dict[str, SourceUse]:

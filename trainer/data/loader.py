@@ -50,8 +50,7 @@ class Loader:
 
     def __init__(self, run: RunConfig, *, rank: int, world_size: int, position: int,
                  device: torch.device | str = "cpu") -> None:
-        """`device` is where the batches will go: for cuda they lie in pinned memory; they stay on the
-        host."""
+        """`device` is where the batches will go: for cuda they lie in pinned memory; they stay on the host."""
         self._run, self._rank, self._world_size = run, rank, world_size
         self._reader = RowReader(run, position)
         self._decode = _decoder(run)
@@ -98,25 +97,21 @@ class Loader:
             now = self._reader.fingerprints.get(name, then)
             if now != then:
                 raise DataError(
-                    f"data.sources.{name}: the data set at {self._run.data.sources[name].path} has "
-                    f"fingerprint {now}, "
-                    f"but the checkpoint was trained on {then}. Give data.sources.{name}.path=DIR with the "
-                    "old data; "
-                    f"new data may join under a new name: data.sources.NEW.path=DIR.")
+                    f"data.sources.{name}: the data set at {self._run.data.sources[name].path} has fingerprint {now}, "
+                    f"but the checkpoint was trained on {then}. Give data.sources.{name}.path=DIR with the old data; "
+                    "new data may join under a new name: data.sources.NEW.path=DIR.")
         mine = self.state()
         for key, remedy in (("position", "open the loader at the checkpoint's position"),
                             ("seed", "seed={}"), ("seq_len", "batch.seq_len={}"), ("split", "data.split={}"),
                             ("shuffle", "data.shuffle={}")):
             if mine[key] != state[key]:
                 raise DataError(f"{key}={mine[key]}: the checkpoint's data order has {key}={state[key]}, "
-                                "and another "
-                                f"order would repeat and lose samples. Try: {remedy.format(state[key])}")
+                                f"and another order would repeat and lose samples. Try: {remedy.format(state[key])}")
         then = {name: n for name, n in state["cursors"].items() if n}
         now = {name: n for name, n in mine["cursors"].items() if n}
         if then != now:
-            raise DataError(f"data.timeline: at sample {self._position} it counts rows {now}, but the "
-                            "checkpoint read "
-                            f"{then}. Change the mixture with `officina resume`, which keeps what was read; "
+            raise DataError(f"data.timeline: at sample {self._position} it counts rows {now}, but the checkpoint read {then}. "
+                            "Change the mixture with `officina resume`, which keeps what was read; "
                             "do not edit weights in config.yaml.")
         self._earlier = {name: value for name, value in state["fingerprints"].items()
                          if name not in self._reader.fingerprints}
@@ -173,8 +168,7 @@ def validation_rows(run: RunConfig, rank: int, world_size: int, source: str | No
                     device: torch.device | str = "cpu") -> Iterator[Batch]:
     """This rank's share of the first `eval.max_rows` rows of each validation split, or of one `source`'s.
 
-    The same rows on any number of ranks, and the same number of batches on every rank (padded by rows without
-    loss).
+    The same rows on any number of ranks, and the same number of batches on every rank (padded by rows without loss).
     """
     decode, pin = _decoder(run), torch.device(device).type == "cuda"
     for name, stream in validation_streams(run).items():
@@ -229,17 +223,14 @@ def _token_batches(rows: Rows, sizes: list[int], documents: bool, pin: bool) -> 
     return batches
 
 
-def _document_fields(row: np.ndarray, column: np.ndarray, B: int, T: int,
-                     pin: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """documents (B, T) int32 and positions (B, T) int64 from sorted borders; a border at column T lies
-    outside."""
+def _document_fields(row: np.ndarray, column: np.ndarray, B: int, T: int, pin: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """documents (B, T) int32 and positions (B, T) int64 from sorted borders; a border at column T lies outside."""
     inside = column < T
     row, flat_border = row[inside], (row * T + column)[inside]
     flat_row = np.arange(0, B * T, T)
     documents = torch.empty((B, T), dtype=torch.int32, pin_memory=pin)
     positions = torch.empty((B, T), dtype=torch.int64, pin_memory=pin)
-    # Both are running sums in place: of +1 per border, taken back at each row; of +1 per token, taken back at
-    # each border.
+    # Both are running sums in place: of +1 per border, taken back at each row; of +1 per token, taken back at each border.
     steps = documents.numpy().reshape(-1)
     steps[:] = 0
     steps[flat_border] = 1
@@ -266,9 +257,8 @@ def _record_batches(records: list[tuple[bytes, str]], padding: tuple[bytes, str]
             try:
                 fields[name] = torch.stack([fields_of_record[name] for fields_of_record in decoded])
             except (RuntimeError, KeyError) as exc:
-                raise DataError(f"model.decoder: field {name} differs in shape or is missing between "
-                                "records, the first "
-                                f"of which is {here[0][1] if here else padding[1]} ({type(exc).__name__}). "
+                raise DataError(f"model.decoder: field {name} differs in shape or is missing between records, "
+                                f"the first of which is {here[0][1] if here else padding[1]} ({type(exc).__name__}). "
                                 "Return the same fields with the same shapes for every record.") from exc
         fields["valid"] = torch.arange(size) < len(here)
         if pin:
@@ -282,10 +272,8 @@ def _decoded(decode: Decode, record: bytes, where: str) -> dict[str, torch.Tenso
     try:
         return decode(record)
     except Exception as exc:  # the user's code may raise anything, and its words may quote the data
-        raise DataError(f"{where}: model.decoder {decode.__module__}:{decode.__qualname__} raised "
-                        f"{type(exc).__name__} on its {len(record)} bytes. Mend the decoder, or leave the "
-                        "sample out "
-                        "with data.skip=[[a,b]].") from exc
+        raise DataError(f"{where}: model.decoder {decode.__module__}:{decode.__qualname__} raised {type(exc).__name__} on its "
+                        f"{len(record)} bytes. Mend the decoder, or leave the sample out with data.skip=[[a,b]].") from exc
 
 
 def _decoder(run: RunConfig) -> Decode | None:
@@ -296,6 +284,5 @@ def _decoder(run: RunConfig) -> Decode | None:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as exc:
-        raise DataError(f"model.decoder={run.model.decoder}: cannot be imported ({exc}). Write "
-                        "package.module:name, with "
-                        "the package installed or beside the place where the run is started.") from exc
+        raise DataError(f"model.decoder={run.model.decoder}: cannot be imported ({exc}). Write package.module:name, "
+                        "with the package installed or beside the place where the run is started.") from exc

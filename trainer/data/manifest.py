@@ -206,21 +206,17 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as exc:
-        raise DataError(f"{path}: {exc.strerror}. Restore the file from a copy or build the data set "
-                        "again.") from exc
+        raise DataError(f"{path}: {exc.strerror}. Restore the file from a copy or build the data set again.") from exc
 
 
 def _parse(where: object, content: bytes, adapter: TypeAdapter, path: Path) -> Any:
     try:
         return adapter.validate_python(json.loads(content))
     except ValidationError as exc:
-        raise DataError(f"{where}: {_faults(exc)}. Restore {path.name} from a copy or build the data set "
-                        "again.") from exc
+        raise DataError(f"{where}: {_faults(exc)}. Restore {path.name} from a copy or build the data set again.") from exc
     except ValueError as exc:
-        raise DataError(f"{where}: not JSON ({exc}). Restore {path.name} from a copy or build the data set "
-                        "again.") from exc
+        raise DataError(f"{where}: not JSON ({exc}). Restore {path.name} from a copy or build the data set again.") from exc
 
 
 def _faults(exc: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'content'}={e['input']!r}: "
-                     f"{e['msg']}" for e in exc.errors())
+    return "; ".join(f"{'.'.join(map(str, e['loc'])) or 'content'}={e['input']!r}: {e['msg']}" for e in exc.errors())

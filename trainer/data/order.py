@@ -1,14 +1,12 @@
-"""Which row of which source a global sample index stands for: a pure function, computed anew wherever it is
-asked.
+"""Which row of which source a global sample index stands for: a pure function, computed anew wherever it is asked.
 
     global sample index k -> (source, cursor) by the mixture -> (epoch, row) by a keyed permutation of the
     source
 
-The mixture is a repeating pattern of at most `MAX_PERIOD` samples, made so that after any number of samples
-each source has had its share to within one row. A cursor counts a source's own rows from the start of the
-run; a new stage of the timeline goes on counting where the one before it stopped, so that a change of weights
-neither loses nor repeats a row. Nothing is stored and nothing is built per sample: memory is O(MAX_PERIOD)
-per stage, time O(1) per sample.
+The mixture is a repeating pattern of at most `MAX_PERIOD` samples, made so that after any number of samples each source has had
+its share to within one row. A cursor counts a source's own rows from the start of the run; a new stage of the timeline goes on
+counting where the one before it stopped, so that a change of weights neither loses nor repeats a row. Nothing is stored and
+nothing is built per sample: memory is O(MAX_PERIOD) per stage, time O(1) per sample.
 """
 
 import hashlib
@@ -29,15 +27,13 @@ MAX_PERIOD = 1 << 16
 """Longest pattern. Weights whose shares have a smaller common denominator (0.7, 0.2, 0.1: 10) are met
 exactly, others to 1/65536."""
 SMALL = 1 << 14
-"""Sources with at most this many rows get a true random permutation: a Feistel network on a tiny domain is no
-good one."""
+"""Sources with at most this many rows get a true random permutation: a Feistel network on a tiny domain is no good one."""
 FEISTEL_ROUNDS = 4
 
 
 # ---- permutation -------------------------------------------------------------------------------------------
 def round_keys(seed: int, fingerprint: str, epoch: int) -> tuple[int, ...]:
-    """The permutation's keys, four 64-bit numbers, from the run's seed, the data's fingerprint and the
-    epoch."""
+    """The permutation's keys, four 64-bit numbers, from the run's seed, the data's fingerprint and the epoch."""
     digest = hashlib.sha256(f"officina order 1|{seed}|{fingerprint}|{epoch}".encode()).digest()
     return tuple(int.from_bytes(digest[8 * i:8 * i + 8], "little") for i in range(FEISTEL_ROUNDS))
 
@@ -61,9 +57,8 @@ def _small_permutation(size: int, keys: tuple[int, ...]) -> np.ndarray:
 def permute(indices: np.ndarray, size: int, keys: tuple[int, ...]) -> np.ndarray:
     """Where a keyed permutation of 0..size-1 sends `indices`, (n,) int64 each.
 
-    Feistel network over pairs below ceil(sqrt(size)) (generalised to any side: Black and Rogaway, CT-RSA
-    2002), walked on until the result lies below `size`; the domain exceeds `size` by 2 sqrt(size) at most, so
-    that walks are rare.
+    Feistel network over pairs below ceil(sqrt(size)) (generalised to any side: Black and Rogaway, CT-RSA 2002), walked on until
+    the result lies below `size`; the domain exceeds `size` by 2 sqrt(size) at most, so that walks are rare.
     """
     if size <= SMALL:
         return _small_permutation(size, keys)[indices]
@@ -75,8 +70,7 @@ def permute(indices: np.ndarray, size: int, keys: tuple[int, ...]) -> np.ndarray
 
 
 def _feistel(x: np.ndarray, side: np.uint64, keys: tuple[int, ...]) -> np.ndarray:
-    """One pass over the domain side**2; `side` fits 32 bits, so that a 32-bit hash scales into it without
-    division."""
+    """One pass over the domain side**2; `side` fits 32 bits, so that a 32-bit hash scales into it without division."""
     left, right = x // side, x % side
     for key in keys:
         left = left + ((_mix(right + np.uint64(key)) >> np.uint64(32)) * side >> np.uint64(32))
@@ -103,8 +97,7 @@ def _pattern_counts(weights: Sequence[float]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def _pattern(counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each place of the pattern, and how many rows of that source come before it: (period,) int64
-    each.
+    """Source of each place of the pattern, and how many rows of that source come before it: (period,) int64 each.
 
     Row j of a source with n of M places may stand from floor(j M/n) up to ceil((j+1) M/n): earliest deadline
     first keeps every deadline as the shares sum to one, hence each source is within one row of its share
@@ -221,8 +214,7 @@ class Places:
 class Order:
     """Global sample index -> row of a source."""
 
-    def __init__(self, mixture: Mixture, sources: Mapping[str, SourceRows], *, seed: int,
-                 shuffle: bool) -> None:
+    def __init__(self, mixture: Mixture, sources: Mapping[str, SourceRows], *, seed: int, shuffle: bool) -> None:
         self.mixture, self.names = mixture, mixture.names
         self._sources, self._seed, self._shuffle = sources, seed, shuffle
 
@@ -258,8 +250,7 @@ class Skips:
         self.ranges = merged
 
     def indices(self, first: int, places: np.ndarray) -> np.ndarray:
-        """Global sample index of the `places`-th samples at or after `first` that are not left out: (n,)
-        int64."""
+        """Global sample index of the `places`-th samples at or after `first` that are not left out: (n,) int64."""
         out = places + first
         for a, b in self.ranges:
             if b > first:
@@ -284,12 +275,10 @@ def timeline_of(data: DataConfig) -> list[TimelineStage]:
 
 
 def extend_timeline(data: DataConfig, position: int, sources: Mapping[str, SourceConfig]) -> DataConfig:
-    """`data` with the mixture `sources` (all of them, not only the new ones) from global sample `position`
-    on.
+    """`data` with the mixture `sources` (all of them, not only the new ones) from global sample `position` on.
 
-    What was planned from `position` on is dropped; what was read before keeps its stages, so that every
-    source goes on at its own next row. Sources that are gone from the mixture stay in `sources` for the
-    ledger's audit.
+    What was planned from `position` on is dropped; what was read before keeps its stages, so that every source goes on at its
+    own next row. Sources that are gone from the mixture stay in `sources` for the ledger's audit.
     """
     weights = {name: source.weight for name, source in sources.items()}
     past = [stage for stage in timeline_of(data) if stage.from_sample < position]

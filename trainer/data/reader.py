@@ -28,8 +28,7 @@ class Stream:
         self.dataset, self.split = dataset, split
         self.entries: list[ShardEntry] = dataset.of_split(split)
         if not self.entries:
-            raise DataError(f"{dataset.folder}: has no split {split}, only "
-                            f"{sorted(dataset.manifest.splits)}. "
+            raise DataError(f"{dataset.folder}: has no split {split}, only {sorted(dataset.manifest.splits)}. "
                             "Name one of these as data.split or data.validation_split.")
         self.token_starts = np.cumsum([0, *(e.tokens for e in self.entries)])
         """(shards + 1,) offset of each shard's first token in the stream."""
@@ -54,8 +53,7 @@ class Stream:
         shard = self.shard(of_shard)
         return shard.document(inside).tobytes(), f"{shard.path} record {inside}"
 
-    def gather(self, rows: np.ndarray, seq_len: int, *,
-               borders: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def gather(self, rows: np.ndarray, seq_len: int, *, borders: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens (n, seq_len + 1) of `rows` (n,), verified; and the document borders inside them.
 
         Borders are two (b,) arrays, sorted: the number 0..n-1 of the row, and the column 1..seq_len of the
@@ -100,8 +98,7 @@ class Stream:
 
 
 def _copy_rows(data: np.ndarray, starts: np.ndarray, seq_len: int, out: np.ndarray, here: np.ndarray) -> None:
-    """out[here] = the seq_len + 1 tokens from each of `starts`, which are equal modulo seq_len within a
-    shard."""
+    """out[here] = the seq_len + 1 tokens from each of `starts`, which are equal modulo seq_len within a shard."""
     offset = int(starts[0]) % seq_len
     blocks = (len(data) - offset) // seq_len
     grid = data[offset:offset + blocks * seq_len].reshape(blocks, seq_len)
@@ -136,9 +133,8 @@ class Rows:
 class RowReader:
     """Order and data of a run: global sample indices in, rows out.
 
-    Each row has a 32-bit digest, xxh3 of its tokens or record in the shard's dtype, seeded with its global
-    sample index; the digest of several is their sum modulo 2**32, so that it does not depend on how rows are
-    dealt to ranks.
+    Each row has a 32-bit digest, xxh3 of its tokens or record in the shard's dtype, seeded with its global sample index; the
+    digest of several is their sum modulo 2**32, so that it does not depend on how rows are dealt to ranks.
     """
 
     def __init__(self, run: RunConfig, position: int = 0) -> None:
@@ -161,10 +157,9 @@ class RowReader:
     def _rows_of(self, name: str, stream: Stream) -> int:
         rows = int(stream.document_starts[-1]) if self.records else stream.rows(self.seq_len)
         if not rows:
-            raise DataError(f"data.sources.{name}: split {stream.split} of {stream.dataset.folder} has "
-                            f"{stream.token_starts[-1]} tokens, fewer than one row of "
-                            f"batch.seq_len={self.seq_len} and "
-                            f"its label. Try batch.seq_len={max(1, int(stream.token_starts[-1]) // 8)}.")
+            raise DataError(f"data.sources.{name}: split {stream.split} of {stream.dataset.folder} "
+                            f"has {stream.token_starts[-1]} tokens, fewer than one row of batch.seq_len={self.seq_len} and its "
+                            f"label. Try batch.seq_len={max(1, int(stream.token_starts[-1]) // 8)}.")
         return rows
 
     def read(self, samples: np.ndarray) -> Rows:
@@ -220,21 +215,17 @@ def _digest(rows: Iterable[object], samples: np.ndarray) -> int:
 def open_source(run: RunConfig, name: str) -> Dataset:
     """The data set of a source, checked to be what the run's model reads."""
     if name not in run.data.sources:
-        raise DataError(f"data.timeline names source {name}, but data.sources has only "
-                        f"{sorted(run.data.sources)}. "
+        raise DataError(f"data.timeline names source {name}, but data.sources has only {sorted(run.data.sources)}. "
                         f"Try: data.sources.{name}.path=DIR, the data set that was read before.")
     dataset = open_dataset(Path(run.data.sources[name].path))
     manifest = dataset.manifest
     wanted = "records" if run.model.kind == "custom" else "tokens"
     if manifest.kind != wanted:
-        raise DataError(f"data.sources.{name}: {dataset.folder} holds {manifest.kind}, but "
-                        f"model.kind={run.model.kind} "
-                        f"reads {wanted}. Name a data set of {wanted}, or another model.")
+        raise DataError(f"data.sources.{name}: {dataset.folder} holds {manifest.kind}, "
+                        f"but model.kind={run.model.kind} reads {wanted}. Name a data set of {wanted}, or another model.")
     if wanted == "tokens" and manifest.tokenizer and manifest.tokenizer.vocab_size > run.model.vocab_size:
-        raise DataError(f"data.sources.{name}: the tokenizer of {dataset.folder} has "
-                        f"{manifest.tokenizer.vocab_size} "
-                        f"tokens, but model.vocab_size={run.model.vocab_size}. "
-                        f"Try: model.vocab_size={manifest.tokenizer.vocab_size}")
+        raise DataError(f"data.sources.{name}: the tokenizer of {dataset.folder} has {manifest.tokenizer.vocab_size} tokens, "
+                        f"but model.vocab_size={run.model.vocab_size}. Try: model.vocab_size={manifest.tokenizer.vocab_size}")
     return dataset
 
 
@@ -245,8 +236,7 @@ def _same_tokenizer(run: RunConfig, streams: dict[str, Stream]) -> None:
             by_hash.setdefault(stream.dataset.manifest.tokenizer.sha256, name)
     if len(by_hash) > 1:
         told = ", ".join(f"{name} ({sha256[:12]})" for sha256, name in by_hash.items())
-        raise DataError(f"data.sources: {told} were made with different tokenizers, so that a token id has "
-                        "two meanings. "
+        raise DataError(f"data.sources: {told} were made with different tokenizers, so that a token id has two meanings. "
                         "Build one again with `officina data build --tokenizer OTHER/tokenizer.json`.")
 
 

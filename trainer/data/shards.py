@@ -85,15 +85,13 @@ class ShardWriter:
     def add(self, document: np.ndarray, source_id: int = 0) -> None:
         """Append one document, (n,) integers, n > 0."""
         if not len(document):
-            raise DataError(f"{self.path}: document {len(self._ends)} is empty; a document has at least one "
-                            "token or "
-                            "byte. Leave empty documents out.")
+            raise DataError(f"{self.path}: document {len(self._ends)} is empty; a document has at least one token or byte. "
+                            "Leave empty documents out.")
         limit = np.iinfo(DTYPES[self._dtype]).max
         if document.dtype != DTYPES[self._dtype]:
             if int(document.max()) > limit or int(document.min()) < 0:
-                raise DataError(f"{self.path}: document {len(self._ends)} has token id "
-                                f"{int(document.max())}, but "
-                                f"{self._dtype} holds 0 to {limit}. Take a wider dtype, such as u32.")
+                raise DataError(f"{self.path}: document {len(self._ends)} has token id {int(document.max())}, "
+                                f"but {self._dtype} holds 0 to {limit}. Take a wider dtype, such as u32.")
             document = document.astype(DTYPES[self._dtype])
         view = memoryview(np.ascontiguousarray(document)).cast("B")
         self._file.write(view)
@@ -125,8 +123,7 @@ class ShardWriter:
             sections[name] = (offset, len(content))
             offset += len(content)
         offset = _aligned(offset)
-        header = _Header(self._dtype, self.tokens, len(self._ends), offset + 16, self._tokenizer,
-                         sections).pack()
+        header = _Header(self._dtype, self.tokens, len(self._ends), offset + 16, self._tokenizer, sections).pack()
         root = xxhash.xxh3_64(header)
         for name, content in footer.items():
             root.update(content)
@@ -153,8 +150,7 @@ class ShardWriter:
 
 
 class SplitWriter:
-    """Writes the shards of one split, `shards/SPLIT-00000.dls` and on, beginning a new one at
-    `shard_bytes`."""
+    """Writes the shards of one split, `shards/SPLIT-00000.dls` and on, beginning a new one at `shard_bytes`."""
 
     def __init__(self, folder: Path, split: str, *, dtype: str, tokenizer_sha256: str = "",
                  shard_bytes: int = SHARD_BYTES) -> None:
@@ -204,20 +200,17 @@ class Shard:
             raise DataError(f"{path}: cannot be opened ({exc}). {_REMEDY}") from exc
         header = _parse_header(path, self._map)
         if header.file_bytes != len(self._map):
-            raise DataError(f"{path}: has {len(self._map)} bytes, but its header says {header.file_bytes}. "
-                            f"{_REMEDY}")
+            raise DataError(f"{path}: has {len(self._map)} bytes, but its header says {header.file_bytes}. {_REMEDY}")
         root, end_magic = struct.unpack("<Q8s", self._map[-16:].tobytes())
         found = xxhash.xxh3_64(self._map[:HEADER_BYTES])
         for offset, length in header.sections.values():
             found.update(self._map[offset:offset + length])
         if end_magic != _END_MAGIC or found.intdigest() != root:
-            raise DataError(f"{path}: the footer (bytes "
-                            f"{HEADER_BYTES + header.tokens * DTYPES[header.dtype].itemsize} "
-                            f"to {len(self._map)}) does not match its checksum. {_REMEDY}")
+            raise DataError(f"{path}: the footer (bytes {HEADER_BYTES + header.tokens * DTYPES[header.dtype].itemsize} to "
+                            f"{len(self._map)}) does not match its checksum. {_REMEDY}")
         if entry and (found.hexdigest(), header.tokens) != (entry.xxh3, entry.tokens):
-            raise DataError(f"{path}: xxh3 root {found.hexdigest()}, but shards.jsonl says {entry.xxh3}: it "
-                            "is a shard of "
-                            f"another data set. {_REMEDY}")
+            raise DataError(f"{path}: xxh3 root {found.hexdigest()}, but shards.jsonl says {entry.xxh3}: "
+                            f"it is a shard of another data set. {_REMEDY}")
         self.dtype, self.tokenizer_sha256 = header.dtype, header.tokenizer_sha256
         self.documents = header.documents
         self.data = self._map[HEADER_BYTES:HEADER_BYTES + header.tokens * DTYPES[header.dtype].itemsize].view(
@@ -234,8 +227,7 @@ class Shard:
         return self._map[offset:offset + length].view(dtype)
 
     def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
-        """Verify the granules under the token ranges [starts, stops), (n,) int64 each; each granule is read
-        once."""
+        """Verify the granules under the token ranges [starts, stops), (n,) int64 each; each granule is read once."""
         first = starts * self.data.itemsize // GRANULE_BYTES
         last = (stops * self.data.itemsize - 1) // GRANULE_BYTES
         narrow = int((last - first).max(initial=0)) < 2
@@ -251,8 +243,7 @@ class Shard:
         stop = min(start + GRANULE_BYTES, HEADER_BYTES + self.data.nbytes)
         found = xxhash.xxh3_64_intdigest(self._map[start:stop])
         if found != int(self._hashes[granule]):
-            raise DataError(f"{self.path}: bytes {start} to {stop} do not match their checksum (xxh3 "
-                            f"{found:016x}, "
+            raise DataError(f"{self.path}: bytes {start} to {stop} do not match their checksum (xxh3 {found:016x}, "
                             f"should be {int(self._hashes[granule]):016x}). {_REMEDY}")
         self._checked[granule] = True
 
@@ -286,15 +277,13 @@ def _parse_header(path: Path, mapped: np.ndarray) -> _Header:
     if len(mapped) < HEADER_BYTES + 16 or head[:8] != _MAGIC:
         raise DataError(f"{path}: bytes 0 to 8 are {head[:8]!r}, a shard begins with {_MAGIC!r}. {_REMEDY}")
     if xxhash.xxh3_64_intdigest(head[:-8]) != struct.unpack("<Q", head[-8:])[0]:
-        raise DataError(f"{path}: the header (bytes 0 to {HEADER_BYTES}) does not match its checksum. "
-                        f"{_REMEDY}")
+        raise DataError(f"{path}: the header (bytes 0 to {HEADER_BYTES}) does not match its checksum. {_REMEDY}")
     fixed = _FIXED.unpack(head[:_FIXED.size])
     _, version, itemsize, tokens, documents, granule, file_bytes, tokenizer, n = fixed
     dtypes = {d.itemsize: name for name, d in DTYPES.items()}
     if version != _VERSION or granule != GRANULE_BYTES or itemsize not in dtypes:
-        raise DataError(f"{path}: shard version {version} with {granule}-byte granules and {itemsize}-byte "
-                        "tokens; this "
-                        f"officina reads version {_VERSION}, {GRANULE_BYTES}, 1, 2 or 4. Update officina.")
+        raise DataError(f"{path}: shard version {version} with {granule}-byte granules and {itemsize}-byte tokens; "
+                        f"this officina reads version {_VERSION}, {GRANULE_BYTES}, 1, 2 or 4. Update officina.")
     sections = {}
     for i in range(n):
         name, offset, length = _SECTION.unpack_from(head, _FIXED.size + i * _SECTION.size)
@@ -308,19 +297,16 @@ def _aligned(offset: int) -> int:
 
 def write_records(directory: str | Path, records: Iterable[bytes], *, split: str = "train", name: str,
                   shard_bytes: int = SHARD_BYTES, **about: Any) -> None:
-    """Write `records` as split `split` of a data set for a user's own model; its decoder gets each back as
-    bytes.
+    """Write `records` as split `split` of a data set for a user's own model; its decoder gets each back as bytes.
 
-    A second call adds another split to the same folder. `about` are further fields of dataset.json (version,
-    description, licence, personal_data, sensitive, provenance). Raises DataError if the split exists already,
-    or if there is no record.
+    A second call adds another split to the same folder. `about` are further fields of dataset.json (version, description,
+    licence, personal_data, sensitive, provenance). Raises DataError if the split exists already, or if there is no record.
     """
     folder, before, stats = Path(directory), [], {}
     if (folder / MANIFEST).exists():
         dataset = open_dataset(folder)
         if dataset.manifest.kind != "records" or split in dataset.manifest.splits:
-            raise DataError(f"{folder}: has splits {sorted(dataset.manifest.splits)} of "
-                            f"{dataset.manifest.kind} already; "
+            raise DataError(f"{folder}: has splits {sorted(dataset.manifest.splits)} of {dataset.manifest.kind} already; "
                             f"split {split} cannot be written. Take another split name or an empty folder.")
         before = dataset.shards
         kept = {key: getattr(dataset.manifest, key) for key in

@@ -1,5 +1,4 @@
-"""Where documents come from: folders and files of text, JSON lines (also gzipped), the standard library's
-sources."""
+"""Where documents come from: folders and files of text, JSON lines (also gzipped), the standard library's sources."""
 
 import gzip
 import json
@@ -54,8 +53,7 @@ class LeftOut:
 
 
 def standard_library() -> tuple[list[TextSource], dict[str, str]]:
-    """The sources of this Python's standard library without tests and tables, and words about them
-    for the manifest."""
+    """The sources of this Python's standard library without tests and tables, and words about them for the manifest."""
     root = Path(sysconfig.get_path("stdlib"))
     version = platform.python_version()
     files = [(path.relative_to(root).as_posix(), path) for path in root.rglob("*.py")
@@ -69,8 +67,7 @@ def standard_library() -> tuple[list[TextSource], dict[str, str]]:
 
 
 def find_sources(inputs: Sequence[str | Path], include: Sequence[str] = INCLUDE) -> list[TextSource]:
-    """One source for each input: a file, or a folder that is searched for the patterns of `include` (hidden
-    files out).
+    """One source for each input: a file, or a folder that is searched for the patterns of `include` (hidden files out).
 
     Raises DataError for an input that does not exist or has no such file.
     """
@@ -97,8 +94,7 @@ def _unused(name: str, sources: list[TextSource]) -> str:
 
 
 def read_documents(sources: Sequence[TextSource], text_field: str, left_out: LeftOut) -> Iterator[Document]:
-    """All documents in order: a text file is one, a line of JSON is one. What is left out is counted in
-    `left_out`.
+    """All documents in order: a text file is one, a line of JSON is one. What is left out is counted in `left_out`.
 
     Raises DataError, with file and line, for what is not JSON or has no text under `text_field`, and for
     files that cannot be read.
@@ -117,8 +113,7 @@ def read_documents(sources: Sequence[TextSource], text_field: str, left_out: Lef
                     else:
                         left_out.empty += 1
             except (OSError, EOFError, zlib.error) as exc:  # a cut or damaged .gz raises any of them
-                raise DataError(f"{path}: cannot be read ({exc}). Restore the file, or leave it "
-                                "out.") from exc
+                raise DataError(f"{path}: cannot be read ({exc}). Restore the file, or leave it out.") from exc
             before_bytes += path.stat().st_size
 
 
@@ -146,12 +141,10 @@ def _json_lines(path: Path, text_field: str) -> Iterator[tuple[str, bytes | str,
             except UnicodeDecodeError:
                 text = line  # counted by the caller
             except (ValueError, KeyError, TypeError) as exc:
-                raise DataError(f"{path} line {number}: no JSON object with the field {text_field!r} "
-                                f"({type(exc).__name__}). Mend the line, or name the text's field: --field "
-                                "NAME") from exc
+                raise DataError(f"{path} line {number}: no JSON object with the field {text_field!r} ({type(exc).__name__}). "
+                                "Mend the line, or name the text's field: --field NAME") from exc
             if not isinstance(text, (str, bytes)):
-                raise DataError(f"{path} line {number}: field {text_field!r} is no text. "
-                                "Name the text's field: --field NAME")
+                raise DataError(f"{path} line {number}: field {text_field!r} is no text. Name the text's field: --field NAME")
             yield f" line {number}", text, raw.tell()
 
 

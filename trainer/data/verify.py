@@ -43,24 +43,21 @@ def _tokenizer_faults(dataset: Dataset) -> list[str]:
     found, _ = _sha256(path, 0, lambda done_bytes: None)
     if found == wanted.sha256:
         return []
-    return [f"{path}: {'missing' if found is None else f'sha256 {found}'}, but dataset.json says "
-            f"{wanted.sha256}. "
+    return [f"{path}: {'missing' if found is None else f'sha256 {found}'}, but dataset.json says {wanted.sha256}. "
             "Restore the file from a copy: with another tokenizer the token ids mean something else."]
 
 
 def _shard_faults(dataset: Dataset, entry: ShardEntry, sha256: str | None) -> list[str]:
     path = dataset.folder / entry.path
     if sha256 is None:
-        return [f"{path}: missing, but shards.jsonl lists it with {entry.bytes} bytes. Restore it from a "
-                "copy."]
+        return [f"{path}: missing, but shards.jsonl lists it with {entry.bytes} bytes. Restore it from a copy."]
     if sha256 == entry.sha256:
         return []
     try:
         parts = Shard(path, entry).check_all()
     except DataError as exc:
         parts = [str(exc)]
-    return parts or [f"{path}: sha256 {sha256}, but shards.jsonl says {entry.sha256}: bytes between the "
-                     "sections differ; "
+    return parts or [f"{path}: sha256 {sha256}, but shards.jsonl says {entry.sha256}: bytes between the sections differ; "
                      "tokens, documents and checksums are sound. Restore the file from a copy."]
 
 

@@ -1,9 +1,8 @@
 """Parameters and floating-point operations of the transformer, by arithmetic on its configuration; no torch.
 
-Counted are matrix products (2 m n k each), forward and backward; norms, activations and the softmax are left
-out, as every published MFU does. Attention is counted in both conventions: `causal` counts the pairs of query
-and key that the mask lets through, full counts every pair (6 P + 12 L D T, PaLM's appendix B,
-arXiv:2204.02311). Recomputation is never counted.
+Counted are matrix products (2 m n k each), forward and backward; norms, activations and the softmax are left out, as every
+published MFU does. Attention is counted in both conventions: `causal` counts the pairs of query and key that the mask lets
+through, full counts every pair (6 P + 12 L D T, PaLM's appendix B, arXiv:2204.02311). Recomputation is never counted.
 """
 
 from dataclasses import dataclass

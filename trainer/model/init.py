@@ -1,9 +1,8 @@
 """Initial weights: a pure function of (seed, tensor name, element), so a rank makes only what it holds.
 
-A tensor's elements are cut, in row-major order, into blocks of 2**18; each block has its own random stream,
-keyed by the seed, the tensor's name and the block's number. Whatever range a rank asks for, under whatever
-sharding, it gets the same values. numpy's SFC64 and its ziggurat normals use whole-number arithmetic: the
-same values on every kind of CPU.
+A tensor's elements are cut, in row-major order, into blocks of 2**18; each block has its own random stream, keyed by the seed,
+the tensor's name and the block's number. Whatever range a rank asks for, under whatever sharding, it gets the same values.
+numpy's SFC64 and its ziggurat normals use whole-number arithmetic: the same values on every kind of CPU.
 """
 
 import hashlib

@@ -102,7 +102,6 @@ class Vocabulary(nn.Module):
             return F.embedding(x, self.weight)
         weight = self.weight.to(x.dtype)
         if use == "loss":
-            return linear_cross_entropy(x.flatten(0, -2), weight, labels_BT.flatten(), z_loss=z_loss,
-                                        softcap=self.softcap)
+            return linear_cross_entropy(x.flatten(0, -2), weight, labels_BT.flatten(), z_loss=z_loss, softcap=self.softcap)
         logits = at_least_fp32(F.linear(x, weight))
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits

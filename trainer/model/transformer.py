@@ -96,8 +96,7 @@ class Transformer(nn.Module):
         """Raises ValueError where heads do not divide."""
         super().__init__()
         if config.n_heads % config.kv_heads:
-            raise ValueError(f"model.n_heads={config.n_heads} is not a multiple of "
-                             f"model.n_kv_heads={config.kv_heads}")
+            raise ValueError(f"model.n_heads={config.n_heads} is not a multiple of model.n_kv_heads={config.kv_heads}")
         if not config.head_dim and config.d_model % config.n_heads:
             raise ValueError(f"model.d_model={config.d_model} is not a multiple of "
                              f"model.n_heads={config.n_heads}; set model.head_dim")
@@ -114,9 +113,8 @@ class Transformer(nn.Module):
         self._windows = {window_of_layer(config, layer) for layer in layers}
         self._frequencies: dict[tuple[RopeConfig, torch.device], Tensor] = {}
 
-    def forward(self, tokens_BT: Tensor, *, labels_BT: Tensor | None = None,
-                documents_BT: Tensor | None = None, positions_BT: Tensor | None = None, z_loss: float = 0.0,
-                cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, *, labels_BT: Tensor | None = None, documents_BT: Tensor | None = None,
+                positions_BT: Tensor | None = None, z_loss: float = 0.0, cache: KVCache | None = None) -> Tensor:
         """Logits (B, T, V), or with labels the sum of the losses of all labels but IGNORE, 0-dim; fp32.
 
         Args:

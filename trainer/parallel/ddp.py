@@ -28,8 +28,7 @@ class DDPEngine(TorchEngine):
     def __init__(self, parts: Parts, groups: Groups) -> None:
         sizes = {name: parameter.numel() for name, parameter in parts.module.named_parameters()}
         # Two dealings, so that each spreads evenly; a matrix of Muon is exported by the rank that has its momentum.
-        self._owners = deal({name: size for name, size in sizes.items() if name not in groups.muon},
-                            parts.ranks.world_size)
+        self._owners = deal({name: size for name, size in sizes.items() if name not in groups.muon}, parts.ranks.world_size)
         self._owners |= deal({name: sizes[name] for name in groups.muon}, parts.ranks.world_size)
         super().__init__(parts, groups, Split("dealt", dist.group.WORLD, self._owners))
         if parts.run.engine.compile:

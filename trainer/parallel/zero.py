@@ -29,8 +29,8 @@ from officina.trainer.parallel.tensors import (
 from officina.trainer.parallel.zero_state import ZeroState
 from officina.trainer.state import Piece, Source
 
-NO_MUON = ("engine=zero hands an optimizer flat slices of the gradient, and its norm and clipping see Muon's update instead of "
-           "the gradient")
+NO_MUON = ("engine=zero hands an optimizer flat slices of the gradient, "
+           "and its norm and clipping see Muon's update instead of the gradient")
 
 
 def build(parts: Parts) -> "ZeroEngine":
