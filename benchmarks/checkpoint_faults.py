@@ -105,8 +105,7 @@ def on_ranks(world_size: int, work: Callable[[ThreadRanks], Any]) -> list[Any]:
     return results
 
 
-def save_step(run_dir: Path, step: int, *, world_size: int = 2, run_id: str = "run-a",
-              state: Tensors | None = None) -> None:
+def save_step(run_dir: Path, step: int, *, world_size: int = 2, run_id: str = "run-a", state: Tensors | None = None) -> None:
     """Save `state_at(step)` from that many ranks, keeping all earlier checkpoints."""
     state = state or state_at(step)
 
@@ -149,8 +148,7 @@ class KillOutcome:
     detail: str = ""
 
 
-def kill_trial(folder: Path, rng: random.Random, context, *, asynchronous: bool,
-               world_size: int = 2) -> KillOutcome | None:
+def kill_trial(folder: Path, rng: random.Random, context, *, asynchronous: bool, world_size: int = 2) -> KillOutcome | None:
     """Start ranks, kill one or all with SIGKILL at a random moment after the first commit, look at what is left.
 
     None if the ranks ended or came to no first commit (a machine that is paused or overloaded): nobody was killed.

@@ -66,8 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where the record goes (default: benchmarks/results/engines.json)")
     parser.add_argument("words", nargs="*", metavar="WORD", help="further words of the runs")
     args = parser.parse_args(argv)
-    found = run(ranks=args.ranks, blocks=args.blocks, steps=args.steps, precisions=tuple(args.precision),
-                words=args.words)
+    found = run(ranks=args.ranks, blocks=args.blocks, steps=args.steps, precisions=tuple(args.precision), words=args.words)
     print(write_record(found, args.out))
     for precision, result in found["results"].items():
         for name, value in result["tokens_per_s"].items():

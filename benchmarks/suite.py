@@ -42,8 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; `all`; `list` or none lists them")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR",
                         help="folder for the records (default: benchmarks/results in a clone, else bench-results)")
-    parser.add_argument("--quick", action="store_true", help="see that they run; the figures mean nothing, so --out is "
-                        "needed")
+    parser.add_argument("--quick", action="store_true", help="see that they run; the figures mean nothing, so --out is needed")
     args = parser.parse_args(list(argv))
     if not args.names or args.names == ["list"]:
         for name, benchmark in BENCHMARKS.items():
@@ -52,8 +51,7 @@ def main(argv: Sequence[str]) -> int:
     names = list(BENCHMARKS) if args.names == ["all"] else args.names
     for name in names:
         if name not in BENCHMARKS:
-            raise OfficinaError(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}. "
-                                "Try: officina bench list")
+            raise OfficinaError(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}. Try: officina bench list")
     if args.quick and args.out is None:
         raise OfficinaError("--quick would overwrite committed records with figures that mean nothing. "
                             f"Try: officina bench {' '.join(names)} --quick --out quick-results")

@@ -48,8 +48,8 @@ def _made(record: Record) -> str:
     changed = " with changes" if record["commit"]["changed"] else ""
     commit = (record["commit"]["hash"] or "no repository")[:9] + changed
     repeats = f", {record['repeats']} repeats" if record["repeats"] else ""
-    return (f"*{record['date'][:10]}, {where}, torch {versions['torch']}, Python {versions['python']}, commit {commit}"
-            f"{repeats}*")
+    return (f"*{record['date'][:10]}, {where}, torch {versions['torch']}, Python {versions['python']}, "
+            f"commit {commit}{repeats}*")
 
 
 # ---- one function a record -----------------------------------------------------------------------------------------

@@ -93,9 +93,8 @@ def race(entrants: Mapping[str, Entrant], *, blocks: int, steps: int, lead: int 
          alternate: bool = True, timeout_s: float = 600.0) -> dict[str, list[Block]]:
     """Time each entrant for `blocks` blocks of `steps` steps, after `warmup` blocks that do not count.
 
-    alternate: all live at once and take turns, each second round in the opposite order; false: one after the other,
-    where memory holds only one. Raises RuntimeError with the traceback of an entrant that failed, TimeoutError after
-    `timeout_s`.
+    alternate: all live at once and take turns, each second round in the opposite order; false: one after the other, where
+    memory holds only one. Raises RuntimeError with the traceback of an entrant that failed, TimeoutError after `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     if not alternate:

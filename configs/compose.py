@@ -1,9 +1,7 @@
 """From the words of a command line to a checked RunConfig. The only module that imports Hydra.
 
-Hydra composes the YAML groups of this folder (and a user's own files) and reads lists and dicts in its
-grammar. Typing,
-closedness and everything a user is told about a mistake come from `officina.trainer.schema`, all problems at
-once.
+Hydra composes the YAML groups of this folder (and a user's own files) and reads lists and dicts in its grammar. Typing,
+closedness and everything a user is told about a mistake come from `officina.trainer.schema`, all problems at once.
 Scalars reach the types as the text that was typed: `site.account=1e5` stays text, `steps=1e3` is 1000.
 """
 
@@ -26,8 +24,7 @@ from officina.trainer.schema import dump_run, read_run, unknown_key
 
 _FOLDER = Path(__file__).parent
 _PERSONAL = ("site", "logging", "checkpoint", "profile", "device", "ranks", "threads", "time_limit")
-"""What a person's or a centre's defaults may set, besides paths of data: where and how a run is run, not
-what it computes."""
+"""What a person's or a centre's defaults may set, besides paths of data: where and how a run is run, not what it computes."""
 _SOURCE_PATH = re.compile(r"data\.sources\.([^.]+)\.path")
 _TYPED_BY_HYDRA = "model.args."
 """Arguments of a user's own model have no declared type: here `192` is a number because Hydra says so."""
@@ -57,8 +54,7 @@ class _Word:
 
 
 def compose(words: Sequence[str]) -> RunConfig:
-    """The run that `group=option`, `key=value`, `+key=value` and `~key` describe. Raises ConfigError with
-    every fault."""
+    """The run that `group=option`, `key=value`, `+key=value` and `~key` describe. Raises ConfigError with every fault."""
     composed = compose_all(words)
     if composed.problems:
         raise ConfigError(composed.problems)
@@ -66,8 +62,7 @@ def compose(words: Sequence[str]) -> RunConfig:
 
 
 def compose_all(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> Composed:
-    """Like `compose`, but gives the problems back. `environ`: where XDG_CONFIG_HOME and XDG_CONFIG_DIRS are
-    looked up."""
+    """Like `compose`, but gives the problems back. `environ`: where XDG_CONFIG_HOME and XDG_CONFIG_DIRS are looked up."""
     problems: list[Problem] = []
     typed = _read_words(words, problems)
     personal = [(word, text, origin) for text, origin in _personal(environ, problems)
@@ -86,16 +81,14 @@ def compose_all(words: Sequence[str], environ: Mapping[str, str] = os.environ) -
 
 
 def recompose(saved: RunConfig, words: Sequence[str]) -> Composed:
-    """The saved run with the words applied. A newly chosen option keeps the values that it shares with the
-    old one."""
+    """The saved run with the words applied. A newly chosen option keeps the values that it shares with the old one."""
     problems: list[Problem] = []
     typed = _read_words(words, problems)
     values = dump_run(saved)
     good = copy.deepcopy(values)
     for word in typed:
         if word.chooses and word.key == "experiment":
-            problems.append(Problem("experiment", word.value, "is chosen when a run is started and kept from "
-                                    "then on",
+            problems.append(Problem("experiment", word.value, "is chosen when a run is started and kept from then on",
                                     "name the keys that change instead, such as optim.lr=1e-4"))
         elif word.chooses:
             before = len(problems)
@@ -201,8 +194,7 @@ def _merged(old: dict, new: dict) -> dict:
 
 # ---- groups -----------------------------------------------------------------------------------------------
 def _compose_groups(choices: Mapping[str, str], problems: list[Problem]) -> Values:
-    """The values of config.yaml with the chosen options; options that do not exist become problems and are
-    left out."""
+    """The values of config.yaml with the chosen options; options that do not exist become problems and are left out."""
     good = {}
     for group, option in choices.items():
         if option.endswith((".yaml", ".yml")):
@@ -224,8 +216,7 @@ def _compose_groups(choices: Mapping[str, str], problems: list[Problem]) -> Valu
         except (*_hydra_errors(), yaml.YAMLError, OSError, UnicodeDecodeError) as error:
             message = " ".join(str(error).replace(folder, "").split())
             for group, path in own.items():
-                problems.append(Problem(group, path, f"cannot be composed: {message}",
-                                        f"{group}={options(group)[0]}"))
+                problems.append(Problem(group, path, f"cannot be composed: {message}", f"{group}={options(group)[0]}"))
             return copy.deepcopy(_shipped(tuple(sorted((g, o) for g, o in good.items() if g not in own))))
     _drop_marks(values, "", problems)
     return values
@@ -270,8 +261,8 @@ def _no_such_option(group: str, option: str) -> Problem:
     elsewhere = [g for g in GROUPS if g != group and option in options(g)]
     slip = difflib.get_close_matches(option, there, 1, 0.6)
     remedy = f"{elsewhere[0]}={option}" if elsewhere and not slip else f"{group}={near[0]}"
-    return Problem(group, option, f"there is no such option; there are {', '.join(there)}, and your own "
-                   "file, ./my.yaml", remedy)
+    return Problem(group, option, f"there is no such option; there are {', '.join(there)}, and your own file, ./my.yaml",
+                   remedy)
 
 
 def _drop_marks(values: Values, prefix: str, problems: list[Problem]) -> None:
@@ -281,8 +272,7 @@ def _drop_marks(values: Values, prefix: str, problems: list[Problem]) -> None:
         if isinstance(value, dict):
             _drop_marks(value, f"{key}.", problems)
         elif isinstance(value, str) and "${" in value:
-            problems.append(Problem(key, value, "holds an interpolation; nothing in a run may depend on the "
-                                    "machine",
+            problems.append(Problem(key, value, "holds an interpolation; nothing in a run may depend on the machine",
                                     f"{key}=VALUE written out"))
             values.pop(name)
         elif value == "???":
@@ -291,8 +281,7 @@ def _drop_marks(values: Values, prefix: str, problems: list[Problem]) -> None:
 
 # ---- a person's defaults -----------------------------------------------------------------------------------
 def _personal(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[tuple[str, str]]:
-    """Words of a centre's (XDG_CONFIG_DIRS) and then the person's (XDG_CONFIG_HOME) `officina/*.yaml`, with
-    their files."""
+    """Words of a centre's (XDG_CONFIG_DIRS) and then the person's (XDG_CONFIG_HOME) `officina/*.yaml`, with their files."""
     home = environ.get("XDG_CONFIG_HOME") or str(Path(environ.get("HOME", "~")).expanduser() / ".config")
     centre = [folder for folder in environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":") if folder]
     for folder in [*reversed(centre), home]:
@@ -304,17 +293,14 @@ def _personal(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[t
                                         f"mend or remove {path}"))
                 continue
             if not isinstance(values, dict):
-                problems.append(Problem(str(path), values, "must hold keys and values", "site: {account: "
-                                        "my_project}"))
+                problems.append(Problem(str(path), values, "must hold keys and values", "site: {account: my_project}"))
                 continue
             for key, value in _flat(values, ""):
                 if key.split(".")[0] in _PERSONAL or _SOURCE_PATH.fullmatch(key):
                     yield f"{key}={as_text(value)}", str(path)
                 else:
-                    problems.append(Problem(key, value, f"stands in {path}, but defaults of a person or a "
-                                            "centre may not change "
-                                            f"what a run computes, only {', '.join(_PERSONAL)} and paths of "
-                                            "data",
+                    problems.append(Problem(key, value, f"stands in {path}, but defaults of a person or a centre may not "
+                                            f"change what a run computes, only {', '.join(_PERSONAL)} and paths of data",
                                             "move it into a file of yours and say experiment=./my.yaml"))
 
 

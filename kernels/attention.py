@@ -38,9 +38,8 @@ class AttentionPlan:
     """flex: the softcap as a function of a score."""
 
 
-def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = True,
-              scale: float | None = None, window: int = 0, softcap: float = 0.0,
-              documents_BS: Tensor | None = None, impl: Impl = "auto",
+def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = True, scale: float | None = None,
+              window: int = 0, softcap: float = 0.0, documents_BS: Tensor | None = None, impl: Impl = "auto",
               plan: AttentionPlan | None = None) -> Tensor:
     """Attention of each query to the keys it may see; (B, H, T, D) in q's dtype.
 
@@ -56,8 +55,7 @@ def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = 
     B, H, T, D = q_BHTD.shape
     if k_BGSD.shape != v_BGSD.shape or k_BGSD.shape[0] != B or k_BGSD.shape[3] != D or H % k_BGSD.shape[1]:
         shapes = f"q {tuple(q_BHTD.shape)}, k {tuple(k_BGSD.shape)}, v {tuple(v_BGSD.shape)}"
-        raise ValueError(f"attention: {shapes} do not fit; need q (B, H, T, D) and k, v (B, G, S, D) with H a "
-                         "multiple of G")
+        raise ValueError(f"attention: {shapes} do not fit; need q (B, H, T, D) and k, v (B, G, S, D) with H a multiple of G")
     if plan is None:
         plan = plan_attention(T, k_BGSD.shape[2], causal=causal, window=window, softcap=softcap,
                               documents_BS=documents_BS, impl=impl, device=q_BHTD.device, head_dim=D)
@@ -66,8 +64,7 @@ def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = 
         return _flex(q_BHTD, k_BGSD, v_BGSD, plan, scale)
     if plan.impl == "sdpa":
         return _sdpa(q_BHTD, k_BGSD, v_BGSD, plan, scale)
-    return attention_reference(q_BHTD, k_BGSD, v_BGSD, mask=_full_mask(plan, T, q_BHTD.device), scale=scale,
-                               softcap=softcap)
+    return attention_reference(q_BHTD, k_BGSD, v_BGSD, mask=_full_mask(plan, T, q_BHTD.device), scale=scale, softcap=softcap)
 
 
 def attention_reference(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, mask: Tensor | None, scale: float,
@@ -92,15 +89,12 @@ def plan_attention(n_queries: int, n_keys: int, *, causal: bool = True, window: 
     if window and not causal:
         raise ValueError(f"attention: window={window} needs causal=True")
     if n_keys < n_queries:
-        raise ValueError(f"attention: {n_queries} queries but only {n_keys} keys; the last keys are the "
-                         "queries' own")
+        raise ValueError(f"attention: {n_queries} queries but only {n_keys} keys; the last keys are the queries' own")
     if documents_BS is not None and documents_BS.shape[1] != n_keys:
-        raise ValueError(f"attention: documents have {documents_BS.shape[1]} places, but there are {n_keys} "
-                         "keys")
+        raise ValueError(f"attention: documents have {documents_BS.shape[1]} places, but there are {n_keys} keys")
     window = window if causal and window < n_keys else 0
     masked = documents_BS is not None or bool(window)
-    chosen = _choose(impl, masked=masked, softcap=softcap, square=n_queries == n_keys, device=device,
-                     head_dim=head_dim)
+    chosen = _choose(impl, masked=masked, softcap=softcap, square=n_queries == n_keys, device=device, head_dim=head_dim)
     if chosen == "flex":
         block_mask = _block_mask(n_queries, n_keys, causal, window, documents_BS, device)
         return AttentionPlan("flex", False, None, block_mask, _softcap_mod(softcap) if softcap else None)
@@ -175,8 +169,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) ->
 def _flex(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     # Inside a compiled block the function is compiled with it.
     run = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    return run(q, k, v, score_mod=plan.score_mod, block_mask=plan.block_mask, scale=scale,
-               enable_gqa=q.shape[1] != k.shape[1])
+    return run(q, k, v, score_mod=plan.score_mod, block_mask=plan.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _full_mask(plan: AttentionPlan, n_queries: int, device: torch.device) -> Tensor | None:

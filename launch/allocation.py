@@ -100,8 +100,7 @@ def on_login_node(environ: Mapping[str, str], confs: tuple[str, ...] = _SLURM_CO
 def refuse_login_node(words: str = "officina train ...") -> LaunchError:
     """The error for ranks that nobody asked for on a login node."""
     return LaunchError(
-        f"{socket.gethostname()} is a login node of a Slurm cluster, and no ranks are started there unasked. "
-        "Either submit:\n"
+        f"{socket.gethostname()} is a login node of a Slurm cluster, and no ranks are started there unasked. Either submit:\n"
         "  officina submit site=NAME nodes=1 ...\n"
         "or take a node and start there:\n"
         f"  salloc --nodes=1 --time=1:00:00 --gpus-per-node=1 --account=PROJECT {words}\n"
@@ -127,9 +126,8 @@ def gpus_per_node(environ: Mapping[str, str], allocation: Allocation) -> int:
 def srun_words(allocation: Allocation, ranks_per_node: int, program: list[str]) -> list[str]:
     """The command of one step over the whole allocation, one task per rank.
 
-    --overlap: the shell that asks may be a step that holds all of the job (srun --pty). --cpus-per-task: srun gives
-    each task one core otherwise, whatever sbatch was asked for. --kill-on-bad-exit and --wait: a dead rank ends the
-    step.
+    --overlap: the shell that asks may be a step that holds all of the job (srun --pty). --cpus-per-task: srun gives each task
+    one core otherwise, whatever sbatch was asked for. --kill-on-bad-exit and --wait: a dead rank ends the step.
     """
     n_hosts, cpus = len(allocation.hosts), max(allocation.cpus_per_node // ranks_per_node, 1)
     return ["srun", f"--jobid={allocation.job}", f"--nodes={n_hosts}", f"--ntasks={n_hosts * ranks_per_node}",

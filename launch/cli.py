@@ -1,5 +1,4 @@
-"""The console script `officina`: words in, exit status out. Imports nothing heavy until a command needs
-it."""
+"""The console script `officina`: words in, exit status out. Imports nothing heavy until a command needs it."""
 
 import argparse
 import sys
@@ -21,8 +20,7 @@ examples:
 """
 _COMMANDS = {
     "train": "start a run (or a branch of one) on this machine; inside srun, torchrun or mpirun, be one rank",
-    "resume": "go on with a run from its newest checkpoint, also with other ranks, engine, rate, length or "
-    "mixture",
+    "resume": "go on with a run from its newest checkpoint, also with other ranks, engine, rate, length or mixture",
     "check": "every problem of a configuration at once, else what the run would be",
     "generate": "text from a run's checkpoint",
     "data": "build, verify, inspect and audit data sets",
@@ -33,8 +31,7 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. 0 done; 2 the user can mend it (message on stderr); 75 to be continued; 76 no
-    progress; 1 our bug."""
+    """Run one command. 0 done; 2 the user can mend it (message on stderr); 75 to be continued; 76 no progress; 1 our bug."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         if argv[:1] == ["generate"]:  # the one command here that computes, so it brings torch in
@@ -62,17 +59,14 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="officina", description="Train language models on one machine or a supercomputer: the run you "
-        "asked for, provably.",
-        epilog="Each command shows examples: officina train --help\nThe whole way in four minutes: officina "
-        "demo",
+        prog="officina",
+        description="Train language models on one machine or a supercomputer: the run you asked for, provably.",
+        epilog="Each command shows examples: officina train --help\nThe whole way in four minutes: officina demo",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
     for name, help_text in _COMMANDS.items():
-        command = commands.add_parser(name, help=help_text,
-                                      description=help_text[0].upper() + help_text[1:] + ".",
-                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                      allow_abbrev=False)
+        command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".",
+                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         command.set_defaults(command=f"officina.launch.commands:{name}")
         _ARGUMENTS[name](command, argv)
     return parser
@@ -89,10 +83,8 @@ def _check(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     _words(command)
     _runs_dir(command)
     _force(command)
-    command.add_argument("--ranks", type=int, default=None, metavar="N", help="judge for N ranks, wherever "
-                         "they will be")
-    command.add_argument("--yaml", action="store_true", help="print the whole configuration instead of a "
-                         "summary")
+    command.add_argument("--ranks", type=int, default=None, metavar="N", help="judge for N ranks, wherever they will be")
+    command.add_argument("--yaml", action="store_true", help="print the whole configuration instead of a summary")
     command.epilog = """\
 examples:
   officina check experiment=demo
@@ -117,8 +109,7 @@ examples:
 
 
 def _generate(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Its arguments are read by `officina.trainer.generate`, which brings torch in; `main` goes there
-    directly."""
+    """Its arguments are read by `officina.trainer.generate`, which brings torch in; `main` goes there directly."""
 
 
 def _data(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
@@ -150,8 +141,7 @@ examples:
 
 
 def _bench(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    command.add_argument("words", nargs="*", metavar="NAME", help="benchmarks to run; none lists them, `all` "
-                         "runs all")
+    command.add_argument("words", nargs="*", metavar="NAME", help="benchmarks to run; none lists them, `all` runs all")
     command.add_argument("--out", metavar="DIR", help="folder for the records (default: benchmarks/results in a clone)")
     command.add_argument("--quick", action="store_true", help="only see that they run; needs --out")
     command.epilog = """\
@@ -163,8 +153,7 @@ examples:
 
 
 def _words(command: argparse.ArgumentParser) -> None:
-    command.add_argument("words", nargs="*", metavar="WORD", help="group=option, key=value, +key=value or "
-                         "~key")
+    command.add_argument("words", nargs="*", metavar="WORD", help="group=option, key=value, +key=value or ~key")
 
 
 def _runs_dir(command: argparse.ArgumentParser) -> None:
@@ -173,8 +162,7 @@ def _runs_dir(command: argparse.ArgumentParser) -> None:
 
 
 def _force(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--force", action="store_true", help="allow changes that the table of resume rules "
-                         "asks this for")
+    command.add_argument("--force", action="store_true", help="allow changes that the table of resume rules asks this for")
 
 
 _ARGUMENTS = {"train": _train, "resume": _resume, "check": _check, "generate": _generate, "data": _data,

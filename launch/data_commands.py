@@ -43,10 +43,8 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     option("--tokenizer", metavar="FILE", help="tokenizer.json to use (default: train a byte-level BPE)")
     option("--vocab-size", type=_count, default=4096, metavar="N", help="of the trained one (default: 4096)")
     option("--eos", default="", metavar="TOKEN", help="token that ends a document (default: found by name)")
-    option("--validation", type=_share, default=0.05, metavar="SHARE",
-           help="share of documents held out (default: 0.05)")
-    option("--shard-bytes", type=_count, default=1 << 30, metavar="N",
-           help="size at which a new shard begins (default: 1Gi)")
+    option("--validation", type=_share, default=0.05, metavar="SHARE", help="share of documents held out (default: 0.05)")
+    option("--shard-bytes", type=_count, default=1 << 30, metavar="N", help="size at which a new shard begins (default: 1Gi)")
     option("--name", default="", help="name of the data set (default: the folder's)")
     option("--description", default="", help="what the data is, in a sentence")
     option("--licence", default="", help="SPDX expression, e.g. CC-BY-4.0")
@@ -124,8 +122,7 @@ def build(args: argparse.Namespace) -> int:
                       f"{result.stats[name]['bytes_per_token']:.2f}", str(totals.shards), _size(totals.bytes))
     console.print(table)
     left_out = result.stats["left_out"]
-    told = [f"{left_out['undecodable']} not UTF-8", f"{left_out['duplicates']} exact duplicates",
-            f"{left_out['empty']} empty"]
+    told = [f"{left_out['undecodable']} not UTF-8", f"{left_out['duplicates']} exact duplicates", f"{left_out['empty']} empty"]
     console.print(f"left out     {', '.join(told)}", markup=False)
     for name in left_out["undecodable_files"][:5]:
         console.print(f"             not UTF-8: {name}", markup=False)
@@ -149,8 +146,7 @@ def verify(args: argparse.Namespace) -> int:
     if found.faults:
         raise DataError(f"{args.folder} is damaged:\n" + "\n".join(f"  - {fault}" for fault in found.faults))
     console.print(f"{args.folder} is sound: {len(found.dataset.shards)} shards, {_size(found.bytes)}, "
-                  "sha256 of each as "
-                  f"in its manifest ({time.monotonic() - begun:.1f} s).", markup=False)
+                  f"sha256 of each as in its manifest ({time.monotonic() - begun:.1f} s).", markup=False)
     console.print(f"fingerprint  {found.dataset.manifest.fingerprint}")
     return EXIT_DONE
 
@@ -163,13 +159,11 @@ def inspect(args: argparse.Namespace) -> int:
     folder = Path(args.folder)
     if (folder / MANIFEST).exists():
         if args.step is not None:
-            raise DataError(f"--step {args.step}: {folder} is a data set. Name a run directory, which has "
-                            f"{CONFIG}.")
+            raise DataError(f"--step {args.step}: {folder} is a data set. Name a run directory, which has {CONFIG}.")
         return _inspect_dataset(folder, args.split, args.document, folder / TOKENIZER)
     if (folder / CONFIG).exists():
         return _inspect_step(folder, args.step, args.rows)
-    raise DataError(f"{folder} is neither a data set ({MANIFEST}) nor a run ({CONFIG}). "
-                    "Try: officina data inspect demo/data")
+    raise DataError(f"{folder} is neither a data set ({MANIFEST}) nor a run ({CONFIG}). Try: officina data inspect demo/data")
 
 
 def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Path) -> int:
@@ -178,8 +172,7 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
 
     console, dataset = _console(), open_dataset(folder)
     manifest = dataset.manifest
-    console.print(f"{manifest.name} {manifest.version}: "
-                  f"{manifest.description or manifest.kind}", markup=False)
+    console.print(f"{manifest.name} {manifest.version}: {manifest.description or manifest.kind}", markup=False)
     for label, value in (("licence", manifest.licence or "not stated"),
                          ("personal data", manifest.personal_data),
                          ("kind", f"{manifest.kind}, {manifest.dtype}"),
@@ -188,14 +181,12 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
         console.print(f"  {label:<16} {value}", markup=False)
     table = _table("split", "documents", "tokens" if manifest.tokenizer else "bytes", "shards", "size")
     for name, totals in manifest.splits.items():
-        table.add_row(name, f"{totals.documents:,}", f"{totals.tokens:,}", str(totals.shards),
-                      _size(totals.bytes))
+        table.add_row(name, f"{totals.documents:,}", f"{totals.tokens:,}", str(totals.shards), _size(totals.bytes))
     console.print(table)
     stream = Stream(dataset, split)
     total = int(stream.document_starts[-1])
     if document >= total:
-        raise DataError(f"--document {document}: split {split} has {total} documents. Try: --document "
-                        f"{total - 1}")
+        raise DataError(f"--document {document}: split {split} has {total} documents. Try: --document {total - 1}")
     show = _decoder(manifest, tokenizer_file)
     for number in range(document, min(document + 3, total)):
         content, where = stream.record(number)
@@ -241,10 +232,8 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
     samples = entry.samples()
     found = reader.digest(samples)
     console = _console()
-    console.print(f"step {entry.step}: samples {entry.first_sample} to {entry.stop_sample}, {len(samples)} "
-                  "rows; digest "
-                  f"{entry.digest}, "
-                  f"{'as the shards give it' if found == entry.digest else f'but the shards give {found}'}",
+    console.print(f"step {entry.step}: samples {entry.first_sample} to {entry.stop_sample}, {len(samples)} rows; digest "
+                  f"{entry.digest}, {'as the shards give it' if found == entry.digest else f'but the shards give {found}'}",
                   markup=False)
     if entry.skipped:
         console.print(f"left out by data.skip: {entry.skipped}", markup=False)
@@ -291,8 +280,7 @@ def audit(args: argparse.Namespace) -> int:
     if found.faults:
         shown = "\n".join(f"  - {fault}" for fault in found.faults[:20])
         more = f"\n  and {len(found.faults) - 20} more" if len(found.faults) > 20 else ""
-        print(f"{args.folder}: {len(found.faults)} faults; the data was not read as planned:\n{shown}{more}",
-              file=sys.stderr)
+        print(f"{args.folder}: {len(found.faults)} faults; the data was not read as planned:\n{shown}{more}", file=sys.stderr)
         return EXIT_USER
     begun = "started once" if found.starts == 1 else f"started {found.starts} times"
     console.print(f"Proved: {found.steps:,} steps ({begun}) read samples {found.first_sample:,} to "
@@ -325,10 +313,8 @@ def _size(n_bytes: int) -> str:
 
 
 @contextmanager
-def _progress(console: "Console", phases: dict[str, str],
-              unit: str = "bytes") -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per phase with rate and time left; calls with a total of 0 show that something goes on, without
-    an end."""
+def _progress(console: "Console", phases: dict[str, str], unit: str = "bytes") -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per phase with rate and time left; calls with a total of 0 show that something goes on, without an end."""
     from rich.progress import (
         BarColumn,
         Progress,

@@ -44,15 +44,13 @@ def main() -> int:
     if (data / "dataset.json").exists():
         console.print(f"{data} is there already: not built again.")
     else:
-        step("1. Shards from the Python standard library's own sources",
-             "data", "build", str(data), "--vocab-size", "2048")
+        step("1. Shards from the Python standard library's own sources", "data", "build", str(data), "--vocab-size", "2048")
     step("2. Train with 2 ranks under FSDP2, and be told to stop halfway, as Slurm does before a time limit",
          "train", "experiment=demo", "name=first-run", "--runs-dir", str(FOLDER), stop_after=STOP_AFTER_STEPS)
     step("3. Resume with 3 ranks under " + ("DeepSpeed ZeRO-2" if zero else "DDP"), "resume", str(run), "ranks=3",
          "engine=zero2" if zero else "engine=ddp")
     step("4. Each sample once and in order? Ask the ledger", "data", "audit", str(run))
-    step("5. Let it write Python", "generate", str(run), PROMPT, "--max-new-tokens", "200",
-         "--temperature", "0.6", "--keep")
+    step("5. Let it write Python", "generate", str(run), PROMPT, "--max-new-tokens", "200", "--temperature", "0.6", "--keep")
     step("6. The report", "report", str(run))
     console.print(f"\nDone in {time.monotonic() - started:.0f} s. Open {run / 'report.html'}")
     return EXIT_DONE

@@ -187,9 +187,8 @@ def _conclude(run_dir: Path, ranks: list[_Rank], requests: _Requests, late: list
     if failed:
         return explain(run_dir, failed, len(ranks), kills_before)
     if late:
-        print(f"officina: {_shown(late)} did not stop within {grace_s:g} s of {requests.first.name} and had to be "
-              f"killed; what was trained since the last checkpoint is lost. More time: site.grace={2 * grace_s:g}s",
-              file=sys.stderr)
+        print(f"officina: {_shown(late)} did not stop within {grace_s:g} s of {requests.first.name} and had to be killed; "
+              f"what was trained since the last checkpoint is lost. More time: site.grace={2 * grace_s:g}s", file=sys.stderr)
         return EXIT_BUG
     return EXIT_CONTINUE if EXIT_CONTINUE in statuses else EXIT_DONE
 

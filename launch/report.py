@@ -42,8 +42,7 @@ def summary(f: Facts) -> str:
     rows = [
         ("model", (f"{count(parameters)} parameters, " if parameters else "") + f.model["summary"]),
         ("ranks", " → ".join(dict.fromkeys(where(life) for life in f.lives)) or "never started"),
-        ("steps", f"{f.steps_done:,}{planned}, {count(f.useful_tokens)} {items} that carried loss "
-                  f"in {clock(f.wall_s)}"),
+        ("steps", f"{f.steps_done:,}{planned}, {count(f.useful_tokens)} {items} that carried loss in {clock(f.wall_s)}"),
         ("loss", _loss(f.final_loss_nats, f.final_perplexity)),
     ]
     rows += [(f"held-out {h.source}", f"{_loss(h.loss_nats, h.perplexity)}, step {h.step:,}") for h in f.held_out]

@@ -108,12 +108,10 @@ def draw(chart: Chart, width: int, height: int) -> str:
                      f'{escape((chart.tick or chart.number)(value))}</text>')
     about = max(3, width // 130)
     for value in _round_powers(x_low, x_high, about) if chart.x_log else _round_values(x_low, x_high, about):
-        parts.append(f'<text class="tick" x="{to_x(value):.1f}" y="{height - 7}" text-anchor="middle">'
-                     f'{int(value):,}</text>')
+        parts.append(f'<text class="tick" x="{to_x(value):.1f}" y="{height - 7}" text-anchor="middle">{int(value):,}</text>')
     for span in chart.spans:
         a, b = to_x(max(span.start, x_low)), to_x(min(span.stop, x_high))
-        parts.append(f'<rect class="span {span.style}" x="{a:.1f}" y="17" width="{max(b - a - 2, 2):.1f}" height="4" '
-                     f'rx="2"/>')
+        parts.append(f'<rect class="span {span.style}" x="{a:.1f}" y="17" width="{max(b - a - 2, 2):.1f}" height="4" rx="2"/>')
         shown = span.label if 6.3 * len(span.label) < b - a else ""
         parts.append(f'<text class="span-label" x="{a:.1f}" y="11">{escape(shown)}</text>')
     for mark in chart.marks:
@@ -188,8 +186,7 @@ def _smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def _limits(kept: Sequence[tuple[Series, tuple]], chart: Chart) -> tuple[float, float]:
-    """Lowest and highest y shown. The highest half per cent may be cut off: one slow first step must not flatten
-    the rest."""
+    """Lowest and highest y shown. The highest half per cent may be cut off: one slow first step must not flatten the rest."""
     log, from_zero = chart.y_log, chart.from_zero
     known = sorted(y for s, c in kept for y in (_smooth(c[1], s.smooth) if s.smooth else c[1])[
         0 if s.dots or chart.x_log else int(chart.settled * len(c[1])):] if math.isfinite(y) and (y > 0 or not log))

@@ -22,9 +22,8 @@ _PILLS = {"done": "good", "to be continued": "warn", "stopped": "bad", "no stop 
 def page(facts: Facts, metrics: RunMetrics) -> str:
     """The whole page."""
     body = "".join([
-        _header(facts), _tiles(facts), _loss(facts, metrics), _small_charts(facts, metrics), _sample(facts),
-        _lives(facts), _checkpoints(facts), _events(facts), _data(facts), _config(facts), _environment(facts),
-        _footer(facts)])
+        _header(facts), _tiles(facts), _loss(facts, metrics), _small_charts(facts, metrics), _sample(facts), _lives(facts),
+        _checkpoints(facts), _events(facts), _data(facts), _config(facts), _environment(facts), _footer(facts)])
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
             f"<title>{escape(facts.name)} · officina</title><style>{CSS}</style></head><body><main>{body}</main>"
@@ -106,9 +105,8 @@ def _loss(f: Facts, m: RunMetrics) -> str:
                              style=style, dots=True, thin=len(names) > 1))
     events = ([(e["step"], f"step {e['step']:,} left out: gradient norm {e['grad_norm']}") for e in f.left_out]
               + [(e["step"], f"step {e['step']:,}: spike") for e in f.spikes])
-    chart = dict(label="Loss over the steps", series=series, number=loss, tick=number, ticks=events,
-                 marks=_marks(f), spans=_spans(f),
-                 settled=0.04)
+    chart = dict(label="Loss over the steps", series=series, number=loss, tick=number, ticks=events, marks=_marks(f),
+                 spans=_spans(f), settled=0.04)
     linear = Chart(**chart)
     shown = (f'<div class="wide"><div class="linear">{draw(linear, *WIDE)}</div>'
              f'<div class="log">{draw(Chart(**chart, x_log=True), *WIDE)}</div></div>'
@@ -162,8 +160,7 @@ def _small_charts(f: Facts, m: RunMetrics) -> str:
         from_zero=not wide, ticks=[(e["step"], f"step {e['step']:,} left out") for e in f.left_out])
     items = "tokens" if _is_text(f) else "records"
     add("Throughput", f"{items}/s, median of the last start <i>{count(f.tokens_per_s)}</i>",
-        [Series(name=f"{items}/s", x=x, y=[s.tokens_per_s for s in steps], style="c", smooth=9)],
-        number=count, from_zero=True)
+        [Series(name=f"{items}/s", x=x, y=[s.tokens_per_s for s in steps], style="c", smooth=9)], number=count, from_zero=True)
     longest = max(s.step_time_s for s in steps)
     add("Step time", f"longest <i>{seconds(longest)}</i>",
         [Series(name="step", x=x, y=[s.step_time_s for s in steps], style="a", smooth=9),
@@ -291,8 +288,7 @@ def _data(f: Facts) -> str:
 def _sample(f: Facts) -> str:
     if not f.sample:
         return ""
-    return _section("What it writes", "Generated from the last checkpoint.",
-                    f'<pre class="sample">{escape(f.sample)}</pre>')
+    return _section("What it writes", "Generated from the last checkpoint.", f'<pre class="sample">{escape(f.sample)}</pre>')
 
 
 # ---- configuration and environment ---------------------------------------------------------------------------------
@@ -328,8 +324,7 @@ def _environment(f: Facts) -> str:
         if isinstance(value, Mapping) and value:
             parts.append(_details(group, _gist(group, value), _flat(value), lambda key: False))
     plain = {k: v for k, v in f.environment.items() if not isinstance(v, (Mapping, list)) and v is not None}
-    return _section("Environment", "Of the newest start.",
-                    _details("run", "", plain, lambda key: False) + "".join(parts))
+    return _section("Environment", "Of the newest start.", _details("run", "", plain, lambda key: False) + "".join(parts))
 
 
 def _gist(group: str, value: Mapping[str, Any]) -> str:
@@ -366,11 +361,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _footer(f: Facts) -> str:
     one = "token" if _is_text(f) else "record"
     rate = "" if f.tokens_per_wall_s is None else (
-        f" Over the whole wall time, with evaluation, saving and repeated steps in it: "
-        f"{count(f.tokens_per_wall_s)} {one}s/s.")
-    return (f"<footer>How it was counted. All numbers were measured in this run; none is predicted. Loss is "
-            f"{'in nats ' if _is_text(f) else ''}per {one}; the training loss is the mean over the last "
-            f"{FINAL_STEPS} steps. Only {one}s that carried loss count: padding and masked ones do not.{rate} "
-            f"Wall time runs from each start to its last line in metrics.jsonl. MFU is given only for devices whose "
-            f"peak is known exactly. officina {escape(str(f.officina or ''))}. The same facts for machines: "
-            f"report.json.</footer>")
+        f" Over the whole wall time, with evaluation, saving and repeated steps in it: {count(f.tokens_per_wall_s)} {one}s/s.")
+    return ("<footer>How it was counted. All numbers were measured in this run; none is predicted. "
+            f"Loss is {'in nats ' if _is_text(f) else ''}per {one}; the training loss is the mean over the last {FINAL_STEPS} "
+            f"steps. Only {one}s that carried loss count: padding and masked ones do not.{rate} Wall time runs from each "
+            "start to its last line in metrics.jsonl. MFU is given only for devices whose peak is known exactly. "
+            f"officina {escape(str(f.officina or ''))}. The same facts for machines: report.json.</footer>")

@@ -1,5 +1,4 @@
-"""What happens before the ranks: words become a run, the run is judged, and its directory is made ready.
-Torch-free."""
+"""What happens before the ranks: words become a run, the run is judged, and its directory is made ready. Torch-free."""
 
 import os
 import re
@@ -87,8 +86,7 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
         found = _all_problems(composed, world_size, devices)
         return Plan(composed.run, runs_dir / composed.run.name, "start", words, composed.defaults, found, [])
     if len(origins) > 1:
-        raise ConfigError([Problem("from", " ".join(origins), "names more than one run",
-                                   f"from={origins[0]}")])
+        raise ConfigError([Problem("from", " ".join(origins), "names more than one run", f"from={origins[0]}")])
     origin = _read_origin(origins[0])
     own_words = [word for word in words if not word.startswith("from=")]
     plan = _go_on(origin, own_words, world_size=world_size, devices=devices, force=force, branch=True)
@@ -100,8 +98,7 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
 def plan_resume(run_dir: Path, words: Sequence[str], *, world_size: int | None, devices: int | None = None,
                 force: bool = False) -> Plan:
     """The run in `run_dir`, gone on with from its newest checkpoint, with the words applied."""
-    return _go_on(_read_origin(str(run_dir), exact=True), words, world_size=world_size, devices=devices,
-                  force=force,
+    return _go_on(_read_origin(str(run_dir), exact=True), words, world_size=world_size, devices=devices, force=force,
                   branch=False)
 
 
@@ -109,8 +106,7 @@ def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devi
            branch: bool) -> Plan:
     composed = recompose(origin.run, words)
     found = _all_problems(composed, world_size, devices)
-    against = resume_problems(origin.run, composed.run, step=origin.step, position=origin.position,
-                              force=force, branch=branch)
+    against = resume_problems(origin.run, composed.run, step=origin.step, position=origin.position, force=force, branch=branch)
     reported = {problem.key for problem in found}
     found += [problem for problem in against if problem.key not in reported]
     named = {match[1] for word in words if (match := re.match(r"\+*data\.sources\.([^.=]+)", word))}
@@ -134,14 +130,12 @@ def _read_origin(text: str, exact: bool = False) -> Origin:
     step = step if folder else ""
     run = load_config(run_dir / CONFIG)
     if step and not step.isdigit():
-        raise ConfigError([Problem("from", text, "STEP must be a number",
-                                   f"from={run_dir}@{(_steps(run_dir) or [100])[-1]}")])
+        raise ConfigError([Problem("from", text, "STEP must be a number", f"from={run_dir}@{(_steps(run_dir) or [100])[-1]}")])
     there = _steps(run_dir)
     if step and int(step) not in there:
         known = ", ".join(map(str, there)) or "none"
         raise CheckpointError(f"{run_dir} has no whole checkpoint of step {int(step)}; there are: {known}. "
-                              + (f"Try: from={run_dir}@{there[-1]}" if there else f"Try: officina resume "
-                                 f"{run_dir}"))
+                              + (f"Try: from={run_dir}@{there[-1]}" if there else f"Try: officina resume {run_dir}"))
     if not there:
         return Origin(run_dir, run, 0, 0)
     chosen = int(step) if step else there[-1]
@@ -159,8 +153,7 @@ def _steps(run_dir: Path) -> list[int]:
 
 # ---- the run directory -------------------------------------------------------------------------------------
 def refuse_existing(plan: Plan) -> None:
-    """A new run must not be written over another. A directory without a checkpoint holds nothing worth
-    keeping."""
+    """A new run must not be written over another. A directory without a checkpoint holds nothing worth keeping."""
     if plan.action == "resume" or not any(checkpoints_dir(plan.run_dir).glob("step-*")):
         return
     runs_dir = plan.run_dir.parent
@@ -205,8 +198,7 @@ def _engine_name(run: RunConfig) -> str:
 def _lend_checkpoint(origin: Origin, run_dir: Path) -> None:
     """Give the branch the checkpoint it starts from: hard links where the file system can, else copies.
 
-    So a branch stands on its own: its origin may be moved or removed. Files of a checkpoint are never
-    written again.
+    So a branch stands on its own: its origin may be moved or removed. Files of a checkpoint are never written again.
     """
     if not origin.step:
         return
@@ -231,9 +223,8 @@ def wait_for_start(plan: Plan, wait_s: float = _WAIT_FOR_RANK_0_S) -> None:
         if path.is_file() and path.read_text(encoding="utf-8") == wanted:
             return
     found = "holds another run than this rank composed" if path.is_file() else "has not appeared"
-    raise LaunchError(f"{path} {found} after {wait_s:.0f} s. All ranks must see the same directory, words "
-                      "and files of "
-                      f"~/.config/officina; check that {plan.run_dir.parent} is on a shared file system")
+    raise LaunchError(f"{path} {found} after {wait_s:.0f} s. All ranks must see the same directory, "
+                      f"words and files of ~/.config/officina; check that {plan.run_dir.parent} is on a shared file system")
 
 
 def _until(deadline: float, every_s: float = 0.1) -> Iterator[None]:
