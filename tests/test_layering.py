@@ -61,8 +61,7 @@ MODULES = {module_name(path): path for path in sources()}
 
 @cache
 def imports(path):
-    """[(dotted module, at import time?)]: import statements and `import_module("literal")`, the deepest module of
-    ours."""
+    """[(dotted module, at import time?)]: import statements and `import_module("literal")`, the deepest module of ours."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = []
 

@@ -73,8 +73,7 @@ def installed(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("env")
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps",
-                    "--no-index",
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index",
                     str(wheel)], check=True, capture_output=True, text=True)
     own = next((folder / "lib").glob("python*/site-packages"))
     (own / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -84,8 +83,7 @@ def installed(wheel, tmp_path_factory):
 def test_the_installed_script_answers(installed, tmp_path):
     done = subprocess.run([installed / "officina", "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "officina train --help" in done.stdout
-    done = subprocess.run([installed / "officina", "check", "experiment=demo", "engine=zer02"], capture_output=True,
-                          text=True,
+    done = subprocess.run([installed / "officina", "check", "experiment=demo", "engine=zer02"], capture_output=True, text=True,
                           cwd=tmp_path)
     assert done.returncode == 2 and "Try: engine=zero2" in done.stderr  # options are found in the wheel
 

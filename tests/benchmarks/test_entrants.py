@@ -15,9 +15,8 @@ from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.verify import verify
 
 WORDS = ["data=joined", "steps=1000", "device=cpu", "threads=1", "checkpoint=at_end", "precision=fp32", "model=tiny",
-         "model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.d_ff=128", "batch.seq_len=32",
-         "batch.micro_rows=2", "batch.global_tokens=256", "logging.tensorboard=false", "lr_schedule.warmup_steps=0",
-         "optim.lr=1e-2"]
+         "model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.d_ff=128", "batch.seq_len=32", "batch.micro_rows=2",
+         "batch.global_tokens=256", "logging.tensorboard=false", "lr_schedule.warmup_steps=0", "optim.lr=1e-2"]
 
 
 @pytest.fixture(scope="module")

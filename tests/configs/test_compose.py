@@ -162,8 +162,7 @@ def write_defaults(folder, text):
 
 
 def test_personal_defaults_stand_below_the_command_line_and_are_told(tmp_path):
-    centre = write_defaults(tmp_path / "centre", "site: {account: everybody, grace: 2m}\nlogging: {tensorboard: "
-                            "false}\n")
+    centre = write_defaults(tmp_path / "centre", "site: {account: everybody, grace: 2m}\nlogging: {tensorboard: false}\n")
     person = write_defaults(tmp_path / "person", "site:\n  account: 1e5\nlogging: wandb\n")
     environ = {"XDG_CONFIG_HOME": person, "XDG_CONFIG_DIRS": centre}
     composed = compose_all(["site.grace=3m"], environ)

@@ -52,8 +52,7 @@ def test_sdpa_and_reference_follow_the_definition(data):
     q, k, v = qkv(H=2 * G, G=G, T=T, S=S, D=4)
     want = by_definition(q, k, v, causal=causal, scale=0.3, window=window, softcap=softcap, documents=documents)
     for impl in ("auto", "reference") + (() if softcap else ("sdpa",)):
-        got = attention(q, k, v, causal=causal, scale=0.3, window=window, softcap=softcap, documents_BS=documents,
-                        impl=impl)
+        got = attention(q, k, v, causal=causal, scale=0.3, window=window, softcap=softcap, documents_BS=documents, impl=impl)
         torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
 
 
@@ -96,8 +95,7 @@ def test_flex_forward_equals_the_reference():
         plan = module.AttentionPlan("flex", False, None, module._block_mask(128, 128, True, window, docs, CPU),
                                     module._softcap_mod(softcap) if softcap else None)
         got = module._flex(q, k, v, plan, 0.25)
-        want = attention_reference(q, k, v, mask=dense_mask(128, 128, True, window, docs, CPU), scale=0.25,
-                                   softcap=softcap)
+        want = attention_reference(q, k, v, mask=dense_mask(128, 128, True, window, docs, CPU), scale=0.25, softcap=softcap)
         torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
 
 

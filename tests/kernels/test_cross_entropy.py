@@ -25,8 +25,7 @@ def test_loss_and_gradients_equal_the_reference(chunk_tokens, z_loss, softcap):
     got = linear_cross_entropy(x, weight, labels, z_loss=z_loss, softcap=softcap, chunk_tokens=chunk_tokens)
     torch.testing.assert_close(got, want, atol=0, rtol=2e-6)
     assert got.dtype == torch.float32 and got.dim() == 0
-    for g, w in zip(torch.autograd.grad(got * 0.3, (x, weight)), torch.autograd.grad(want * 0.3, (x, weight)),
-                    strict=True):
+    for g, w in zip(torch.autograd.grad(got * 0.3, (x, weight)), torch.autograd.grad(want * 0.3, (x, weight)), strict=True):
         torch.testing.assert_close(g, w, atol=2e-6, rtol=1e-5)
 
 

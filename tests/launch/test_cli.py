@@ -44,8 +44,7 @@ def test_help_is_there_at_once():
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS), ["data", "build", "--help"]])
 def test_help_loads_nothing_heavy(words):
-    program = ("import sys\nfrom officina.launch import cli\ntry:\n    cli.main(sys.argv[1:])\nexcept SystemExit: "
-               "pass\n"
+    program = ("import sys\nfrom officina.launch import cli\ntry:\n    cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
                "heavy = {'torch', 'hydra', 'pydantic', 'numpy', 'omegaconf'} & set(sys.modules)\nsys.exit(str(heavy) "
                "if heavy else 0)")
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)

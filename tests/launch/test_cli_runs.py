@@ -17,10 +17,8 @@ from officina.trainer.errors import EXIT_CONTINUE, EXIT_USER, LaunchError
 from officina.trainer.run_dir import committed_steps, load_config, read_history, save_config
 
 BIN = Path(sys.executable).parent
-TINY = ["experiment=demo", "model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1",
-        "model.d_ff=64",
-        "steps=4", "batch.seq_len=32", "batch.global_tokens=256", "lr_schedule.warmup_steps=1",
-        "checkpoint.every_steps=2",
+TINY = ["experiment=demo", "model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64",
+        "steps=4", "batch.seq_len=32", "batch.global_tokens=256", "lr_schedule.warmup_steps=1", "checkpoint.every_steps=2",
         "eval.every_steps=0", "logging=files", "engine=single", "ranks=1", "threads=1", "precision=fp32", "device=cpu"]
 
 
@@ -39,8 +37,7 @@ def home(tmp_path_factory):
 
 
 def officina(folder, *words, status=0, launcher=()):
-    done = subprocess.run([*launcher, BIN / "officina", *words], cwd=folder, capture_output=True, text=True,
-                          timeout=240)
+    done = subprocess.run([*launcher, BIN / "officina", *words], cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -86,8 +83,7 @@ def test_resume_with_another_mixture_and_branch_of_it(home, run):
     assert {"key": "optim.lr", "old": 0.004, "new": 0.001} in resume["changes"]
     assert "none twice, none missing" in officina(home, "data", "audit", "runs/first").stdout
 
-    told = officina(home, "check", "from=runs/first@4", "name=decay", "lr_schedule=wsd",
-                    "lr_schedule.decay_steps=2").stdout
+    told = officina(home, "check", "from=runs/first@4", "name=decay", "lr_schedule=wsd", "lr_schedule.decay_steps=2").stdout
     assert "runs/first at step 4" in told and "lr_schedule.kind: cosine -> wsd" in told
     officina(home, "train", "from=runs/first@4", "name=decay", "lr_schedule=wsd", "lr_schedule.decay_steps=2")
     branch = home / "runs/decay"
@@ -125,8 +121,7 @@ def test_nothing_is_left_where_nothing_could_start(home):
 
 def test_a_place_that_cannot_be_written(home):
     (home / "file").write_text("")
-    told = officina(home, "train", *TINY, "data.sources.python.path=one", "--runs-dir", "file/runs",
-                    status=EXIT_USER).stderr
+    told = officina(home, "train", *TINY, "data.sources.python.path=one", "--runs-dir", "file/runs", status=EXIT_USER).stderr
     assert "--runs-dir" in told and "file/runs" in told
 
 

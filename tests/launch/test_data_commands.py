@@ -17,8 +17,7 @@ from officina.trainer.run_dir import save_config
 
 def officina(*words: object, cwd: Path | None = None) -> tuple[int, str, str]:
     """Exit status, stdout and stderr; torch cannot be imported in it."""
-    script = ("import sys; sys.modules['torch'] = None; from officina.launch.cli import main; "
-              "sys.exit(main(sys.argv[1:]))")
+    script = "import sys; sys.modules['torch'] = None; from officina.launch.cli import main; sys.exit(main(sys.argv[1:]))"
     environment = os.environ | {"COLUMNS": "140", "NO_COLOR": "1"}
     done = subprocess.run([sys.executable, "-c", script, "data", *map(str, words)], capture_output=True, text=True,
                           cwd=cwd, env=environment, timeout=120)

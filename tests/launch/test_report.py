@@ -70,9 +70,8 @@ def make_run(folder: Path, *, steps: int = 600, gpu: bool = False, personal: boo
                 lives, words, changes, strict=True):
             clock += 300
             append_history(run_dir, Start(
-                run_id="0123456789abcdef", action=action, words=life_words, changes=life_changes, step=begin,
-                world_size=ranks, engine=engine, commit="f877cbc",
-                time=datetime.fromtimestamp(clock - 5, UTC).isoformat(timespec="seconds")))
+                run_id="0123456789abcdef", action=action, words=life_words, changes=life_changes, step=begin, world_size=ranks,
+                engine=engine, commit="f877cbc", time=datetime.fromtimestamp(clock - 5, UTC).isoformat(timespec="seconds")))
             device = "NVIDIA H200" if gpu else "cpu"
             writer.write(StartMetrics(
                 step=begin, action=action, engine=engine, world_size=ranks, device=device, precision="bf16",

@@ -116,16 +116,14 @@ def write_run(folder: Path, steps=(1, 2)) -> RunConfig:
     tokenizer.train_from_iterator([text], trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
-    run = RunConfig(model=DecoderConfig(vocab_size=400, n_layers=2, d_model=32, n_heads=2, d_ff=64, init_std=0.2),
-                    device="cpu")
+    run = RunConfig(model=DecoderConfig(vocab_size=400, n_layers=2, d_model=32, n_heads=2, d_ff=64, init_std=0.2), device="cpu")
     folder.mkdir(exist_ok=True)
     save_config(run, folder / "config.yaml")
     tokenizer.save(str(folder / "tokenizer.json"))
     built = build_model(run)
     saver = Saver(folder, Alone(), CheckpointConfig(), "run")
     for step in steps:
-        saver.save(step, (Piece(n, PARAM, tuple(p.shape), 0, p.numel(),
-                                built.source.read(n, PARAM, 0, p.numel()) * step)
+        saver.save(step, (Piece(n, PARAM, tuple(p.shape), 0, p.numel(), built.source.read(n, PARAM, 0, p.numel()) * step)
                           for n, p in built.module.named_parameters()), TrainState(step=step))
     return run
 

@@ -11,8 +11,7 @@ from officina.trainer.model.build import build_transformer
 from officina.trainer.muon import Muon, Split, orthogonalize
 from officina.trainer.optim import Groups, Optimizer, group_parameters, new_adamw
 
-DECODER = DecoderConfig(vocab_size=64, n_layers=2, d_model=16, n_heads=2, d_ff=32, qk_norm="head", qkv_bias=True,
-                        mlp_bias=True)
+DECODER = DecoderConfig(vocab_size=64, n_layers=2, d_model=16, n_heads=2, d_ff=32, qk_norm="head", qkv_bias=True, mlp_bias=True)
 
 
 def groups_of(config: DecoderConfig, optim: AdamWConfig):

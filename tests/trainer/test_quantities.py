@@ -45,8 +45,7 @@ def test_times(text, seconds):
     assert parse_duration_s(text) == seconds and type(parse_duration_s(text)) is float
 
 
-@pytest.mark.parametrize("text", ["", "soon", "1y", "1:2:3:4", "-5m", "8 hours", "h8", "1h-30m", "1-", "1e3s", True,
-                                  None])
+@pytest.mark.parametrize("text", ["", "soon", "1y", "1:2:3:4", "-5m", "8 hours", "h8", "1h-30m", "1-", "1e3s", True, None])
 def test_what_is_no_time(text):
     with pytest.raises(ValueError, match="a time is written"):
         parse_duration_s(text)

@@ -75,8 +75,7 @@ def test_redirect_takes_the_descriptors(tmp_path: Path):
                "terminal = redirect_to_log(Path(sys.argv[1]), int(sys.argv[2]))\n"
                "os.write(2, b'raw stderr\\n'); os.system('echo of a child'); print('told', file=terminal)")
     for rank, out in ((0, "of a child\n"), (1, "")):
-        done = subprocess.run([sys.executable, "-c", program, tmp_path, str(rank)], capture_output=True, text=True,
-                              check=True)
+        done = subprocess.run([sys.executable, "-c", program, tmp_path, str(rank)], capture_output=True, text=True, check=True)
         log = rank_log.log_path(tmp_path, rank).read_text()
         assert (done.stdout, done.stderr) == (out, "told\n")
         assert log.splitlines()[0].startswith(f"==== rank {rank} on {os.uname().nodename}, pid ")

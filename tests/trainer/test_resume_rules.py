@@ -57,8 +57,7 @@ def test_changes_of_meaning_need_force(old, word):
 
 
 @pytest.mark.parametrize("word", [
-    "model.n_layers=5", "model.d_model=384", "model.vocab_size=8192", "model.tie_embeddings=false",
-    "model.qk_norm=head",
+    "model.n_layers=5", "model.d_model=384", "model.vocab_size=8192", "model.tie_embeddings=false", "model.qk_norm=head",
     "seed=4", "batch.seq_len=128", "data.shuffle=false", "data.split=other", "name=other", "model.init_std=0.01",
     "data.timeline=[{from_sample:0,weights:{python:2}}]"])
 def test_what_the_past_rests_on_is_refused_even_with_force(old, word):
@@ -86,8 +85,7 @@ def test_a_run_that_is_done_needs_more_steps(old):
 
 
 @pytest.mark.parametrize(("before", "after", "position", "refused"), [
-    ("[]", "[[10,20]]", 5, False), ("[]", "[[10,20]]", 15, True), ("[[0,8]]", "[]", 9, True), ("[[0,8]]",
-                                                                                               "[[0,8],[20,30]]", 9,
+    ("[]", "[[10,20]]", 5, False), ("[]", "[[10,20]]", 15, True), ("[[0,8]]", "[]", 9, True), ("[[0,8]]", "[[0,8],[20,30]]", 9,
                                                                                                False),
     ("[[0,8]]", "[[0,4],[4,8]]", 9, False), ("[[10,20]]", "[]", 10, False), ("[[10,20]]", "[[10,15]]", 12, False),
     ("[[10,20]]", "[[10,15]]", 16, True)])

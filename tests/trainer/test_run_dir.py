@@ -73,8 +73,7 @@ def test_a_file_of_an_older_version_takes_defaults(tmp_path):
     assert load_config(tmp_path) == RunConfig(seed=5)
 
 
-@pytest.mark.parametrize(("content", "says"), [("[", "cannot be read"), ("just text", "holds no run"), ("", "holds no "
-                                                                                                        "run")])
+@pytest.mark.parametrize(("content", "says"), [("[", "cannot be read"), ("just text", "holds no run"), ("", "holds no run")])
 def test_an_unreadable_file_is_named(tmp_path, content, says):
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(OfficinaError, match=says) as caught:

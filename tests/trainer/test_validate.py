@@ -33,8 +33,7 @@ def no_personal_defaults(monkeypatch, tmp_path):
 
 
 def make_data(folder, *, kind="tokens", vocab_size=2048, tokenizer="a", splits=("train", "validation")):
-    info = TokenizerInfo(sha256=tokenizer * 64, vocab_size=vocab_size, eos="<|end|>",
-                         eos_id=0) if kind == "tokens" else None
+    info = TokenizerInfo(sha256=tokenizer * 64, vocab_size=vocab_size, eos="<|end|>", eos_id=0) if kind == "tokens" else None
     shards = [ShardEntry(path=f"shards/{split}.dls", split=split, bytes=100, tokens=10, documents=1, sha256="0" * 64,
                          xxh3="0" * 16) for split in splits]
     write_manifest(folder, shards, {}, kind=kind, dtype="u8" if kind == "records" else "u16", tokenizer=info,
@@ -75,8 +74,7 @@ def constraints(annotation):
     found = {}
     for item in getattr(annotation, "__metadata__", ()):
         for bound in getattr(item, "metadata", [item]):
-            found |= {name: getattr(bound, name) for name in ("ge", "gt", "le", "lt") if getattr(bound, name,
-                                                                                                 None) is not None}
+            found |= {name: getattr(bound, name) for name in ("ge", "gt", "le", "lt") if getattr(bound, name, None) is not None}
     return found
 
 
@@ -126,8 +124,7 @@ def generated():
             yield f"option typo {group} {option}", [f"{group}={option}x"], None, group
     for key, annotation, words in typed_leaves():
         leaf = key.rpartition(".")[2]
-        if "." in key and not words and leaf not in ("path", "name", "steps", "ranks",
-                                                     "kind") and plain(annotation) is float:
+        if "." in key and not words and leaf not in ("path", "name", "steps", "ranks", "kind") and plain(annotation) is float:
             yield f"unnested {leaf}", [f"{leaf}=0.5"], None, leaf
     for number in ("", "ten", "1e", "1.5", "0x10", "-1", "0", "1k5", "5%", "1,000", "one"):
         for key in ("steps", "batch.seq_len", "model.n_layers"):

@@ -24,8 +24,7 @@ def mount(tmp_path):
 
     def make(options, again=False):
         options = f"remount,{options}" if again else options
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)],
-                              capture_output=True, text=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, text=True)
         if done.returncode:
             reason = f"needs root to mount a small tmpfs: {done.stderr.strip()}"
             (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)

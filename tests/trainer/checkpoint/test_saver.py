@@ -30,8 +30,7 @@ def names(run_dir):
     return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
 
 
-@given(steps=st.sets(st.integers(1, 60)), newest=st.integers(1, 60), keep_last=st.integers(1, 4),
-       keep_every=st.integers(0, 7))
+@given(steps=st.sets(st.integers(1, 60)), newest=st.integers(1, 60), keep_last=st.integers(1, 4), keep_every=st.integers(0, 7))
 def test_retention_keeps_what_it_says(steps, newest, keep_last, keep_every):
     gone = superseded(steps | {newest}, newest, keep_last=keep_last, keep_every=keep_every)
     left = (steps | {newest}) - set(gone)

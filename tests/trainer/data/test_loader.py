@@ -59,8 +59,7 @@ def global_batch(run: RunConfig, world_size: int, position: int, steps: int) -> 
 
 
 @given(worlds=st.lists(st.integers(1, 7), min_size=1, max_size=4), rows=st.integers(1, 9),
-       micros=st.lists(st.integers(1, 5), min_size=4, max_size=4),
-       steps=st.lists(st.integers(1, 6), min_size=4, max_size=4),
+       micros=st.lists(st.integers(1, 5), min_size=4, max_size=4), steps=st.lists(st.integers(1, 6), min_size=4, max_size=4),
        share=st.sampled_from([0.5, 0.9, 0.37]), seed=st.integers(0, 3))
 @FIXTURES
 def test_any_ranks_and_stops_give_the_one_order(two_sources, worlds, rows, micros, steps, share, seed) -> None:

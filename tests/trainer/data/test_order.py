@@ -154,8 +154,7 @@ def test_each_epoch_has_each_row_once(rows: dict[str, int], shuffle: bool, seed:
                 assert np.array_equal(of_epoch, np.arange(rows[name]))
 
 
-@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 60)), max_size=6),
-       st.integers(0, 200), st.integers(1, 80))
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 60)), max_size=6), st.integers(0, 200), st.integers(1, 80))
 def test_skips(ranges: list[tuple[int, int]], first: int, n: int) -> None:
     ranges = [[a, a + length] for a, length in ranges]
     skips = Skips(ranges)

@@ -30,8 +30,7 @@ def test_parameters_are_those_of_the_module(seed):
 
 
 def model(vocab, layers, d, ffn, heads, kv, **switches):
-    return DecoderConfig(vocab_size=vocab, n_layers=layers, d_model=d, d_ff=ffn, n_heads=heads, n_kv_heads=kv,
-                         **switches)
+    return DecoderConfig(vocab_size=vocab, n_layers=layers, d_model=d, d_ff=ffn, n_heads=heads, n_kv_heads=kv, **switches)
 
 
 GEMMA = dict(mlp="geglu", norm_placement="sandwich", tie_embeddings=True)
@@ -97,8 +96,7 @@ def test_both_conventions_of_a_known_model():
 
 
 def test_counting_needs_no_torch():
-    code = ("import sys, officina.trainer.model.flops, officina.trainer.model.peaks; "
-            "sys.exit('torch' in sys.modules)")
+    code = "import sys, officina.trainer.model.flops, officina.trainer.model.peaks; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

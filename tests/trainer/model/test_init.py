@@ -54,8 +54,7 @@ def test_values_do_not_depend_on_threads_or_machine():
 
 
 PINNED = [float.fromhex(x) for x in (
-    "0x1.98768e0000000p-7", "-0x1.0364c80000000p-8", "0x1.01352c0000000p-7", "-0x1.8e74fc0000000p-8",
-    "0x1.b03f140000000p-6")]
+    "0x1.98768e0000000p-7", "-0x1.0364c80000000p-8", "0x1.01352c0000000p-7", "-0x1.8e74fc0000000p-8", "0x1.b03f140000000p-6")]
 
 
 def test_seeds_names_and_blocks_differ():

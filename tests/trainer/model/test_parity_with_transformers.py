@@ -43,10 +43,9 @@ CASES = {
         head_dim=16, sliding_window=9, layer_types=WINDOWS, query_pre_attn_scalar=24,
         rope_parameters=dict(sliding_attention=dict(rope_type="default", rope_theta=300.0),
                              full_attention=dict(rope_type="linear", rope_theta=9000.0, factor=8.0))), dict(
-        head_dim=16, window=9, window_pattern=[True, False], attn_scale=24**-0.5, qk_norm="head",
-        mlp="geglu", norm_placement="sandwich", norm_weight="zero_centred", norm_cast="after", tie_embeddings=True,
-        embed_scale=48**0.5, norm_eps=1e-6, local_rope=RopeConfig(theta=300),
-        rope=RopeConfig(theta=9000, scaling="linear", factor=8))),
+        head_dim=16, window=9, window_pattern=[True, False], attn_scale=24**-0.5, qk_norm="head", mlp="geglu",
+        norm_placement="sandwich", norm_weight="zero_centred", norm_cast="after", tie_embeddings=True, embed_scale=48**0.5,
+        norm_eps=1e-6, local_rope=RopeConfig(theta=300), rope=RopeConfig(theta=9000, scaling="linear", factor=8))),
     "smollm3": ("SmolLM3", dict(no_rope_layers=[1, 1, 1, 0], tie_word_embeddings=True, rope_parameters=dict(
         rope_type="default", rope_theta=5e6)), dict(
         rope_pattern=[True, True, True, False], tie_embeddings=True, rope=RopeConfig(theta=5e6), norm_eps=1e-6)),

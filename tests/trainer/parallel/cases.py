@@ -218,8 +218,7 @@ def train(ranks, case: Case, begin: Mapping[tuple[str, str], np.ndarray] | None 
     built = build_model(run)
     with _fault(case, ranks):
         now = [case.first]
-        engine = build_engine(Parts(run, ranks, built.module, _poisoned(built.loss_fn, case, ranks.rank, now),
-                                    case.precision))
+        engine = build_engine(Parts(run, ranks, built.module, _poisoned(built.loss_fn, case, ranks.rank, now), case.precision))
         try:
             if begin is None:
                 engine.import_state(built.source, optimizer_steps=None)
