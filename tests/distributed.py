@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -31,10 +32,11 @@ class RankFailure(AssertionError):
 
 
 class RankPool:
-    """Up to `size` rank processes, started when first needed."""
+    """Up to `size` rank processes, started when first needed, with `environment` added to ours."""
 
-    def __init__(self, size: int = 4) -> None:
+    def __init__(self, size: int = 4, environment: Mapping[str, str] | None = None) -> None:
         self.size = size
+        self._environment = environment or {}
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._ranks: list[tuple[subprocess.Popen, Connection]] = []
         self._world, self._worlds = 0, 0
@@ -92,7 +94,8 @@ class RankPool:
     def _start(self, rank: int) -> tuple[subprocess.Popen, Connection]:
         ours, theirs = Pipe()
         environment = os.environ | {
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            **self._environment}
         process = subprocess.Popen(
             [sys.executable, "-c", f"from tests.distributed import serve; serve({rank}, {theirs.fileno()})"],
             pass_fds=[theirs.fileno()], env=environment, cwd=ROOT, start_new_session=True)

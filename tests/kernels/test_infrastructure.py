@@ -1,0 +1,118 @@
+"""Dispatch, tables, compiling without a GPU, and the interpreter process."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+import torch
+
+from officina.kernels import dispatch
+from officina.kernels.compiling import ARCHS, compile_for
+from officina.kernels.dispatch import choose_impl, jit, tl, triton, why_not_triton
+from officina.kernels.tables import SAFE, Config, arch_of, look_up
+from tests.distributed import RankFailure
+from tests.kernels.interpreter import interpreted
+
+TABLE = {"sm_90": {64: Config(128, 64, 8, 3)}, SAFE: {64: Config(64, 64, 4, 1), 128: Config(64, 32, 4, 1)}}
+
+
+@jit
+def scale_kernel(x, y, n, FACTOR: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + i, mask=i < n) * FACTOR
+    if y is not None:
+        value += tl.load(y + i, mask=i < n)
+    tl.store(x + i, value, mask=i < n)
+
+
+@jit
+def greedy_kernel(x, N: tl.constexpr):
+    """Holds N numbers while it adds them up: spills when few threads share them."""
+    values = tl.load(x + tl.arange(0, N))
+    tl.store(x + tl.arange(0, N), values / tl.sum(values))
+
+
+def test_a_table_gives_the_architectures_own_configuration_else_the_safe_one_said_once(caplog):
+    dispatch._log_new.cache_clear()
+    with caplog.at_level(logging.INFO, "officina.kernels"):
+        assert look_up("k", TABLE, "sm_90", 64) == Config(128, 64, 8, 3)
+        assert look_up("k", TABLE, "sm_90", 128) == Config(64, 32, 4, 1)
+        assert not caplog.records
+        for _ in range(2):
+            assert look_up("k", TABLE, "sm_120", 64) == Config(64, 64, 4, 1)
+        assert look_up("k", TABLE, "interpreter", 64) == Config(64, 64, 4, 1)
+    assert [r.getMessage() for r in caplog.records] == [
+        "kernels: k has no table for sm_120: safe configurations, not tuned. Tables exist for sm_90"]
+    with pytest.raises(KeyError, match="k: no configuration for 96; there are"):
+        look_up("k", TABLE, "sm_90", 96)
+
+
+def test_options_of_amd_go_to_amd_only():
+    config = Config(64, 64, 4, 1, {"waves_per_eu": 2})
+    assert config.options("sm_90") == {"num_warps": 4, "num_stages": 1}
+    assert config.options("gfx90a") == {"num_warps": 4, "num_stages": 1, "waves_per_eu": 2}
+    assert arch_of(torch.device("cpu")) == "interpreter"
+
+
+def test_dispatch_falls_back_only_when_asked_to_choose(caplog):
+    dispatch._log_new.cache_clear()
+    assert choose_impl("op", "reference", None) == "reference"
+    assert choose_impl("op", "triton", None) == choose_impl("op", "auto", None) == "triton"
+    with caplog.at_level(logging.INFO, "officina.kernels"):
+        for _ in range(2):
+            assert choose_impl("op", "auto", why_not_triton(torch.ones(1), None)) == "reference"
+    assert [r.getMessage() for r in caplog.records] == [
+        "op: auto takes the reference: the tensors are on the cpu, kernels need a GPU"]
+    with pytest.raises(ValueError, match="op: impl=triton cannot run: the tensors are on the cpu"):
+        choose_impl("op", "triton", why_not_triton(torch.ones(1)))
+    with pytest.raises(ValueError, match="impl='fast' is none of auto, triton, reference"):
+        choose_impl("op", "fast", None)
+
+
+def test_without_triton_kernels_say_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(dispatch, "triton", None)
+    assert "officina[kernels]" in why_not_triton(torch.ones(1))
+    assert dispatch.jit(len) is len
+    from officina.kernels import compiling
+
+    monkeypatch.setattr(compiling, "triton", None)
+    with pytest.raises(ValueError, match=r"officina\[kernels\]"):
+        compile_for(scale_kernel, {}, Config(1, 1, 1, 1), "sm_90")
+
+
+@interpreted
+def test_the_interpreter_refuses_bf16():
+    assert dispatch.INTERPRETED and why_not_triton(torch.ones(1), torch.ones(1, dtype=torch.float16)) is None
+    assert "bf16" in why_not_triton(torch.ones(1, dtype=torch.bfloat16))
+
+
+@interpreted
+@pytest.mark.parametrize("n", [1, 70])
+def test_a_test_body_runs_in_the_interpreter(n):
+    x = torch.arange(n, dtype=torch.float32)
+    scale_kernel[(triton.cdiv(n, 32),)](x, None, n, 3, 32)
+    torch.testing.assert_close(x, 3 * torch.arange(n, dtype=torch.float32))
+
+
+def test_the_interpreters_failures_and_environment_stay_its_own(interpreter):
+    assert "TRITON_INTERPRET" not in os.environ and not dispatch.INTERPRETED
+    with pytest.raises(RankFailure, match="ZeroDivisionError"):
+        interpreter.run("operator:truediv", 1, 0)
+    assert interpreter.run("operator:truediv", 1, 2) == 0.5
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_kernel_compiles_without_a_gpu_and_its_costs_are_read(arch):
+    arguments = {"x": "*bf16", "y": "*bf16", "n": "i32", "FACTOR": 3, "BLOCK": 1024}
+    lean = compile_for(scale_kernel, arguments, Config(1, 1024, 4, 1, {"waves_per_eu": 2}), arch)
+    assert 4 < lean.registers < 64 and lean.spill_bytes == 0 and lean.shared_bytes == 0
+    assert (".target sm_" if arch.startswith("sm") else "amdgcn") in lean.assembly
+    greedy = compile_for(greedy_kernel, {"x": "*fp32", "N": 16384}, Config(1, 16384, 1, 1), arch)
+    assert greedy.spill_bytes > 0 and greedy.registers > lean.registers
+
+
+def test_arguments_that_do_not_fit_the_kernel_are_named():
+    with pytest.raises(ValueError, match="scale_kernel takes x, y, n, FACTOR, BLOCK; missing or unknown: BLOCK, Z"):
+        compile_for(scale_kernel, {"x": "*fp32", "y": None, "n": "i32", "FACTOR": 2, "Z": 1}, Config(1, 1, 4, 1), "sm_80")
