@@ -359,8 +359,8 @@ class Safetensors(_Other):
 
 
 class DCP(_Other):
-    exchangeable: ClassVar[dict[str, list[str]]] = {"shard of another step": ["__0_0.distcp"],
-                                                    "stale metadata": [".metadata"]}
+    exchangeable: ClassVar[dict[str, list[str]]] = {
+        "shard of another step": ["__0_0.distcp"], "stale metadata": [".metadata"]}
 
     def save(self, path: Path) -> None:
         dcp.save(self.state, storage_writer=dcp.FileSystemWriter(path, single_file_per_rank=True), no_dist=True)

@@ -69,8 +69,8 @@ def compose_all(words: Sequence[str], environ: Mapping[str, str] = os.environ) -
                 for word in _read_words([text], problems)]
     choices = {w.key: str(w.value) for w in [p[0] for p in personal] + typed if w.chooses}
     values = _compose_groups(choices, problems)
-    sources = set(values.get("data", {}).get("sources") or {}) | {w.key.split(".")[2] for w in typed
-                                                                 if w.key.startswith("data.sources.")}
+    sources = set(values.get("data", {}).get("sources") or {}) | {
+        w.key.split(".")[2] for w in typed if w.key.startswith("data.sources.")}
     personal = [p for p in personal if not (m := _SOURCE_PATH.fullmatch(p[0].key)) or m[1] in sources]
     good = copy.deepcopy(values)
     _apply(values, [p[0] for p in personal] + typed, problems)
@@ -129,8 +129,9 @@ def _read_words(words: Sequence[str], problems: list[Problem]) -> list[_Word]:
             try:
                 read.append(_Word(key, _read_value(key, raw)))
             except ValueError as error:
-                problems.append(Problem(key, raw, str(error), f"'{key}=[1,2]' or '{key}={{name:value}}'"
-                                        if raw[:1] in "[{" else f"{key}=VALUE written out"))
+                problems.append(Problem(
+                    key, raw, str(error),
+                    f"'{key}=[1,2]' or '{key}={{name:value}}'" if raw[:1] in "[{" else f"{key}=VALUE written out"))
     return read
 
 

@@ -81,16 +81,15 @@ def check(args: argparse.Namespace) -> int:
     world_size = args.ranks
     if world_size is not None and world_size < 1:
         raise OfficinaError(f"--ranks {world_size}: a run has at least 1 rank. Try: --ranks 1")
-    plan = plan_train(args.words, Path(args.runs_dir), world_size=world_size, devices=None if world_size
-                      else devices,
-                      force=args.force)
+    plan = plan_train(args.words, Path(args.runs_dir), world_size=world_size,
+                      devices=None if world_size else devices, force=args.force)
     if plan.problems:
         raise ConfigError(plan.problems)
     if args.yaml:
         print(config_text(plan.run), end="")
         return EXIT_DONE
-    lines = describe_run(plan.run, world_size or plan.run.ranks or (1 if plan.run.device == "cpu"
-                                                                    else devices) or 1)
+    lines = describe_run(
+        plan.run, world_size or plan.run.ranks or (1 if plan.run.device == "cpu" else devices) or 1)
     if plan.origin:
         lines.insert(1, ("from", f"{plan.origin.run_dir} at step {plan.origin.step:,}"))
     width = max(len(name) for name, _ in lines)

@@ -310,8 +310,8 @@ def _sources(run: RunConfig, run_dir: Path, missing: list[str]) -> list[Source]:
             dataset=f"{manifest['name']} {manifest.get('version', '')}".strip() if "name" in manifest else None,
             licence=manifest.get("licence") or None, fingerprint=manifest.get("fingerprint"),
             available_tokens=split.get("tokens"),
-            shows_text=None if not manifest else
-            manifest.get("personal_data") in (None, "none", "pseudonymised") and not manifest.get("sensitive")))
+            shows_text=(None if not manifest else manifest.get("personal_data") in (None, "none", "pseudonymised")
+                        and not manifest.get("sensitive"))))
     return found
 
 

@@ -119,8 +119,8 @@ def _all_problems(composed: Composed, world_size: int | None, devices: int | Non
     """Faults of typing first; then of rules between keys, unless a key in them was already found wrong."""
     reported = {problem.key for problem in composed.problems}
     ruled = problems(composed.run, world_size, devices=devices)
-    return composed.problems + [p for p in ruled if not any(p.key == key or p.key.startswith(f"{key}.")
-                                                            for key in reported)]
+    return composed.problems + [p for p in ruled
+                                if not any(p.key == key or p.key.startswith(f"{key}.") for key in reported)]
 
 
 def _read_origin(text: str, exact: bool = False) -> Origin:

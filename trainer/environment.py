@@ -129,8 +129,7 @@ def _source(package: str, file: Path) -> tuple[Code, str]:
     untracked = _git(folder, "ls-files", "--others", "--exclude-standard", "--full-name", "--", ":/*.py") or ""
     if len(diff.encode()) > MAX_DIFF_BYTES:
         diff = diff.encode()[:MAX_DIFF_BYTES].decode(errors="ignore") + f"\n[cut at {MAX_DIFF_BYTES} bytes]"
-    return (Code(version, commit or None, bool(diff), len(untracked.splitlines())),
-            diff + "\n" if diff else "")
+    return Code(version, commit or None, bool(diff), len(untracked.splitlines())), diff + "\n" if diff else ""
 
 
 def _git(folder: Path, *words: str) -> str | None:

@@ -66,8 +66,8 @@ def variant_for(variants: list[type], default: object, here: object) -> type:
     if len(variants) == 1:
         return variants[0]
     kind = here.get("kind") if isinstance(here, Mapping) else None
-    return next((cls for cls in variants if kind_of(cls) == kind), type(default) if default is not None
-                else variants[0])
+    return next((cls for cls in variants if kind_of(cls) == kind),
+                type(default) if default is not None else variants[0])
 
 
 def default_of(cls: type, name: str) -> object:

@@ -175,11 +175,10 @@ def carry_forward(old: RunConfig, new: RunConfig, position: int, named: Collecti
     )
 
     last = timeline_of(old.data)[-1].weights
-    current = {name: source for name, source in new.data.sources.items() if name in last or name in named
-               or name not in old.data.sources}
+    current = {name: source for name, source in new.data.sources.items()
+               if name in last or name in named or name not in old.data.sources}
     if {name: source.weight for name, source in current.items()} == last:
         return new  # at most a path has changed
     data = extend_timeline(old.data, position, current)
-    paths = {name: replace(source, path=new.data.sources.get(name, source).path) for name,
-             source in data.sources.items()}
+    paths = {name: replace(source, path=new.data.sources.get(name, source).path) for name, source in data.sources.items()}
     return replace(new, data=replace(new.data, sources=paths, timeline=data.timeline))

@@ -81,8 +81,7 @@ def _with_names(declared: str, typed: str) -> str:
     """`data.sources.*.path` with the name the user typed at that place, else NAME."""
     names, parts = typed.split("."), declared.split(".")
     aligned = len(names) == len(parts)
-    return ".".join((names[i] if aligned else "NAME") if part == FREE else part for i,
-                    part in enumerate(parts))
+    return ".".join((names[i] if aligned else "NAME") if part == FREE else part for i, part in enumerate(parts))
 
 
 def _other_kind(key: str, value: object, declared: str, values: Mapping) -> Problem:
@@ -167,8 +166,7 @@ def _key_of(loc: tuple[int | str, ...], values: Mapping) -> tuple[str, object]:
             annotation = item
         if annotation is None:
             break
-        if len(variants_of(annotation)) > 1 and rest and any(rest[0] == kind_of(cls)
-                                                           for cls in variants_of(annotation)):
+        if len(variants_of(annotation)) > 1 and rest and any(rest[0] == kind_of(cls) for cls in variants_of(annotation)):
             tag = rest.pop(0)  # the union tag; go on within that variant
             annotation = next(cls for cls in variants_of(annotation) if kind_of(cls) == tag)
     return ".".join(parts), here
@@ -215,8 +213,7 @@ def _problem(item: Mapping, key: str, value: object, values: Mapping, good: Mapp
     if kind == "literal_error":
         options = _literals(declared, values)
         near = difflib.get_close_matches(str(value), options, 1, 0.4)
-        return Problem(key, value, f"must be one of {', '.join(options)}", word(key, near[0] if near
-                                                                                else fallback))
+        return Problem(key, value, f"must be one of {', '.join(options)}", word(key, near[0] if near else fallback))
     if kind == "string_type":
         return Problem(key, value, "must be text; within YAML or {...} write numbers in quotes",
                        word(key, as_text(value) if isinstance(value, int | float) else fallback))

@@ -179,8 +179,8 @@ def test_a_persons_path_counts_only_where_the_data_set_is_used(tmp_path):
     assert compose_all([], environ).run.data.sources == {}
 
 
-@pytest.mark.parametrize(("text", "key"), [("optim: {lr: 1}\n", "optim.lr"), ("model: tiny\n", "model"), ("seed: 3\n",
-                                                                                                          "seed")])
+@pytest.mark.parametrize(("text", "key"), [
+    ("optim: {lr: 1}\n", "optim.lr"), ("model: tiny\n", "model"), ("seed: 3\n", "seed")])
 def test_personal_defaults_may_not_change_what_is_computed(tmp_path, text, key):
     environ = {"XDG_CONFIG_HOME": write_defaults(tmp_path / "p", text), "XDG_CONFIG_DIRS": ""}
     [problem] = compose_all([], environ).problems

@@ -45,8 +45,8 @@ def test_help_is_there_at_once():
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS), ["data", "build", "--help"]])
 def test_help_loads_nothing_heavy(words):
     program = ("import sys\nfrom officina.launch import cli\ntry:\n    cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
-               "heavy = {'torch', 'hydra', 'pydantic', 'numpy', 'omegaconf'} & set(sys.modules)\nsys.exit(str(heavy) "
-               "if heavy else 0)")
+               "heavy = {'torch', 'hydra', 'pydantic', 'numpy', 'omegaconf'} & set(sys.modules)\n"
+               "sys.exit(str(heavy) if heavy else 0)")
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -98,9 +98,8 @@ def test_words_may_stand_after_an_option():
 
 
 @pytest.mark.parametrize(("error", "status"), [
-    (OfficinaError("mend this"), EXIT_USER), (CheckpointError("mend this"), EXIT_USER), (LaunchError("mend this"),
-                                                                                         EXIT_USER),
-    (NoProgressError("mend this"), EXIT_NO_PROGRESS), (KeyboardInterrupt(), 130)])
+    (OfficinaError("mend this"), EXIT_USER), (CheckpointError("mend this"), EXIT_USER),
+    (LaunchError("mend this"), EXIT_USER), (NoProgressError("mend this"), EXIT_NO_PROGRESS), (KeyboardInterrupt(), 130)])
 def test_exit_status_of_errors(monkeypatch, capsys, error, status):
     from officina.launch import commands
 

@@ -52,8 +52,7 @@ def assembled(results):
     return results[0][0], results[0][1], whole
 
 
-@pytest.mark.parametrize("engine,world", [("ddp", 2), ("fsdp2", 3), ("hsdp", 4),
-                                          ("zero2", 2), ("zero3", 2)])
+@pytest.mark.parametrize("engine,world", [("ddp", 2), ("fsdp2", 3), ("hsdp", 4), ("zero2", 2), ("zero3", 2)])
 def test_the_examples_train_alike_under_every_engine(example, reference, pool, engine, world):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")

@@ -85,10 +85,9 @@ def test_a_run_that_is_done_needs_more_steps(old):
 
 
 @pytest.mark.parametrize(("before", "after", "position", "refused"), [
-    ("[]", "[[10,20]]", 5, False), ("[]", "[[10,20]]", 15, True), ("[[0,8]]", "[]", 9, True), ("[[0,8]]", "[[0,8],[20,30]]", 9,
-                                                                                               False),
-    ("[[0,8]]", "[[0,4],[4,8]]", 9, False), ("[[10,20]]", "[]", 10, False), ("[[10,20]]", "[[10,15]]", 12, False),
-    ("[[10,20]]", "[[10,15]]", 16, True)])
+    ("[]", "[[10,20]]", 5, False), ("[]", "[[10,20]]", 15, True), ("[[0,8]]", "[]", 9, True),
+    ("[[0,8]]", "[[0,8],[20,30]]", 9, False), ("[[0,8]]", "[[0,4],[4,8]]", 9, False), ("[[10,20]]", "[]", 10, False),
+    ("[[10,20]]", "[[10,15]]", 12, False), ("[[10,20]]", "[[10,15]]", 16, True)])
 def test_past_samples_cannot_be_left_out_or_put_back(old, before, after, position, refused):
     old = recompose(old, [f"data.skip={before}"]).run
     found = judge(old, [f"data.skip={after}"], position=position)

@@ -138,17 +138,14 @@ def sizes():
     """Sizes that do not divide."""
     for seq_len in (256, 512, 1000, 4096):
         for extra in (1, 7, seq_len // 2):
-            yield (f"tokens {seq_len} {extra}", [f"batch.seq_len={seq_len}",
-                                                 f"batch.global_tokens={4 * seq_len + extra}"],
+            yield (f"tokens {seq_len} {extra}", [f"batch.seq_len={seq_len}", f"batch.global_tokens={4 * seq_len + extra}"],
                    None, "batch.global_tokens")
     for d_model, n_heads in ((192, 5), (256, 6), (1000, 7), (4096, 33)):
-        yield (f"heads {d_model}/{n_heads}", [f"model.d_model={d_model}", f"model.n_heads={n_heads}",
-                                              "model.n_kv_heads=1"], None,
-               "model.n_heads")
+        yield (f"heads {d_model}/{n_heads}",
+               [f"model.d_model={d_model}", f"model.n_heads={n_heads}", "model.n_kv_heads=1"], None, "model.n_heads")
     for n_heads, n_kv_heads in ((6, 4), (8, 3), (16, 5), (4, 8)):
-        yield (f"kv {n_heads}/{n_kv_heads}", ["model.d_model=384", f"model.n_heads={n_heads}",
-                                              f"model.n_kv_heads={n_kv_heads}"],
-               None, "model.n_kv_heads")
+        yield (f"kv {n_heads}/{n_kv_heads}",
+               ["model.d_model=384", f"model.n_heads={n_heads}", f"model.n_kv_heads={n_kv_heads}"], None, "model.n_kv_heads")
     for world, shard in ((4, 3), (6, 4), (8, 16), (2, 5), (9, 2)):
         yield f"hsdp {world}/{shard}", ["engine=hsdp", f"engine.shard_size={shard}"], world, "engine.shard_size"
 
@@ -213,8 +210,8 @@ COMBINATIONS = [
     ("no time", ["time_limit=0s"], None, "time_limit"),
     ("negative grace", ["site.grace=-5"], None, "site.grace"),
     *((f"name {name}", [f"name={name}"], None, "name") for name in ("a/b", "../up", ".hidden", "two words", "")),
-    *((f"skip {skip}", [f"data.skip={skip}"], None, "data.skip") for skip in ("[[5,5]]", "[[9,2]]", "[[1]]",
-                                                                              "[[1,2,3]]", "[5]")),
+    *((f"skip {skip}", [f"data.skip={skip}"], None, "data.skip")
+      for skip in ("[[5,5]]", "[[9,2]]", "[[1]]", "[[1,2,3]]", "[5]")),
     ("held out is trained on", ["data.validation_split=train"], None, "data.validation_split"),
     ("other held out is trained on", ["data.split=validation"], None, "data.validation_split"),
     ("no such split", ["data.split=test"], None, "data.split"),

@@ -41,8 +41,8 @@ def committed_steps(run_dir: Path) -> list[int]:
 def tidy(run_dir: Path, newest: int, *, keep_last: int, keep_every: int) -> str | None:
     """Remove what `newest` supersedes. Returns what could not be removed and why, or None."""
     problems = []
-    gone = [step_dir(run_dir, s) for s in superseded(committed_steps(run_dir), newest, keep_last=keep_last,
-                                                     keep_every=keep_every)]
+    gone = [step_dir(run_dir, s)
+            for s in superseded(committed_steps(run_dir), newest, keep_last=keep_last, keep_every=keep_every)]
     for path in [old_dir(step_dir(run_dir, newest)), *gone]:
         try:
             if path.exists():

@@ -152,8 +152,8 @@ def _examine_rank(directory: Path, commit: Commit, rank: int, stated_hash: str) 
         if size != manifest.file_bytes:
             return Damage(name, f"has {size} bytes; written were {manifest.file_bytes}")
         return manifest
-    return Damage(name, f"bytes 0 to {HEADER_BYTES}: the header says {describe_header(found)}; expected "
-                        f"{describe_header(wanted)}")
+    return Damage(name, f"bytes 0 to {HEADER_BYTES}: the header says {describe_header(found)}; "
+                        f"expected {describe_header(wanted)}")
 
 
 def _share(manifests: Sequence[Manifest], rank: int, world_size: int) -> Iterator[tuple[int, int]]:

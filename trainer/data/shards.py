@@ -309,8 +309,8 @@ def write_records(directory: str | Path, records: Iterable[bytes], *, split: str
             raise DataError(f"{folder}: has splits {sorted(dataset.manifest.splits)} of {dataset.manifest.kind} already; "
                             f"split {split} cannot be written. Take another split name or an empty folder.")
         before = dataset.shards
-        kept = {key: getattr(dataset.manifest, key) for key in
-                ("version", "description", "licence", "personal_data", "sensitive", "provenance")}
+        kept = {key: getattr(dataset.manifest, key)
+                for key in ("version", "description", "licence", "personal_data", "sensitive", "provenance")}
         about = kept | about
     with SplitWriter(folder, split, dtype="u8", shard_bytes=shard_bytes) as writer:
         for record in records:

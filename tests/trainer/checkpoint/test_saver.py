@@ -64,8 +64,8 @@ def test_leftovers_are_removed_before_the_first_save(tmp_path):
     for step in (2, 3):
         step_dir(tmp_path, step).mkdir()
         (step_dir(tmp_path, step) / "rank-00000.bin").write_bytes(b"half")
-    assert [(i.step, i.status) for i in list_checkpoints(tmp_path)] == [(1, "complete"), (2, "incomplete"),
-                                                                        (3, "incomplete")]
+    assert [(i.step, i.status) for i in list_checkpoints(tmp_path)] == [
+        (1, "complete"), (2, "incomplete"), (3, "incomplete")]
     assert save(Saver(tmp_path, Alone(), CheckpointConfig(), "run"), 3).status == "saved"
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
 
