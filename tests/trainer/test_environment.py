@@ -114,8 +114,7 @@ def test_the_image_is_named_without_its_folder(monkeypatch, tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     monkeypatch.setattr(environment, "IMAGE_LABELS", str(tmp_path / "labels.json"))
     monkeypatch.setenv("APPTAINER_NAME", "/scratch/someone/train.sif")
-    assert describe()["image"] == {"name": "train.sif",
-                                   "usage.singularity.deffile.from": "rocm/pytorch@sha256:abc"}
+    assert describe()["image"] == {"name": "train.sif", "usage.singularity.deffile.from": "rocm/pytorch@sha256:abc"}
     monkeypatch.delenv("APPTAINER_NAME")
     assert describe()["image"] is None or "SINGULARITY_NAME" in os.environ
 

@@ -206,8 +206,7 @@ def _token_batches(rows: Rows, sizes: list[int], documents: bool, pin: bool) -> 
     for size in sizes:
         here = rows.tokens[first:first + size]
         n = len(here)
-        fields = {name: torch.empty((size, T), dtype=torch.int64, pin_memory=pin)
-                  for name in ("tokens", "labels")}
+        fields = {name: torch.empty((size, T), dtype=torch.int64, pin_memory=pin) for name in ("tokens", "labels")}
         tokens, labels = fields["tokens"].numpy(), fields["labels"].numpy()
         tokens[:n], labels[:n] = here[:, :-1], here[:, 1:]
         tokens[n:], labels[n:] = 0, IGNORE

@@ -186,8 +186,7 @@ class RowReader:
     def read_records(self, samples: np.ndarray) -> tuple[list[tuple[bytes, str]], int]:
         """Records of the global samples with the words that name each, and their digest."""
         places = self.order.place(samples)
-        records = [self._stream(source).record(int(row))
-                   for source, row in zip(places.source, places.row, strict=True)]
+        records = [self._stream(source).record(int(row)) for source, row in zip(places.source, places.row, strict=True)]
         return records, _digest([record for record, _ in records], samples)
 
     def digest(self, samples: np.ndarray) -> int:

@@ -321,6 +321,5 @@ def write_records(directory: str | Path, records: Iterable[bytes], *, split: str
     shards = [*before, *entries]
     for each in dict.fromkeys(s.split for s in shards):
         of_split = [s for s in shards if s.split == each]
-        stats[each] = {"records": sum(s.documents for s in of_split),
-                       "bytes": sum(s.tokens for s in of_split)}
+        stats[each] = {"records": sum(s.documents for s in of_split), "bytes": sum(s.tokens for s in of_split)}
     write_manifest(folder, shards, stats, kind="records", dtype="u8", name=name, **about)
