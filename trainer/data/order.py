@@ -24,8 +24,8 @@ from officina.trainer.config import DataConfig, SourceConfig, TimelineStage
 from officina.trainer.errors import DataError
 
 MAX_PERIOD = 1 << 16
-"""Longest pattern. Weights whose shares have a smaller common denominator (0.7, 0.2, 0.1: 10) are met
-exactly, others to 1/65536."""
+"""Longest pattern. Weights whose shares have a smaller common denominator (0.7, 0.2, 0.1: 10) are met exactly, others
+to 1/65536."""
 SMALL = 1 << 14
 """Sources with at most this many rows get a true random permutation: a Feistel network on a tiny domain is no good one."""
 FEISTEL_ROUNDS = 4
