@@ -13,8 +13,7 @@ _TRAIN_EXAMPLES = """\
 examples:
   officina train experiment=demo
   officina train experiment=demo name=warm optim.lr=1e-3 steps=1e3 engine=zero2
-  officina train model=eurollm_1b7 engine=fsdp2 data.sources.wiki.path=data/wiki batch.global_tokens=512Ki
-  batch.seq_len=4096
+  officina train model=eurollm_1b7 engine=fsdp2 batch.seq_len=4096 data.sources.wiki.path=data/wiki
   officina train experiment=./my_experiment.yaml time_limit=8h
   officina train from=runs/demo@200 name=decay lr_schedule=wsd lr_schedule.decay_steps=100   a branch
 """
