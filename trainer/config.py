@@ -241,6 +241,37 @@ class DataConfig:
     """Batches a background thread holds ready."""
 
 
+@config
+class UseConfig:
+    """What the run is for, declared once and judged by the conditions of every data set before a rank starts.
+
+    What is not declared is refused only where a condition asks for it.
+    """
+
+    purpose: str = ""
+    """One word: research, academic-research, education, product, ..."""
+    organisation: str = ""
+    """Organisation or project that trains, as the conditions of the data call it."""
+    country: str = ""
+    """Country of the site, ISO 3166-1 alpha-2: FI."""
+    commercial: bool | None = None
+    """Is the use commercial?"""
+    release: bool | None = None
+    """Will the weights be released to others?"""
+    agreement: str = ""
+    """Identifier of the agreement with the data's provider, for data that asks for one."""
+    allow_personal: bool = False
+    """Train on data with personal data in it, on the legal basis named."""
+    legal_basis: Literal["", "consent", "contract", "legal-obligation", "vital-interests", "public-task",
+                         "legitimate-interests"] = ""
+    """Article 6(1) GDPR."""
+    weights_derive: bool = True
+    """Read no-derivatives and share-alike as if released weights were a derivative of the data. Not settled in law: false
+    is the reading that they are none."""
+    register: str = ""
+    """Folder where uses of data sets with a maximum of use are counted; empty = the folder `use` in the data set."""
+
+
 # ---- optimisation --------------------------------------------------------------------------------------------------
 @config
 class AdamWConfig:
@@ -415,6 +446,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=DecoderConfig)
     engine: EngineConfig = field(default_factory=SingleConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    use: UseConfig = field(default_factory=UseConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=AdamWConfig)
     lr_schedule: LrScheduleConfig = field(default_factory=LrScheduleConfig)

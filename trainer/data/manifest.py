@@ -3,6 +3,8 @@
     DATASET/dataset.json     this file's `Manifest`; written last: a folder without it is no data set
     DATASET/shards.jsonl     one `ShardEntry` per line, in the order of the splits' token streams
     DATASET/tokenizer.json   Hugging Face tokenizers format (data sets of tokens)
+    DATASET/policy.json      conditions of use, if there are any; `officina.trainer.data.policy`
+    DATASET/croissant.json   the same for others, in Croissant; `officina.trainer.data.croissant`
     DATASET/stats.json       counts and length histograms per split and source
     DATASET/shards/*.dls     see `officina.trainer.data.shards`
 
@@ -90,6 +92,16 @@ class Manifest:
     personal_data: Literal["none", "pseudonymised", "present"] = "none"
     sensitive: bool = False
     """With this, or with personal data present, no text of the data set is ever shown or logged."""
+    policy_sha256: Sha256 | None = None
+    """Of policy.json, the conditions of use; none = what this file says is all. See `officina.trainer.data.policy`."""
+    creators: list[str] = field(default_factory=list)
+    """Who made the data: named in summaries, receipts and attribution."""
+    url: str = ""
+    """Where the data set is described."""
+    published: str = ""
+    """Date of publication, 2026-11-23."""
+    collected: str = ""
+    """Date (2025, 2025-06 or 2025-06-30) at which the newest of the data was collected."""
     provenance: dict[str, str | int | float | bool | list[str]] = field(default_factory=dict)
     """How the data set was made: tool, versions, inputs and choices."""
     sources: list[str] = field(default_factory=list)

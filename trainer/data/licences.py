@@ -1,0 +1,140 @@
+"""What the licences of data sets demand of a training run, and which of them contradict each other.
+
+Judged are SPDX identifiers; another name has no rule here, and its terms belong into policy.json. Whether weights are a
+derivative of the data they were trained on is not settled in law: the cautious reading, that they are, is the default
+and one switch (use.weights_derive). No legal advice.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+
+_PERMISSIVE = ("CC0", "CC-BY-", "CC-PDDC", "PDDL", "ODC-By", "CDLA-Permissive", "MIT", "Apache-", "BSD-", "0BSD", "ISC", "Zlib",
+               "Unlicense", "PSF-", "Python-", "BSL-1", "OGL-UK", "etalab", "DL-DE-BY", "DL-DE-ZERO", "NLOD", "WTFPL", "X11",
+               "PostgreSQL", "NCSA", "OGC-", "MPL-", "Artistic-")
+_ATTRIBUTION = re.compile(r"CC-BY|ODC-By|ODbL|Apache-|MIT|BSD-|ISC|PSF-|OGL|etalab|DL-DE-BY|NLOD|CDLA|[AL]?GPL|EUPL|MPL")
+_ADAPTED_UNDER = {
+    "CC-BY-SA-2.0": {"CC-BY-SA-2.0", "CC-BY-SA-2.5", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "GPL-3.0", "AGPL-3.0"},
+    "CC-BY-SA-2.5": {"CC-BY-SA-2.5", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "GPL-3.0", "AGPL-3.0"},
+    "CC-BY-SA-3.0": {"CC-BY-SA-3.0", "CC-BY-SA-4.0", "GPL-3.0", "AGPL-3.0"},
+    "CC-BY-SA-4.0": {"CC-BY-SA-4.0", "GPL-3.0", "AGPL-3.0"},
+    "CC-BY-NC-SA-2.0": {"CC-BY-NC-SA-2.0", "CC-BY-NC-SA-2.5", "CC-BY-NC-SA-3.0", "CC-BY-NC-SA-4.0"},
+    "CC-BY-NC-SA-2.5": {"CC-BY-NC-SA-2.5", "CC-BY-NC-SA-3.0", "CC-BY-NC-SA-4.0"},
+    "CC-BY-NC-SA-3.0": {"CC-BY-NC-SA-3.0", "CC-BY-NC-SA-4.0"},
+    "CC-BY-NC-SA-4.0": {"CC-BY-NC-SA-4.0"},
+    "GPL-2.0-only": {"GPL-2.0"}, "GPL-2.0-or-later": {"GPL-2.0", "GPL-3.0", "AGPL-3.0"},
+    "GPL-3.0-only": {"GPL-3.0", "AGPL-3.0"}, "GPL-3.0-or-later": {"GPL-3.0", "AGPL-3.0"},
+    "AGPL-3.0-only": {"AGPL-3.0"}, "AGPL-3.0-or-later": {"AGPL-3.0"},
+    "ODbL-1.0": {"ODbL-1.0"}, "CDLA-Sharing-1.0": {"CDLA-Sharing-1.0"},
+    "EUPL-1.2": {"EUPL-1.2", "GPL-2.0", "GPL-3.0", "AGPL-3.0", "CC-BY-SA-3.0"},
+}
+"""Share-alike licence -> licences that an adaptation may carry, as far as its own text or its steward says: later
+versions and Creative Commons' list of compatible licences (BY-SA 4.0 -> GPL 3.0), section 13 of GPL 3.0, the appendix
+of EUPL 1.2. Where nothing is said, only the licence itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What one licence demands."""
+
+    name: str
+    known: bool
+    non_commercial: bool = False
+    no_derivatives: bool = False
+    attribution: bool = False
+    adapted_under: frozenset[str] = frozenset()
+    """Share-alike: what an adaptation may carry; empty = anything."""
+
+
+def terms(name: str) -> Terms:
+    """The demands of one SPDX licence identifier."""
+    share = frozenset(_ADAPTED_UNDER.get(name, ()))
+    marks = set(re.findall(r"NC|ND|SA", name)) if name.startswith("CC-BY-") else set()
+    if "SA" in marks and not share:
+        share = frozenset({name})
+    known = bool(share) or name.startswith(_PERMISSIVE)
+    return Terms(name, known, "NC" in marks, "ND" in marks, bool(_ATTRIBUTION.match(name)), share)
+
+
+def choices(expression: str) -> list[tuple[Terms, ...]]:
+    """The sets of licences that an SPDX expression lets its user choose among; one set of one for any other text.
+
+    `MIT OR (GPL-3.0-only AND CC-BY-4.0)` -> (MIT), (GPL-3.0-only, CC-BY-4.0). `WITH exception` is left aside.
+    """
+    words = re.findall(r"\(|\)|[^\s()]+", expression)
+    try:
+        found, rest = _either(words)
+    except (IndexError, ValueError):
+        found, rest = [], words
+    if rest or not found:
+        return [(terms(expression.strip()),)]
+    return [tuple(terms(name) for name in names) for names in found]
+
+
+def _either(words: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
+    found, words = _both(words)
+    while words and words[0] == "OR":
+        more, words = _both(words[1:])
+        found += more
+    return found, words
+
+
+def _both(words: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
+    found, words = _one(words)
+    while words and words[0] == "AND":
+        more, words = _one(words[1:])
+        found = [a + b for a, b in product(found, more)]
+    return found, words
+
+
+def _one(words: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
+    if words[0] == "(":
+        found, words = _either(words[1:])
+        if words[0] != ")":
+            raise ValueError
+        return found, words[1:]
+    if words[0] in ("AND", "OR", "WITH", ")"):
+        raise ValueError
+    name, words = words[0], words[1:]
+    if words[:1] == ["WITH"]:
+        words = words[2:]
+    return [(name,)], words
+
+
+def options(licences: Sequence[str]) -> list[tuple[Terms, ...]]:
+    """The sets of licences that the user of a data set under all of these expressions may choose among."""
+    return [sum(chosen, ()) for chosen in product(*map(choices, licences))]
+
+
+def share_alike_conflict(sources: Mapping[str, list[tuple[Terms, ...]]]) -> list[str]:
+    """Names of sources that no single licence of an adaptation can satisfy together: of two if there are two such.
+
+    sources: name -> the sets of licences that may be chosen among. Empty if some choice has a licence in common.
+    """
+    binding: dict[str, list[frozenset[str]]] = {}
+    for name, sets in sources.items():
+        targets = [_targets(chosen) for chosen in sets]
+        if None not in targets:
+            binding[name] = [found for found in targets if found is not None]
+    if _common(list(binding.values())):
+        return []
+    for size in (1, 2):
+        for names in combinations(binding, size):
+            if not _common([binding[name] for name in names]):
+                return list(names)
+    return list(binding)
+
+
+def _common(targets: list[list[frozenset[str]]]) -> bool:
+    """Is there a choice of one set from each list that leaves a licence in common?"""
+    reachable = set(targets[0]) if targets else {frozenset({"any"})}
+    for sets in targets[1:]:
+        reachable = {a & b for a in reachable for b in sets}
+    return any(reachable)
+
+
+def _targets(chosen: tuple[Terms, ...]) -> frozenset[str] | None:
+    """What an adaptation may carry under all of these licences; None = anything."""
+    shared = [licence.adapted_under for licence in chosen if licence.adapted_under]
+    return frozenset.intersection(*shared) if shared else None
