@@ -7,6 +7,7 @@
     DATASET/croissant.json   the same for others, in Croissant; `officina.trainer.data.croissant`
     DATASET/stats.json       counts and length histograms per split and source
     DATASET/shards/*.dls     see `officina.trainer.data.shards`
+    DATASET/removed/*.jsonl  lists of documents that were removed on request, see `officina.trainer.data.removal`
 
 Nothing in it depends on the path, host, user or time of the build: the same input gives the same bytes.
 """
@@ -24,6 +25,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from officina.trainer.errors import DataError
 
 MANIFEST, SHARDS, TOKENIZER, STATS = "dataset.json", "shards.jsonl", "tokenizer.json", "stats.json"
+WORK = ".build"
+"""Folder of an unfinished build inside of the data set's."""
 FORMAT = 1
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Xxh64 = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
@@ -52,6 +55,8 @@ class ShardEntry:
     """Of the whole file."""
     xxh3: Xxh64
     """Root of the shard's granule hashes, as in its footer."""
+    kind: Literal["dls", "megatron"] = "dls"
+    """megatron: `path` is a .bin of Megatron-LM, header and footer lie beside it, see `officina.trainer.data.megatron`."""
 
 
 @_closed
@@ -74,6 +79,29 @@ class TokenizerInfo:
     eos: str
     """Token after each document."""
     eos_id: Natural
+
+
+@_closed
+class Step:
+    """Something done to the documents on the way from the inputs to the shards."""
+
+    name: str
+    """Of ours, or a filter's package.module:function."""
+    version: str = ""
+    documents_in: Natural
+    documents_out: Natural
+    documents_changed: Natural = 0
+    """Among those that went on, the ones whose text it changed."""
+
+
+@_closed
+class Removal:
+    """A list of documents that were removed on request: their tokens give no loss, the order stays."""
+
+    path: str
+    sha256: Sha256
+    documents: Natural
+    tokens: Natural
 
 
 @_closed
@@ -106,6 +134,12 @@ class Manifest:
     """How the data set was made: tool, versions, inputs and choices."""
     sources: list[str] = field(default_factory=list)
     """Names behind the documents' source ids."""
+    languages: list[str] = field(default_factory=list)
+    """Codes behind the documents' language ids, such as fin_Latn; none where no language is known."""
+    steps: list[Step] = field(default_factory=list)
+    """What was done to the documents, in order."""
+    removals: list[Removal] = field(default_factory=list)
+    """In the order of the requests; the shards and the fingerprint are the same with them."""
     tokenizer: TokenizerInfo | None = None
     splits: dict[str, SplitTotals] = field(default_factory=dict)
     shards_sha256: Sha256
@@ -147,7 +181,8 @@ def open_dataset(folder: str | Path) -> Dataset:
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
-        half = " A build was begun there and not finished." if any(folder.glob("shards/*")) else ""
+        begun = any(folder.glob("shards/*")) or (folder / WORK).exists()
+        half = " A build was begun there and not finished: the same command goes on with it." if begun else ""
         raise DataError(f"{folder} is no data set: it has no {MANIFEST}.{half} "
                         f"Make one with `officina data build {folder}`, or mend data.sources.NAME.path.")
     manifest = _parse(path, path.read_bytes(), _MANIFEST, path)
@@ -173,7 +208,7 @@ def open_dataset(folder: str | Path) -> Dataset:
 def write_manifest(folder: Path, shards: list[ShardEntry], stats: dict[str, Any], *, kind: str, dtype: str,
                    tokenizer: TokenizerInfo | None = None, **about: Any) -> Manifest:
     """Write stats.json, shards.jsonl and, last, dataset.json; `about` are further fields of `Manifest`."""
-    listing = "".join(json.dumps(asdict(s), separators=(",", ":")) + "\n" for s in shards).encode()
+    listing = "".join(json.dumps(_line(s), separators=(",", ":")) + "\n" for s in shards).encode()
     splits = {}
     for name in dict.fromkeys(s.split for s in shards):
         of_split = [s for s in shards if s.split == name]
@@ -189,9 +224,19 @@ def write_manifest(folder: Path, shards: list[ShardEntry], stats: dict[str, Any]
         raise DataError(f"{folder / MANIFEST}: {_faults(exc)}") from exc
     write_whole(folder / STATS, (json.dumps(stats, indent=1) + "\n").encode())
     write_whole(folder / SHARDS, listing)
+    rewrite_manifest(folder, manifest)
+    return manifest
+
+
+def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write dataset.json alone: shards and fingerprint must be those that are there."""
     text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n"
     write_whole(folder / MANIFEST, text.encode())
-    return manifest
+
+
+def _line(entry: ShardEntry) -> dict[str, Any]:
+    """Its line of shards.jsonl; the usual kind goes without saying."""
+    return {key: value for key, value in asdict(entry).items() if (key, value) != ("kind", "dls")}
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -5,12 +5,15 @@
     footer   sections, each starting at a multiple of 64 bytes:
                document_ends   u64 per document: offset in tokens just after its last token
                source_ids      u16 per document: number of its source in dataset.json
+               language_ids    u16 per document: number of its language in dataset.json (where languages are known)
+               document_ids    16 bytes per document, see `officina.trainer.data.documents.document_id` (not in old shards)
                granule_xxh3    u64 per granule: xxh3-64 of 256 KiB of tokens (the last granule may be shorter)
              and last, 16 bytes: xxh3-64 of header and sections (the root), magic
 
-A reader ignores sections it does not know, so that language ids or flags per document can be added without a
-new version. A shard never changes: it is written under a temporary name and renamed when it is whole and on
-the disk. Documents are never split over shards.
+Tokens may also lie in a file of their own, as Megatron-LM's X.bin does: then X.dli beside it is header and footer alone.
+A reader ignores sections it does not know, so that flags per document can be added without a new version. A shard never
+changes: it is written under a temporary name and renamed when it is whole and on the disk. Documents are never split over
+shards.
 """
 
 import hashlib
@@ -43,6 +46,7 @@ _MAGIC, _END_MAGIC, _VERSION = b"OFF-DLS\x01", b"DLS-END\x01", 1
 _FIXED = struct.Struct("<8sIIQQQQ32sI4x")
 _SECTION = struct.Struct("<24sQQ")  # name, offset, bytes
 _ALIGN = 64
+INDEX_SUFFIX = ".dli"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +68,13 @@ class _Header:
 
 
 class ShardWriter:
-    """Writes one shard document by document; `close` makes it appear under its name."""
+    """Writes one shard document by document; `close` makes it appear under its name.
 
-    def __init__(self, path: Path, *, dtype: str, tokenizer_sha256: str = "") -> None:
-        self.path, self._dtype, self._tokenizer = path, dtype, tokenizer_sha256
+    holds_tokens: False writes the index alone, of tokens that lie in another file.
+    """
+
+    def __init__(self, path: Path, *, dtype: str, tokenizer_sha256: str = "", holds_tokens: bool = True) -> None:
+        self.path, self._dtype, self._tokenizer, self._holds_tokens = path, dtype, tokenizer_sha256, holds_tokens
         self._temporary = path.with_name(path.name + ".tmp")
         self._file = open(self._temporary, "wb")
         self._file.write(bytes(HEADER_BYTES))
@@ -75,6 +82,8 @@ class ShardWriter:
         self._in_granule = 0
         self._ends: list[int] = []
         self._source_ids: list[int] = []
+        self._language_ids: list[int] = []
+        self._document_ids: list[bytes] = []
         self.tokens = 0
 
     @property
@@ -82,8 +91,9 @@ class ShardWriter:
         """Bytes of tokens so far."""
         return self.tokens * DTYPES[self._dtype].itemsize
 
-    def add(self, document: np.ndarray, source_id: int = 0) -> None:
-        """Append one document, (n,) integers, n > 0."""
+    def add(self, document: np.ndarray, source_id: int = 0, language_id: int | None = None,
+            document_id: bytes = b"") -> None:
+        """Append one document, (n,) integers, n > 0. All documents of a shard have a language id, or none; so with ids."""
         if not len(document):
             raise DataError(f"{self.path}: document {len(self._ends)} is empty; a document has at least one token or byte. "
                             "Leave empty documents out.")
@@ -94,7 +104,8 @@ class ShardWriter:
                                 f"but {self._dtype} holds 0 to {limit}. Take a wider dtype, such as u32.")
             document = document.astype(DTYPES[self._dtype])
         view = memoryview(np.ascontiguousarray(document)).cast("B")
-        self._file.write(view)
+        if self._holds_tokens:
+            self._file.write(view)
         while len(view):
             part = view[:GRANULE_BYTES - self._in_granule]
             self._granule.update(part)
@@ -105,6 +116,10 @@ class ShardWriter:
         self.tokens += len(document)
         self._ends.append(self.tokens)
         self._source_ids.append(source_id)
+        if language_id is not None:
+            self._language_ids.append(language_id)
+        if document_id:
+            self._document_ids.append(document_id)
 
     def _end_granule(self) -> None:
         self._hashes.append(self._granule.intdigest())
@@ -115,9 +130,13 @@ class ShardWriter:
         if self._in_granule:
             self._end_granule()
         footer = {"document_ends": np.asarray(self._ends, "<u8").tobytes(),
-                  "source_ids": np.asarray(self._source_ids, "<u2").tobytes(),
-                  "granule_xxh3": np.asarray(self._hashes, "<u8").tobytes()}
-        offset, sections = HEADER_BYTES + self.bytes, {}
+                  "source_ids": np.asarray(self._source_ids, "<u2").tobytes()}
+        if self._language_ids:
+            footer["language_ids"] = np.asarray(self._language_ids, "<u2").tobytes()
+        if self._document_ids:
+            footer["document_ids"] = b"".join(self._document_ids)
+        footer["granule_xxh3"] = np.asarray(self._hashes, "<u8").tobytes()
+        offset, sections = HEADER_BYTES + self.bytes * self._holds_tokens, {}
         for name, content in footer.items():
             offset = _aligned(offset)
             sections[name] = (offset, len(content))
@@ -160,15 +179,16 @@ class SplitWriter:
         self._writer: ShardWriter | None = None
         self._entries: list[ShardEntry] = []
 
-    def add(self, document: np.ndarray, source_id: int = 0) -> None:
-        """Append one document, (n,) integers."""
+    def add(self, document: np.ndarray, source_id: int = 0, language_id: int | None = None,
+            document_id: bytes = b"") -> None:
+        """Append one document, (n,) integers; see `ShardWriter.add`."""
         if self._writer and self._writer.bytes + len(document) * self._itemsize > self._shard_bytes:
             self._end_shard()
         if self._writer is None:
             (self._folder / "shards").mkdir(parents=True, exist_ok=True)
             path = self._folder / "shards" / f"{self._split}-{len(self._entries):05d}.dls"
             self._writer = ShardWriter(path, **self._how)
-        self._writer.add(document, source_id)
+        self._writer.add(document, source_id, language_id, document_id)
 
     def _end_shard(self) -> None:
         assert self._writer is not None
@@ -195,7 +215,7 @@ class Shard:
     def __init__(self, path: Path, entry: ShardEntry | None = None) -> None:
         self.path = path
         try:
-            self._map = np.asarray(np.memmap(path, np.uint8, mode="r"))
+            self._map = np.asarray(np.memmap(index_of(path), np.uint8, mode="r"))
         except (OSError, ValueError) as exc:  # ValueError: an empty file cannot be mapped
             raise DataError(f"{path}: cannot be opened ({exc}). {_REMEDY}") from exc
         header = _parse_header(path, self._map)
@@ -213,18 +233,32 @@ class Shard:
                             f"it is a shard of another data set. {_REMEDY}")
         self.dtype, self.tokenizer_sha256 = header.dtype, header.tokenizer_sha256
         self.documents = header.documents
-        self.data = self._map[HEADER_BYTES:HEADER_BYTES + header.tokens * DTYPES[header.dtype].itemsize].view(
-            DTYPES[header.dtype])
+        self._first_byte, self._bytes = self._find_tokens(header)
+        self.data = self._bytes.view(DTYPES[header.dtype])
         """(tokens,) unverified; see `check`."""
         self.ends = self._section(header, "document_ends", "<i8")
         """(documents,) int64 offset just after each document's last token."""
         self.source_ids = self._section(header, "source_ids", "<u2")
+        self.language_ids = self._section(header, "language_ids", "<u2")
+        """(documents,), or (0,) where languages are not known."""
+        self.document_ids = self._section(header, "document_ids", "u1").reshape(-1, 16)
+        """(documents, 16), or (0, 16) in shards without ids."""
         self._hashes = self._section(header, "granule_xxh3", "<u8")
         self._checked = np.zeros(len(self._hashes), bool)
 
     def _section(self, header: _Header, name: str, dtype: str) -> np.ndarray:
-        offset, length = header.sections[name]
+        offset, length = header.sections.get(name, (0, 0))
         return self._map[offset:offset + length].view(dtype)
+
+    def _find_tokens(self, header: _Header) -> tuple[int, np.ndarray]:
+        """First byte of the tokens in their file, and all of their bytes (mapped)."""
+        n_bytes = header.tokens * DTYPES[header.dtype].itemsize
+        if index_of(self.path) == self.path:
+            return HEADER_BYTES, self._map[HEADER_BYTES:HEADER_BYTES + n_bytes]
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != n_bytes:
+            raise DataError(f"{self.path}: has {size} bytes, but its index {index_of(self.path).name} says {n_bytes}. {_REMEDY}")
+        return 0, np.asarray(np.memmap(self.path, np.uint8, mode="r"))
 
     def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
         """Verify the granules under the token ranges [starts, stops), (n,) int64 each; each granule is read once."""
@@ -239,9 +273,9 @@ class Shard:
                     self._check_granule(granule)
 
     def _check_granule(self, granule: int) -> None:
-        start = HEADER_BYTES + granule * GRANULE_BYTES
-        stop = min(start + GRANULE_BYTES, HEADER_BYTES + self.data.nbytes)
-        found = xxhash.xxh3_64_intdigest(self._map[start:stop])
+        content = self._bytes[granule * GRANULE_BYTES:(granule + 1) * GRANULE_BYTES]
+        start = self._first_byte + granule * GRANULE_BYTES
+        stop, found = start + len(content), xxhash.xxh3_64_intdigest(content)
         if found != int(self._hashes[granule]):
             raise DataError(f"{self.path}: bytes {start} to {stop} do not match their checksum (xxh3 {found:016x}, "
                             f"should be {int(self._hashes[granule]):016x}). {_REMEDY}")
@@ -289,6 +323,11 @@ def _parse_header(path: Path, mapped: np.ndarray) -> _Header:
         name, offset, length = _SECTION.unpack_from(head, _FIXED.size + i * _SECTION.size)
         sections[name.rstrip(b"\0").decode()] = (offset, length)
     return _Header(dtypes[itemsize], tokens, documents, file_bytes, tokenizer.hex(), sections)
+
+
+def index_of(path: Path) -> Path:
+    """The file with the shard's header and footer: the shard itself, or the index beside a file of tokens alone."""
+    return path if path.suffix != ".bin" else path.with_suffix(INDEX_SUFFIX)
 
 
 def _aligned(offset: int) -> int:

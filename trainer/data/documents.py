@@ -1,0 +1,235 @@
+"""From rows to documents: which field is the text, its language, source and id; what HPLT's own fields ask for; filters."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from officina.trainer.data.formats import BadRow, Piece, rows
+from officina.trainer.errors import DataError
+
+TEXT_FIELDS, LANGUAGE_FIELDS, ID_FIELDS = ("text", "content"), ("lang", "language"), ("id", "doc_id", "__key__")
+"""Fields that are taken where none is named, in the order of preference."""
+NO_LANGUAGE = "und"
+"""ISO 639's code for a language that is not known."""
+PII_MASK = "[PII]"
+SHOWN = 100
+"""Places of faults that are kept; the rest is only counted."""
+HPLT_STEPS = ("hplt-filter", "hplt-robots", "hplt-pii")
+"""Steps that follow from fields of HPLT's rows: `filter` is not "keep"; `allowed` is false; spans in `pii` are masked."""
+_CODES = {  # ISO 639-1 (and plain 639-3) -> the codes of OpenEuroLLM, HPLT and FLORES: ISO 639-3 _ ISO 15924
+    "bg": "bul_Cyrl", "bs": "bos_Latn", "ca": "cat_Latn", "cs": "ces_Latn", "cy": "cym_Latn", "da": "dan_Latn",
+    "de": "deu_Latn", "el": "ell_Grek", "en": "eng_Latn", "es": "spa_Latn", "et": "est_Latn", "eu": "eus_Latn",
+    "fi": "fin_Latn", "fr": "fra_Latn", "ga": "gle_Latn", "gl": "glg_Latn", "hr": "hrv_Latn", "hu": "hun_Latn",
+    "is": "isl_Latn", "it": "ita_Latn", "ka": "kat_Geor", "lt": "lit_Latn", "lv": "lav_Latn", "mk": "mkd_Cyrl",
+    "mt": "mlt_Latn", "nb": "nob_Latn", "nl": "nld_Latn", "nn": "nno_Latn", "no": "nor_Latn", "pl": "pol_Latn",
+    "pt": "por_Latn", "ro": "ron_Latn", "sk": "slk_Latn", "sl": "slv_Latn", "sq": "sqi_Latn", "sv": "swe_Latn",
+    "tr": "tur_Latn", "uk": "ukr_Cyrl"}
+_CODES |= {code.partition("_")[0]: code for code in _CODES.values()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fields:
+    """Names of the fields of a row; empty = found by name. Without a source field, the source is the input."""
+
+    text: str = ""
+    language: str = ""
+    source: str = ""
+    id: str = ""
+
+    def columns(self) -> list[str]:
+        """Every field that is looked at."""
+        given = [name for name in (self.text, self.language, self.source, self.id) if name]
+        return [*given, *TEXT_FIELDS, *LANGUAGE_FIELDS, *ID_FIELDS, "u", "ts", "pii", "filter", "allowed"]
+
+
+@dataclass(slots=True)
+class Document:
+    """One text, as a filter sees it."""
+
+    text: str
+    source: str
+    language: str
+    """Such as fin_Latn; empty if not known."""
+    id: bytes
+    """16 bytes, see `document_id`."""
+    digest: bytes
+    """sha256 of the text as it was read."""
+    bytes: int
+    """Of the text as it was read."""
+    row: dict[str, Any]
+    """All fields of its row; none for a text file."""
+    piece: Piece
+    number: int
+
+    @property
+    def place(self) -> str:
+        """File and row, for an error."""
+        return f"{self.piece.path}{self.piece.place(self.number)}"
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """Rows that give no document, and why; and how often a step of HPLT's fields was taken."""
+
+    undecodable: int = 0
+    undecodable_files: list[str] = field(default_factory=list)
+    """Names of the files, or of rows in them, that are not UTF-8: the first `SHOWN`."""
+    empty: int = 0
+    bad: int = 0
+    bad_rows: list[str] = field(default_factory=list)
+    """Place and reason of each row that cannot be read: the first `SHOWN`."""
+    steps: Counter = field(default_factory=Counter)
+    """Step -> documents left out, or changed."""
+
+
+def document_id(name: str) -> bytes:
+    """16 bytes of a document's name: those it spells in hexadecimal (a UUID, HPLT's ids), else its sha256's first."""
+    digits = name.replace("-", "")
+    if len(digits) == 32:
+        try:
+            return bytes.fromhex(digits)
+        except ValueError:
+            pass
+    return hashlib.sha256(name.encode()).digest()[:16]
+
+
+def read_documents(pieces: Sequence[Piece], fields: Fields, left_out: LeftOut, *, all_fields: bool = False,
+                   progress: Callable[[int], None] = lambda done_bytes: None) -> Iterator[Document]:
+    """All documents of `pieces` in order: a text file is one, a row is one. The rest is counted in `left_out`.
+
+    `progress` gets the bytes of files that were read. Raises DataError for files that cannot be read.
+    """
+    before_bytes = 0
+    for piece in pieces:
+        for number, row, done_bytes in rows(piece, None if all_fields else fields.columns()):
+            if row == b"" and piece.format != "text":  # an empty line
+                continue
+            found = _document(row, piece, number, fields, left_out.steps)
+            if isinstance(found, Document):
+                yield found
+            elif isinstance(found, BadRow):
+                left_out.bad += 1
+                if left_out.bad <= SHOWN:
+                    left_out.bad_rows.append(f"{piece.path}{piece.place(number)}: {found.why}")
+            elif found == "undecodable":
+                left_out.undecodable += 1
+                if left_out.undecodable <= SHOWN:
+                    left_out.undecodable_files.append(f"{piece.source}/{piece.name}{piece.place(number)}")
+            elif found == "empty":
+                left_out.empty += 1
+            progress(before_bytes + done_bytes)
+        before_bytes += piece.bytes
+
+
+def _document(row: Any, piece: Piece, number: int, fields: Fields, steps: Counter) -> Document | BadRow | str:
+    """The document, or why there is none."""
+    if isinstance(row, BadRow):
+        return row
+    values = row if isinstance(row, dict) else {}
+    content = row if isinstance(row, bytes) else _first(row, fields.text, TEXT_FIELDS)
+    if content is None:
+        names = " or ".join(map(repr, [fields.text] if fields.text else TEXT_FIELDS))
+        return BadRow(f"no JSON object with the field {names} (it has {', '.join(map(repr, list(row)[:8])) or 'none'}). "
+                      "Name the text's field: --text-field NAME" if piece.format == "json" else
+                      f"no text under {names}. Name the text's field: --text-field NAME")
+    if not isinstance(content, str | bytes):
+        return BadRow(f"field {_name_of(row, fields.text, TEXT_FIELDS)!r} is no text. Name the text's field: --text-field NAME")
+    try:
+        text = content.decode("utf-8") if isinstance(content, bytes) else content
+        encoded = text.encode()  # JSON can spell half a surrogate pair, which is no Unicode
+    except UnicodeError:
+        return "undecodable"
+    if not text.strip():
+        return "empty"
+    digest = hashlib.sha256(encoded).digest()
+    if "u" in values and ("ts" in values or "crawl_id" in values or "filter" in values):
+        masked = _hplt(values, text, steps)
+        if masked is None:
+            return "left out"
+        text = masked
+    name = _first(values, fields.id, ID_FIELDS)
+    if name is None and values:
+        name = values.get("u")
+    source = _first(values, fields.source, ())
+    return Document(text, str(source) if fields.source and source is not None else piece.source,
+                    _language(_first(values, fields.language, LANGUAGE_FIELDS)),
+                    digest[:16] if name is None else document_id(str(name)), digest, len(encoded), values, piece, number)
+
+
+def _name_of(row: dict[str, Any], given: str, known: Sequence[str]) -> str | None:
+    return next((name for name in ([given] if given else known) if row.get(name) is not None), None)
+
+
+def _first(row: dict[str, Any], given: str, known: Sequence[str]) -> Any:
+    name = _name_of(row, given, known)
+    return None if name is None else row[name]
+
+
+def _language(value: Any) -> str:
+    """HPLT lists the likely languages, the likeliest first."""
+    if isinstance(value, list | tuple):
+        value = value[0] if value else ""
+    return _CODES.get(value.lower(), value) if isinstance(value, str) else ""
+
+
+def _hplt(row: dict[str, Any], text: str, steps: Counter) -> str | None:
+    """The text with its personal data masked; None for what its makers or the site's owner want left out."""
+    if row.get("filter") not in (None, "", "keep"):
+        steps["hplt-filter"] += 1
+        return None
+    if row.get("allowed") is False:
+        steps["hplt-robots"] += 1
+        return None
+    spans = [s for s in row.get("pii") or () if isinstance(s, list | tuple) and len(s) >= 2]
+    if spans:
+        steps["hplt-pii"] += 1
+    for span in sorted(spans, reverse=True):  # from the end, so that what comes before keeps its place
+        text = text[:int(span[0])] + PII_MASK + text[int(span[1]):]
+    return text
+
+
+# ---- filters ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A function of the user: `keep(document) -> bool | str`. False leaves the document out, a text replaces its text."""
+
+    name: str
+    """package.module:function"""
+    version: str
+    """`__version__` of the module or its package, else the beginning of the sha256 of its source."""
+    keep: Callable[[Document], bool | str]
+
+    def __call__(self, document: Document) -> bool:
+        """Apply it; the document is changed in place. Raises DataError naming filter and place, and no text."""
+        try:
+            found = self.keep(document)
+        except Exception as exc:  # the user's code may raise anything, and its words may quote the data
+            raise DataError(f"{document.place}: filter {self.name} raised {type(exc).__name__}. Mend it: a filter returns "
+                            "True, False or the text to take instead.") from exc
+        if isinstance(found, str):
+            document.text = found
+            return bool(found.strip())
+        if not isinstance(found, bool):
+            raise DataError(f"{document.place}: filter {self.name} returned a {type(found).__name__}. Mend it: a filter "
+                            "returns True, False or the text to take instead.")
+        return found
+
+
+def load_filter(path: str) -> Filter:
+    """The filter behind `package.module:function`. Raises DataError if there is none."""
+    module_name, _, name = path.partition(":")
+    try:
+        module = import_module(module_name)
+        keep = getattr(module, name)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise DataError(f"--filter {path}: cannot be imported ({exc}). Write package.module:function, with the package "
+                        "installed or its folder in PYTHONPATH.") from exc
+    version = getattr(module, "__version__", "") or getattr(import_module(module_name.split(".")[0]), "__version__", "")
+    file = getattr(module, "__file__", None)
+    if not version and file:
+        version = "sha256:" + hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    return Filter(path, str(version), keep)
