@@ -23,7 +23,7 @@ from officina.trainer.keys import GROUPS, Values, as_text, generic, optional
 from officina.trainer.schema import dump_run, read_run, unknown_key
 
 _FOLDER = Path(__file__).parent
-_PERSONAL = ("site", "logging", "checkpoint", "profile", "device", "ranks", "threads", "time_limit")
+_PERSONAL = ("site", "use", "logging", "checkpoint", "profile", "device", "ranks", "threads", "time_limit")
 """What a person's or a centre's defaults may set, besides paths of data: where and how a run is run, not what it computes."""
 _SOURCE_PATH = re.compile(r"data\.sources\.([^.]+)\.path")
 _TYPED_BY_HYDRA = "model.args."

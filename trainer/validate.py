@@ -21,7 +21,11 @@ from officina.trainer.config import (
     SingleConfig,
     ZeroConfig,
 )
+from officina.trainer.data.gate import use_problems
 from officina.trainer.data.manifest import MANIFEST, open_dataset
+from officina.trainer.data.odrl import purpose_word
+from officina.trainer.data.policy import country as known_country
+from officina.trainer.data.register import Going
 from officina.trainer.errors import DataError, Problem
 from officina.trainer.schema import dump_run
 
@@ -32,19 +36,21 @@ _FLEX_HEAD_DIM = 16
 
 
 def problems(run: RunConfig, world_size: int | None = None, *, devices: int | None = None,
-             read_data: bool = True) -> list[Problem]:
+             read_data: bool = True, going: Going | None = None) -> list[Problem]:
     """Every rule between keys that `run` breaks; empty if it can start.
 
     Args:
         world_size: number of ranks; None where a later launcher decides (then `run.ranks`, if it is set, is taken).
         devices: accelerators on this machine; None if nobody has looked.
         read_data: look into the data sets' manifests; False where their file system is not at hand.
+        going: where the run stands, for data sets with a maximum of use; None = a new run.
     """
     world_size = world_size or run.ranks or None
     found = [*_numbers(run), *_run(run, devices), *_model(run), *_batch(run), *_engine(run, world_size), *_schedule(run),
-             *_objective(run), *_life(run, world_size), *_data(run)]
+             *_objective(run), *_life(run, world_size), *_data(run), *_use(run)]
     if read_data:
-        found += _data_sets(run)
+        data = list(_data_sets(run))
+        found += data or use_problems(run, going)
     return found
 
 
@@ -282,6 +288,16 @@ def _data(run: RunConfig) -> Iterator[Problem]:
     for name in sorted(named - set(data.sources)):
         yield Problem(f"data.sources.{name}.path", None, "is missing: data.timeline says that samples come from this data set",
                       f"data.sources.{name}.path=DIR, the folder of that data set")
+
+
+def _use(run: RunConfig) -> Iterator[Problem]:
+    """What is declared must be readable; whether it suffices is decided by `officina.trainer.data.gate`."""
+    country = run.use.country
+    if country and (len(country) != 2 or known_country(country) != country):
+        yield Problem("use.country", country, "is no ISO 3166-1 alpha-2 code", "use.country=FI")
+    purpose, word = run.use.purpose, purpose_word(run.use.purpose)
+    if purpose != word:
+        yield Problem("use.purpose", purpose, "must be one lower-case word, with hyphens", f"use.purpose={word}")
 
 
 def _data_sets(run: RunConfig) -> Iterator[Problem]:

@@ -312,7 +312,7 @@ def _written(moment: datetime, day: bool) -> str:
 
 def purpose_word(value: str) -> str:
     """A purpose as one lower-case word: `https://w3id.org/dpv#AcademicResearch` -> `academic-research`."""
-    word = kebab(re.split(r"[/#:]", value.strip())[-1])
+    word = re.sub(r"\s+", "-", kebab(re.split(r"[/#:]", value.strip())[-1]))
     return _NAMES_OF_PURPOSES.get(word, word)
 
 
