@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from officina.kernels.cross_entropy import linear_cross_entropy
+from officina.kernels.linear_cross_entropy import linear_cross_entropy
 from officina.trainer.config import DecoderConfig
 from officina.trainer.model.rope import at_least_fp32
 

@@ -1,0 +1,169 @@
+"""Output projection and cross-entropy in one, without ever holding all logits.
+
+    loss = sum over tokens with a label of the cross-entropy of softcap(W x); its terms stand in cross_entropy.py
+
+The forward pass goes over chunks of tokens and makes the gradient of each chunk's logits at once, while they
+exist: three matrix products in all (6 N V D floating-point operations), where recomputing the logits in the
+backward pass needs four.
+Source of the chunked form: Liger, arXiv:2410.10989.
+Shapes: N tokens, V rows of the vocabulary (of this rank), D model width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from officina.kernels.cross_entropy import (
+    Terms,
+    VocabShard,
+    choose,
+    cross_entropy_reference,
+    loss_and_gradient,
+    losses_of,
+    row_sums,
+)
+from officina.kernels.dispatch import Impl
+from officina.kernels.ops import define_op, wide_dtype
+
+CHUNK_LOGITS_GPU, CHUNK_LOGITS_CPU = 2**28, 2**23
+"""Logits held at a time by default: 0.5 GiB in bf16 on a GPU (large products), 32 MiB in fp32 on a CPU (its cache)."""
+
+_ALIGN = 64
+"""Rows of the chunk's logits begin at multiples of this many numbers: any vocabulary is read 16 bytes at a time."""
+
+
+def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z_loss: float = 0.0,
+                         label_smoothing: float = 0.0, softcap: float = 0.0, shard: VocabShard | None = None,
+                         chunk_tokens: int = 0, impl: Impl = "auto") -> Tensor:
+    """Sum of the token losses, 0-dim fp32 (fp64 for fp64 inputs); differentiable once in x and weight.
+
+    Args:
+        labels_N: int64, IGNORE where a token has no loss. Without any label sum and gradients are zeros.
+        z_loss, label_smoothing, softcap: as in `cross_entropy`; 0 = none.
+        shard: where weight is a part of the vocabulary's rows. The loss is then that of the whole; the gradient in x is this
+            rank's part, which the caller sums over the ranks. Not inside torch.compile(fullgraph=True).
+        chunk_tokens: tokens whose logits exist at a time; 0 = a good value for the device.
+        impl: of the cross-entropy; the matrix products are torch's in either case.
+    Raises ValueError where shapes, terms or a named impl do not fit.
+    """
+    N, D = x_ND.shape
+    V = weight_VD.shape[0]
+    if weight_VD.dim() != 2 or weight_VD.shape[1] != D or labels_N.shape != (N,):
+        raise ValueError(f"linear_cross_entropy: x {tuple(x_ND.shape)}, weight {tuple(weight_VD.shape)}, "
+                         f"labels {tuple(labels_N.shape)} do not fit; need (N, D), (V, D), (N,)")
+    if shard and not 0 <= shard.first <= shard.size - V:
+        raise ValueError(f"linear_cross_entropy: the shard's rows {shard.first} to {shard.first + V} are not among the "
+                         f"vocabulary's {shard.size}")
+    terms = Terms(z_loss, label_smoothing, softcap)
+    if not chunk_tokens:
+        chunk_tokens = max(1, (CHUNK_LOGITS_GPU if x_ND.is_cuda else CHUNK_LOGITS_CPU) // V)
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, terms, shard, chunk_tokens, choose(x_ND, labels_N, impl),
+                                     torch.is_grad_enabled())
+
+
+def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z_loss: float = 0.0,
+                                   label_smoothing: float = 0.0, softcap: float = 0.0) -> Tensor:
+    """Same contract in plain torch on a whole vocabulary, all logits at once; the oracle for tests and benchmarks."""
+    return cross_entropy_reference(x_ND @ weight_VD.T, labels_N, z_loss=z_loss, label_smoothing=label_smoothing,
+                                   softcap=softcap).sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, terms: Terms, shard: VocabShard | None,
+                chunk_tokens: int, impl: str, grad_enabled: bool) -> Tensor:
+        want_dx, want_dweight = (need and grad_enabled for need in ctx.needs_input_grad[:2])
+        if torch.compiler.is_compiling() and shard is None:  # one node of the graph, however many chunks
+            loss, dx, dweight = torch.ops.officina.linear_cross_entropy(
+                x, weight, labels, terms.z_loss, terms.label_smoothing, terms.softcap, chunk_tokens, impl, want_dx,
+                want_dweight)
+        else:  # plain, so that counters of operations and memory see what there is
+            loss, dx, dweight = _forward(x, weight, labels, terms, shard, chunk_tokens, impl, want_dx, want_dweight)
+        ctx.save_for_backward(dx, dweight)
+        ctx.wanted, ctx.dtypes = (want_dx, want_dweight), (x.dtype, weight.dtype)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        # Scaled in dloss' fp32: rounded to bf16, 1 / step_tokens would put every gradient off by up to 0.4 %. Written in one
+        # pass: a product in fp32 first would be as large as the sum of the chunks once more.
+        dx, dweight = (torch.mul(d, dloss, out=torch.empty_like(d, dtype=dtype)) if wanted else None
+                       for d, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True))
+        return dx, dweight, None, None, None, None, None, None
+
+
+def _implementation(x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, label_smoothing: float, softcap: float,
+                    chunk_tokens: int, impl: str, want_dx: bool, want_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(x, weight, labels, Terms(z_loss, label_smoothing, softcap), None, chunk_tokens, impl, want_dx, want_dweight)
+
+
+def _results(x: Tensor, weight: Tensor, want_dx: bool, want_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its gradient in x (x's dtype) and in weight (at least fp32); empty where it is not wanted."""
+    # Chunks are added up in fp32: in bf16 each addition would round the sum once more.
+    wide = wide_dtype(x.dtype)
+    return (x.new_zeros((), dtype=wide), x.new_empty(x.shape if want_dx else 0),
+            weight.new_zeros(weight.shape if want_dweight else 0, dtype=wide))
+
+
+def _forward(x: Tensor, weight: Tensor, labels: Tensor, terms: Terms, shard: VocabShard | None, chunk_tokens: int, impl: str,
+             want_dx: bool, want_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    loss, dx, dweight = _results(x, weight, want_dx, want_dweight)
+    V, N = weight.shape[0], x.shape[0]
+    width = -(-V // _ALIGN) * _ALIGN if impl == "triton" else V
+    held = x.new_empty(min(chunk_tokens, N), width)
+    for start in range(0, N, chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        x_c, labels_c = x[rows], labels[rows]
+        logits = torch.mm(x_c, weight.T, out=held[:x_c.shape[0], :V])
+        if not (want_dx or want_dweight):
+            loss += _losses(logits, labels_c, terms, shard, impl).sum()
+            continue
+        losses, dlogits = loss_and_gradient(logits, labels_c, terms, shard, impl)
+        loss += losses.sum()
+        dlogits = dlogits.to(x.dtype)
+        if want_dx:
+            torch.mm(dlogits, weight, out=dx[rows])
+        if want_dweight:
+            _add_product(dweight, dlogits.T, x_c)
+    return loss, dx, dweight
+
+
+def _losses(logits: Tensor, labels: Tensor, terms: Terms, shard: VocabShard | None, impl: str) -> Tensor:
+    sums = row_sums(logits, labels, first=shard.first if shard else 0, softcap=terms.softcap, impl=impl)
+    sums = shard.combine(sums) if shard else sums
+    return losses_of(sums, labels, shard.size if shard else logits.shape[1], terms)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where total may be wider than a and b."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)  # addmm_, in a form that flop counters know
+    elif _adds_wide(total.device, total.dtype, a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+@functools.cache
+def _adds_wide(device: torch.device, wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether torch can add a product of narrow matrices to a wide one as it is made: saves writing it, rounded, and reading
+    it. cuBLAS does; torch has it on CUDA, in versions that differ, so it is tried on the smallest matrices."""
+    if device.type != "cuda":
+        return False
+    a, total = torch.ones(16, 16, device=device, dtype=narrow), torch.ones(16, 16, device=device, dtype=wide)
+    try:
+        torch.addmm(total, a, a, out_dtype=wide, out=total)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return False
+    return True
+
+
+define_op("linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, float z_loss, float label_smoothing, float softcap, "
+          "SymInt chunk_tokens, str impl, bool want_dx, bool want_dweight) -> (Tensor, Tensor, Tensor)", _implementation,
+          lambda x, weight, *rest: _results(x, weight, *rest[-2:]))
