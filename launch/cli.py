@@ -83,12 +83,14 @@ def _check(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     _runs_dir(command)
     _force(command)
     command.add_argument("--ranks", type=int, default=None, metavar="N", help="judge for N ranks, wherever they will be")
+    command.add_argument("--explain", action="store_true", help="also every condition of use of the data, and what keeps it")
     command.add_argument("--yaml", action="store_true", help="print the whole configuration instead of a summary")
     command.epilog = """\
 examples:
   officina check experiment=demo
   officina check experiment=demo engine=hsdp engine.shard_size=4 --ranks 16
   officina check experiment=h200_8b --yaml
+  officina check experiment=demo use=research use.country=FI --explain
   officina check from=runs/demo lr_schedule=wsd
 """
 

@@ -19,7 +19,7 @@ from officina.launch.start import (
     wait_for_start,
     write_start,
 )
-from officina.trainer.errors import EXIT_DONE, ConfigError, LaunchError, OfficinaError
+from officina.trainer.errors import EXIT_DONE, ConfigError, DataError, LaunchError, OfficinaError
 from officina.trainer.rank_env import read_rank_env
 from officina.trainer.run_dir import METRICS, claim, config_text
 from officina.trainer.validate import missing_packages, problems
@@ -83,6 +83,8 @@ def check(args: argparse.Namespace) -> int:
         raise OfficinaError(f"--ranks {world_size}: a run has at least 1 rank. Try: --ranks 1")
     plan = plan_train(args.words, Path(args.runs_dir), world_size=world_size,
                       devices=None if world_size else devices, force=args.force)
+    if args.explain:
+        _explain(plan)
     if plan.problems:
         raise ConfigError(plan.problems)
     if args.yaml:
@@ -103,6 +105,14 @@ def check(args: argparse.Namespace) -> int:
         print(f"{'missing':<{width}}  {problem}")
     print(f"No problems. It would run in {plan.run_dir}")
     return EXIT_DONE
+
+
+def _explain(plan: Plan) -> None:
+    """The conditions of use, kept or not; what cannot be opened is among the plan's problems."""
+    gate = import_module("officina.trainer.data.gate")
+    with contextlib.suppress(DataError):
+        findings = gate.judge_run(plan.run, plan.going())
+        print("\n".join(["conditions of use:", *gate.explained(findings)]) if findings else "conditions of use: none")
 
 
 def data(args: argparse.Namespace) -> int:

@@ -12,6 +12,8 @@ from officina.configs.compose import Composed, compose_all, recompose
 from officina.trainer.checkpoint.layout import Unreadable, checkpoints_dir, read_commit, step_dir
 from officina.trainer.checkpoint.verify import list_checkpoints
 from officina.trainer.config import RunConfig
+from officina.trainer.data.register import Going
+from officina.trainer.data.register import enter as enter_registers
 from officina.trainer.environment import code_diff, describe
 from officina.trainer.errors import CheckpointError, ConfigError, LaunchError, Problem
 from officina.trainer.resume import Change, carry_forward, changes, resume_problems
@@ -68,6 +70,10 @@ class Plan:
         return (self.action == "resume" and not self.words and self.origin is not None
                 and self.origin.step >= self.run.steps)
 
+    def going(self) -> Going:
+        """Where the run stands, as registers of use see it: what a branch reads counts besides its origin's."""
+        return _going(self.origin, self.action == "branch") if self.origin else Going()
+
     def checked(self) -> "Plan":
         """Itself, or ConfigError with all problems."""
         if self.problems:
@@ -83,7 +89,7 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
     words = tuple(words)
     if not origins:
         composed = compose_all(words)
-        found = _all_problems(composed, world_size, devices)
+        found = _all_problems(composed, world_size, devices, Going())
         return Plan(composed.run, runs_dir / composed.run.name, "start", words, composed.defaults, found, [])
     if len(origins) > 1:
         raise ConfigError([Problem("from", " ".join(origins), "names more than one run", f"from={origins[0]}")])
@@ -105,7 +111,7 @@ def plan_resume(run_dir: Path, words: Sequence[str], *, world_size: int | None, 
 def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devices: int | None, force: bool,
            branch: bool) -> Plan:
     composed = recompose(origin.run, words)
-    found = _all_problems(composed, world_size, devices)
+    found = _all_problems(composed, world_size, devices, _going(origin, branch))
     against = resume_problems(origin.run, composed.run, step=origin.step, position=origin.position, force=force, branch=branch)
     reported = {problem.key for problem in found}
     found += [problem for problem in against if problem.key not in reported]
@@ -115,10 +121,14 @@ def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devi
                 changes(origin.run, run), origin, force)
 
 
-def _all_problems(composed: Composed, world_size: int | None, devices: int | None) -> list[Problem]:
+def _going(origin: Origin, branch: bool) -> Going:
+    return Going("" if branch else read_run_id(origin.run_dir), origin.step, origin.position, branch)
+
+
+def _all_problems(composed: Composed, world_size: int | None, devices: int | None, going: Going) -> list[Problem]:
     """Faults of typing first; then of rules between keys, unless a key in them was already found wrong."""
     reported = {problem.key for problem in composed.problems}
-    ruled = problems(composed.run, world_size, devices=devices)
+    ruled = problems(composed.run, world_size, devices=devices, going=going)
     return composed.problems + [p for p in ruled
                                 if not any(p.key == key or p.key.startswith(f"{key}.") for key in reported)]
 
@@ -184,6 +194,7 @@ def write_start(plan: Plan, world_size: int | None) -> None:
         save_config(plan.run, plan.run_dir / CONFIG)
     except OSError as error:
         raise unwritable(plan.run_dir, error) from error
+    enter_registers(plan.run, replace(plan.going(), run_id=read_run_id(plan.run_dir)))
 
 
 def _origin_record(plan: Plan) -> dict[str, object]:

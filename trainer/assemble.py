@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -18,10 +19,12 @@ from officina.trainer.checkpoint.layout import TrainState
 from officina.trainer.checkpoint.read import OpenCheckpoint, open_checkpoint
 from officina.trainer.checkpoint.write import SaveOutcome, Saver
 from officina.trainer.config import RunConfig
+from officina.trainer.data.gate import deadline
 from officina.trainer.data.ledger import Ledger
 from officina.trainer.data.loader import Loader
+from officina.trainer.data.register import Uses
 from officina.trainer.environment import describe, device_facts, rank_facts, write_environment
-from officina.trainer.errors import CheckpointError
+from officina.trainer.errors import EXIT_DONE, CheckpointError
 from officina.trainer.loggers import Trackers, open_trackers
 from officina.trainer.metrics import (
     EvalMetrics,
@@ -57,6 +60,10 @@ class Job:
     progress: Progress
     metrics: MetricsWriter | None
     ledger: Ledger | None
+    uses: Uses | None
+    """Registers of data sets with a maximum of use."""
+    deadline: tuple[datetime, str] | None
+    """When the use of the data ends, and the source that says so."""
     trackers: Trackers
     loss_spikes: SpikeDetector
     norm_spikes: SpikeDetector
@@ -103,6 +110,7 @@ class Job:
         if self.saved_step == self.step:
             return
         self.progress.phase("saving")
+        self._count_use()
         if self.ledger is not None:
             self.ledger.sync()
         if wait:
@@ -111,6 +119,25 @@ class Job:
         if wait:
             self.saved(self.saver.wait())
         self.progress.phase("")
+
+    def use_is_over(self) -> bool:
+        """Has the time ended in which the data may be used?"""
+        return self.deadline is not None and datetime.now(UTC) >= self.deadline[0]
+
+    def why_over(self) -> str:
+        """What ended, and how the run could go on."""
+        moment, source = self.deadline or (datetime.now(UTC), "")
+        path = self.run.data.sources[source].path
+        return (f"data.sources.{source} may be used until {moment.isoformat()} only. With new conditions from the provider: "
+                f"officina data describe {path} --policy FILE, then officina resume {self.run_dir}. Without the source: "
+                f"officina resume {self.run_dir} '~data.sources.{source}'")
+
+    def _count_use(self, *, done: bool = False) -> None:
+        if self.uses is not None:
+            try:
+                self.uses.record(self.position, done=done)
+            except OSError as error:  # the run is worth more than a count that the next save repeats
+                self.progress.say(f"the register of use could not be written ({error}); it is tried again at the next save")
 
     def saved(self, outcome: SaveOutcome | None) -> None:
         """Take in how a save ended; nothing to do while it goes on in the background."""
@@ -126,6 +153,7 @@ class Job:
 
     def finish(self, reason: str, exit_status: int) -> int:
         """The orderly end. Raises CheckpointError if what was trained could not be saved."""
+        self._count_use(done=exit_status == EXIT_DONE)
         self.write(StopMetrics(step=self.step, reason=reason, exit_status=exit_status))
         self.trackers.close(exit_status)
         if self.saved_step != self.step:
@@ -177,6 +205,7 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
             saver=Saver(run_dir, ranks, run.checkpoint, read_run_id(run_dir), damaged=opened.damaged if opened else ()),
             profiler=stack.enter_context(Profiler(run.profile, run_dir, ranks.rank, say=progress.say)),
             progress=progress, metrics=metrics, ledger=stack.enter_context(Ledger(run_dir)) if rank0 else None,
+            uses=Uses(run, read_run_id(run_dir)) if rank0 else None, deadline=deadline(run),
             trackers=stack.enter_context(
                 open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),
             loss_spikes=spikes["loss"], norm_spikes=spikes["grad_norm"], flops=_flops(run),

@@ -88,6 +88,12 @@ def use_problems(run: RunConfig, going: Going | None = None, now: datetime | Non
     return list(told.values())
 
 
+def explained(findings: list[Finding]) -> list[str]:
+    """The plan, a line for each rule: is it kept, by which source it is set, what it says, what satisfies it."""
+    return [f"{'kept' if found.allowed else 'NOT KEPT':<8}  {found.source}: {found.rule}. "
+            f"{'' if found.allowed else 'It would be by: '}{found.answer}" for found in findings]
+
+
 def deadline(run: RunConfig) -> tuple[datetime, str] | None:
     """When the run must stop using its data, and which source says so; None = never. Independent of today's date."""
     ended: list[tuple[datetime, str]] = []
@@ -160,7 +166,8 @@ def _purpose(name: str, policy: Policy, use: UseConfig) -> Iterator[Finding]:
         else:
             word = _purpose_word(policy.purpose[0])
             key = word.partition("=")[0]
-            yield Finding(name, False, rule, f"{word} if that is true", key, getattr(use, key.removeprefix("use.")))
+            yield Finding(name, False, rule, f"{word} if that is true", key,
+                          None if getattr(use, key.removeprefix("use.")) == "" else getattr(use, key.removeprefix("use.")))
     for word in policy.not_purpose:
         rule = f"the purpose must not be {word}"
         if word in ("commercial", "non-commercial"):
@@ -233,7 +240,8 @@ def _personal(name: str, policy: Policy, use: UseConfig) -> Iterator[Finding]:
                   "use.allow_personal", use.allow_personal)
     yield Finding(name, bool(use.legal_basis), f"{rule}, which needs a legal basis (Article 6(1) GDPR)",
                   f"declared: {use.legal_basis}" if use.legal_basis else
-                  "use.legal_basis=consent, contract, legal-obligation, vital-interests, public-task or legitimate-interests",
+                  "use.legal_basis=public-task if that is it; or consent, contract, legal-obligation, vital-interests, "
+                  "legitimate-interests",
                   "use.legal_basis", use.legal_basis or None)
 
 
@@ -277,8 +285,8 @@ def _licences(source: Judged, use: UseConfig) -> tuple[list[Finding], list[tuple
     sets = options(source.policy.licence)
     broken = [list(_broken(chosen, use)) for chosen in sets]
     if all(broken):
-        rule, key, value, answer = min(broken, key=len)[0]
-        return [Finding(source.name, False, f"licence {told}: {rule}", answer, key, value)], []
+        return [Finding(source.name, False, f"licence {told}: {rule}", answer, key, value)
+                for rule, key, value, answer in min(broken, key=len)], []
     good = [chosen for chosen, faults in zip(sets, broken, strict=True) if not faults]
     taken = good[0]
     demands = (("not commercial", any(t.non_commercial for t in taken)),

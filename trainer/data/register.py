@@ -167,7 +167,7 @@ class Uses:
             _write(path, replace(entry, rows=max(rows, entry.rows), last=_text(datetime.now(UTC)), done=done))
 
 
-def claim(run: RunConfig, going: Going) -> None:
+def enter(run: RunConfig, going: Going) -> None:
     """Enter the run into the registers of its data sets, before its first rank starts.
 
     Raises DataError if a register cannot be written, or if a start at the same moment came first and left no room.
