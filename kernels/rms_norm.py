@@ -1,0 +1,250 @@
+"""RMSNorm, alone or with the addition to the residual stream before it.
+
+    s = x + residual,   n = s / sqrt(mean(s^2) + eps),   y = n W,   W = w or 1 + w
+
+Backward, with g = dy W:  ds = (g - n mean(g n)) / sqrt(mean(s^2) + eps) + the gradient that reaches s from elsewhere;
+dw = sum over rows of dy n, each program adding up rows of its own and their partial sums added at last: no atomics, so the
+same bits every time.
+Source: Zhang & Sennrich, arXiv:1910.07467; derived anew. The kernels read x (and residual) once and write each output once.
+Shapes: N rows, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from officina.kernels.dispatch import Impl, choose_impl, jit, tl, triton, why_not_triton
+from officina.kernels.ops import define_op, multiprocessors, wide_dtype, wide_type
+from officina.kernels.tables import SAFE, Config, Table, arch_of, look_up
+
+MAX_WIDTH = 16_384
+"""Features of a row at most: a row lies in the registers of one program."""
+
+_TILE = 4_096
+"""Elements a program holds at a time; narrow rows come several together."""
+
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+"""Of the backward pass: enough to hide the latency of memory, few enough that the partial sums of dw are small."""
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float = 1e-6, zero_centred: bool = False, cast_first: bool = False,
+             impl: Impl = "auto") -> Tensor:
+    """x over its root mean square along the last axis, times w or 1 + w; x's shape and dtype, fp32 inside (fp64 for fp64).
+
+    Args:
+        weight_D: of any floating dtype, rounded to x's dtype before use; its gradient comes in its own dtype.
+        zero_centred: scale by 1 + w instead of w.
+        cast_first: round the normalised value to x's dtype before it meets the weight (Llama), not after (Gemma).
+    Raises ValueError for shapes that do not fit, and where impl=triton cannot run.
+    """
+    _check("rms_norm", x, None, weight_D)
+    if choose_impl("rms_norm", impl, _why_not(x, weight_D)) == "reference":
+        return rms_norm_reference(x, weight_D, eps=eps, zero_centred=zero_centred, cast_first=cast_first)
+    rows_ND = x.reshape(-1, x.shape[-1])
+    return torch.ops.officina.rms_norm(rows_ND, weight_D, eps, zero_centred, cast_first)[0].view(x.shape)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, *, eps: float = 1e-6, zero_centred: bool = False,
+                 cast_first: bool = False, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+    """`rms_norm` of x + residual, and x + residual itself (rounded to x's dtype, as the norm sees it)."""
+    _check("add_rms_norm", x, residual, weight_D)
+    if choose_impl("add_rms_norm", impl, _why_not(x, weight_D)) == "reference":
+        return add_rms_norm_reference(x, residual, weight_D, eps=eps, zero_centred=zero_centred, cast_first=cast_first)
+    rows_ND, residual_ND = (t.reshape(-1, x.shape[-1]) for t in (x, residual))
+    y_ND, s_ND, _ = torch.ops.officina.add_rms_norm(rows_ND, residual_ND, weight_D, eps, zero_centred, cast_first)
+    return y_ND.view(x.shape), s_ND.view(x.shape)
+
+
+def rms_norm_reference(x: Tensor, weight_D: Tensor, *, eps: float = 1e-6, zero_centred: bool = False,
+                       cast_first: bool = False) -> Tensor:
+    """Same contract in plain torch: the oracle for tests and benchmarks."""
+    wide = wide_dtype(x.dtype)
+    normed = F.rms_norm(x.to(wide), x.shape[-1:], None, eps)
+    weight = weight_D.to(x.dtype)
+    if cast_first:
+        return normed.to(x.dtype) * (1 + weight if zero_centred else weight)
+    weight = weight.to(wide)
+    return (normed * (1 + weight if zero_centred else weight)).to(x.dtype)
+
+
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight_D: Tensor, *, eps: float = 1e-6, zero_centred: bool = False,
+                           cast_first: bool = False) -> tuple[Tensor, Tensor]:
+    """Same contract in plain torch."""
+    s = x + residual
+    return rms_norm_reference(s, weight_D, eps=eps, zero_centred=zero_centred, cast_first=cast_first), s
+
+
+def _check(op: str, x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
+    if weight.dim() != 1 or x.dim() < 1 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(f"{op}: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit; need (..., D) and (D,)")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"{op}: residual {tuple(residual.shape)} {residual.dtype} is not like x {tuple(x.shape)} {x.dtype}")
+
+
+def _why_not(x: Tensor, weight: Tensor) -> str | None:
+    if x.shape[-1] > MAX_WIDTH:
+        return f"rows of {x.shape[-1]} features, the kernel holds {MAX_WIDTH} at most"
+    return why_not_triton(x, weight)
+
+
+@jit
+def rms_norm_forward_kernel(x, residual, weight, y, s, rstd, x_stride, residual_stride, N, D, eps, ZERO_CENTRED: tl.constexpr,
+                            CAST_FIRST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Program p makes rows p ROWS to (p + 1) ROWS."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    column = tl.arange(0, WIDTH)[None, :]
+    mask = (row < N) & (column < D)
+    dtype = x.dtype.element_ty
+    value = tl.load(x + row * x_stride + column, mask=mask, other=0)
+    if residual is not None:
+        value = (value.to(WIDE) + tl.load(residual + row * residual_stride + column, mask=mask, other=0).to(WIDE)).to(dtype)
+        tl.store(s + row * D + column, value, mask=mask)
+    value = value.to(WIDE)
+    scale = 1 / tl.sqrt(tl.sum(value * value, 1, keep_dims=True) / D + eps)
+    tl.store(rstd + row, scale, mask=row < N)
+    w = tl.load(weight + column, mask=column < D, other=0).to(WIDE)
+    normed = value * scale
+    if ZERO_CENTRED:
+        w = w + 1
+    if CAST_FIRST:  # then also 1 + w is rounded, as it is in x's dtype
+        w, normed = w.to(dtype).to(WIDE), normed.to(dtype).to(WIDE)
+    tl.store(y + row * D + column, (normed * w).to(dtype), mask=mask)
+
+
+@jit
+def rms_norm_backward_kernel(dy, ds, s, weight, rstd, dx, dweight, s_stride, N, D, ZERO_CENTRED: tl.constexpr,
+                             CAST_FIRST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Program p takes tiles p, p + programs, ...; `dweight` has a row for each program."""
+    program = tl.program_id(0)
+    column = tl.arange(0, WIDTH)[None, :]
+    dtype = s.dtype.element_ty
+    w = tl.load(weight + column, mask=column < D, other=0).to(WIDE)
+    if ZERO_CENTRED:
+        w = w + 1
+    total = tl.zeros((ROWS, WIDTH), WIDE)
+    for tile in range(program, tl.cdiv(N, ROWS), tl.num_programs(0)):
+        row = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        mask = (row < N) & (column < D)
+        upper = tl.load(dy + row * D + column, mask=mask, other=0).to(WIDE)
+        scale = tl.load(rstd + row, mask=row < N, other=0)
+        normed = tl.load(s + row * s_stride + column, mask=mask, other=0).to(WIDE) * scale
+        if CAST_FIRST:
+            total += upper * normed.to(dtype).to(WIDE)
+        else:
+            total += upper * normed
+        upper *= w
+        grad = (upper - normed * (tl.sum(upper * normed, 1, keep_dims=True) / D)) * scale
+        if ds is not None:
+            grad += tl.load(ds + row * D + column, mask=mask, other=0).to(WIDE)
+        tl.store(dx + row * D + column, grad.to(dtype), mask=mask)
+    total = tl.sum(total, 0, keep_dims=True)
+    tl.store(dweight + program.to(tl.int64) * D + column, total, mask=column < D)
+
+
+def _configs(lanes: int, most_threads: int) -> dict[int, Config]:
+    """By width: a tile of _TILE elements, or one row if that is wider, 16 elements to a thread."""
+    rows = {1 << power: max(1, _TILE >> power) for power in range(4, MAX_WIDTH.bit_length())}
+    return {width: Config(n, width, min(most_threads, n * width // 16) // lanes, 1) for width, n in rows.items()}
+
+
+LANES = {"sm_80": 32, "sm_90": 32, "gfx90a": 64, "gfx942": 64, SAFE: 64}
+FORWARD = {arch: _configs(lanes, 1024) for arch, lanes in LANES.items()}
+BACKWARD = {arch: _configs(lanes, 512) for arch, lanes in LANES.items()}  # holds more than 64 numbers a thread
+
+
+def config_for(table: Table, D: int, arch: str) -> Config:
+    """Configuration for rows of D features: block_m rows by block_n >= D columns."""
+    return look_up("rms_norm", table, arch, max(16, triton.next_power_of_2(D)))
+
+
+def compilations(arch: str, widths: Iterable[int] = (128, 4096, 16_384)) -> Iterator[tuple[str, Any, dict[str, Any], Config]]:
+    """(name, kernel, arguments, configuration) of what a bf16 model launches; for tests and the table in the docs."""
+    for D in widths:
+        forward, backward = config_for(FORWARD, D, arch), config_for(BACKWARD, D, arch)
+        tile = {"N": "i32", "D": "i32:16", "ZERO_CENTRED": False, "CAST_FIRST": True, "WIDE": tl.float32,
+                "ROWS": forward.block_m, "WIDTH": forward.block_n}
+        for residual in (None, "*bf16"):
+            name = f"{'add + ' if residual else ''}norm, {D} wide"
+            yield f"{name}, forward", rms_norm_forward_kernel, tile | {
+                "x": "*bf16", "residual": residual, "weight": "*bf16", "y": "*bf16", "s": "*bf16", "rstd": "*fp32",
+                "eps": "fp32", "x_stride": "i32:16", "residual_stride": "i32:16"}, forward
+            yield f"{name}, backward", rms_norm_backward_kernel, tile | {
+                "dy": "*bf16", "ds": residual, "s": "*bf16", "weight": "*bf16", "rstd": "*fp32", "dx": "*bf16",
+                "dweight": "*fp32", "s_stride": "i32:16"}, backward
+
+
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centred: bool,
+             cast_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    N, D = x.shape
+    x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
+    y, s, rstd = _add_fake(x, residual, weight, eps, zero_centred, cast_first)
+    if N:
+        arch = arch_of(x.device)
+        config = config_for(FORWARD, D, arch)
+        rms_norm_forward_kernel[(triton.cdiv(N, config.block_m),)](
+            x, residual, weight.to(x.dtype), y, s, rstd, x.stride(0), 0 if residual is None else residual.stride(0), N, D, eps,
+            zero_centred, cast_first, wide_type(x.dtype), config.block_m, config.block_n, **config.options(arch))
+    return y, s, rstd
+
+
+def _backward(dy: Tensor | None, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor, zero_centred: bool,
+              cast_first: bool) -> tuple[Tensor, Tensor]:
+    N, D = s.shape
+    dy = torch.zeros_like(s) if dy is None else dy.contiguous()
+    ds = None if ds is None else ds.contiguous()
+    s = s if s.stride(1) == 1 else s.contiguous()
+    arch = arch_of(s.device)
+    config = config_for(BACKWARD, D, arch)
+    programs = min(triton.cdiv(N, config.block_m), _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(s.device))
+    dx = s.new_empty(s.shape)
+    dweight = s.new_empty(programs, D, dtype=rstd.dtype)
+    if N:
+        rms_norm_backward_kernel[(programs,)](
+            dy, ds, s, weight.to(s.dtype), rstd, dx, dweight, s.stride(0), N, D, zero_centred, cast_first, wide_type(s.dtype),
+            config.block_m, config.block_n, **config.options(arch))
+    return dx, dweight.sum(0).to(weight.dtype)
+
+
+def _plain(x, weight, eps, zero_centred, cast_first):
+    y, _, rstd = _forward(x, None, weight, eps, zero_centred, cast_first)
+    return y, rstd
+
+
+def _plain_fake(x, weight, eps, zero_centred, cast_first):
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype))
+
+
+def _add_fake(x, residual, weight, eps, zero_centred, cast_first):
+    y, rstd = _plain_fake(x, weight, eps, zero_centred, cast_first)
+    return y, x.new_empty(0 if residual is None else x.shape), rstd
+
+
+def _save(ctx, inputs, output):
+    *_, weight, _, ctx.zero_centred, ctx.cast_first = inputs
+    s = inputs[0] if len(output) == 2 else output[1]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(s, weight, output[-1])
+
+
+def _plain_grads(ctx, dy, _):
+    grads = torch.ops.officina.rms_norm_backward(dy, None, *ctx.saved_tensors, ctx.zero_centred, ctx.cast_first)
+    return *grads, None, None, None
+
+
+def _add_grads(ctx, dy, ds, _):
+    dx, dweight = torch.ops.officina.rms_norm_backward(dy, ds, *ctx.saved_tensors, ctx.zero_centred, ctx.cast_first)
+    return dx, dx, dweight, None, None, None
+
+
+define_op("rms_norm(Tensor x, Tensor weight, float eps, bool zero_centred, bool cast_first) -> (Tensor, Tensor)",
+          _plain, _plain_fake, _plain_grads, _save)
+define_op("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool zero_centred, bool cast_first)"
+          " -> (Tensor, Tensor, Tensor)", _forward, _add_fake, _add_grads, _save)
+define_op("rms_norm_backward(Tensor? dy, Tensor? ds, Tensor s, Tensor weight, Tensor rstd, bool zero_centred, bool cast_first)"
+          " -> (Tensor, Tensor)", _backward,
+          lambda dy, ds, s, weight, *_: (s.new_empty(s.shape), weight.new_empty(weight.shape)))
