@@ -11,7 +11,7 @@ from torch import Tensor
 
 from officina.trainer.checkpoint.read import open_checkpoint
 from officina.trainer.config import DecoderConfig, RunConfig
-from officina.trainer.data.build import EOS_NAMES
+from officina.trainer.data.tokenizer import EOS_NAMES
 from officina.trainer.errors import OfficinaError
 from officina.trainer.model.build import build_transformer, check_attention
 from officina.trainer.model.transformer import Transformer

@@ -1,50 +1,72 @@
-"""Builds a data set of tokens from text files and JSON lines: tokenizer, splits, shards, manifest.
+"""Builds a data set of tokens: every row read and judged, the tokenizer, splits, shards in parallel, the manifest.
 
-The same files give the same bytes: documents are read in the order of their names, the split follows from a
-hash of the document, the tokenizer's training is deterministic, and no path, host, user or time is stored.
+The same inputs give the same bytes, whatever the number of processes and interruptions: documents keep the order of their
+files, the split follows from a hash of the document, the tokenizer's training is deterministic, and no path, host, user
+or time is stored. What is finished lies in OUT/.build, from which the same command goes on.
 """
 
+import contextlib
+import fcntl
 import hashlib
+import json
+import os
 import platform
-from collections import Counter
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from officina.trainer.data.documents import (
+    HPLT_STEPS,
+    NO_LANGUAGE,
+    Fields,
+    Filter,
+    LeftOut,
+    load_filter,
+    read_documents,
+)
+from officina.trainer.data.duplicates import find_duplicates
+from officina.trainer.data.formats import INCLUDE
 from officina.trainer.data.manifest import (
     MANIFEST,
     TOKENIZER,
+    WORK,
     Manifest,
+    ShardEntry,
+    Step,
     TokenizerInfo,
+    sync_folder,
     write_manifest,
     write_whole,
 )
-from officina.trainer.data.shards import SHARD_BYTES, SplitWriter
-from officina.trainer.data.sources import (
-    INCLUDE,
-    Document,
-    LeftOut,
-    Progress,
-    TextSource,
-    find_sources,
-    read_documents,
-    standard_library,
+from officina.trainer.data.parts import (
+    TRAIN,
+    VALIDATION,
+    Job,
+    Scan,
+    Segment,
+    Writing,
+    check_bad_rows,
+    draw,
+    plan_parts,
+    scan,
+    write_part,
 )
+from officina.trainer.data.shards import SHARD_BYTES, Shard
+from officina.trainer.data.sources import Progress, TextSource, find_sources, standard_library
+from officina.trainer.data.tokenizer import EOS, dtype_of, given_tokenizer, tokenizer_info, train_tokenizer
+from officina.trainer.data.workers import cores, run_jobs
 from officina.trainer.errors import DataError
 
-EOS = "<|endoftext|>"
-EOS_NAMES = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")
-"""Tokens that end a document in known tokenizers, in the order of preference."""
-TRAIN, VALIDATION = "train", "validation"
 SAMPLE_BYTES = 64 << 20
 """Text a tokenizer is trained on at most, chosen by the documents' hashes: merges no longer change much beyond it."""
 _BATCH_CHARACTERS = 1 << 21
-"""Text tokenised at once, by all cores."""
+_MOST_NAMES = 1 << 16
+"""Sources, and languages: their ids are u16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +77,11 @@ class BuildOptions:
     """Files and folders; none = the standard library of the Python that runs."""
     include: Sequence[str] = INCLUDE
     """Patterns of file names that are read of a folder."""
-    text_field: str = "text"
-    """Field of JSON lines that holds the text."""
+    fields: Fields = field(default_factory=Fields)
+    filters: Sequence[str] = ()
+    """package.module:function of each, in order; see `officina.trainer.data.documents.Filter`."""
+    max_bad_rows: int = 0
+    """Rows that cannot be read and may be left out."""
     tokenizer: str | Path | None = None
     """A tokenizer.json to be used; none = a byte-level BPE is trained."""
     vocab_size: int = 4096
@@ -66,8 +91,10 @@ class BuildOptions:
     validation: float = 0.05
     """Share of documents held out, chosen by a hash of their content."""
     shard_bytes: int = SHARD_BYTES
+    workers: int = 0
+    """Processes; 0 = one per core. The result does not depend on it."""
     overwrite: bool = False
-    """Replace a data set that is there already."""
+    """Replace a data set, or an unfinished build of something else, that is there already."""
     about: dict[str, Any] = field(default_factory=dict)
     """Further fields of dataset.json: name, version, description, licence, personal_data, sensitive."""
 
@@ -85,193 +112,234 @@ def build(folder: str | Path, options: BuildOptions,
           progress: Progress = lambda phase, done, total: None) -> BuildResult:
     """Build the data set in `folder`; it counts as one only when its dataset.json stands, which is written last.
 
-    Raises DataError if `folder` holds a data set already, an input is missing or damaged, or nothing is left to train on.
+    Raises DataError if `folder` holds a data set or another unfinished build already, if an input is missing or damaged or
+    has more bad rows than allowed, or if nothing is left to train on.
     """
-    folder = Path(folder)
+    folder, workers = Path(folder), options.workers or cores()
     if (folder / MANIFEST).exists() and not options.overwrite:
         raise DataError(f"{folder} holds a data set already. Show it with `officina data inspect {folder}`, "
                         "build into another folder, or replace it with --overwrite.")
-    provenance: dict[str, Any] = {"tool": "officina data build", "officina": metadata.version("officina"),
-                                  "tokenizers": metadata.version("tokenizers")}
-    if options.inputs:
-        sources, words = find_sources(options.inputs, options.include), {}
-        provenance["include"] = list(options.include)
-    else:
-        sources, words = standard_library()
-        provenance["python"] = platform.python_version()
-    about = {key: words[key] for key in ("description", "licence") if key in words} | options.about
-    name = folder.resolve().name if options.inputs else sources[0].name
-    about = {"name": name} | about
-    _prepare(folder)
-
-    if options.tokenizer is None:
-        text = _train_tokenizer(sources, options, progress)
-        provenance["tokenizer"] = f"byte-level BPE trained on at most {SAMPLE_BYTES} bytes of the train split"
-    else:
-        text = _given_tokenizer(Path(options.tokenizer))
-        provenance["tokenizer"] = "given"
-    info = _tokenizer_info(text, options.eos)
-    write_whole(folder / TOKENIZER, text.encode())
-
-    dtype = "u8" if info.vocab_size <= 1 << 8 else "u16" if info.vocab_size <= 1 << 16 else "u32"
-    how = {"dtype": dtype, "tokenizer_sha256": info.sha256, "shard_bytes": options.shard_bytes}
-    left_out, counts = LeftOut(), {TRAIN: SplitCounts(), VALIDATION: SplitCounts()}
-    with ExitStack() as stack:
-        writers = {name: stack.enter_context(SplitWriter(folder, name, **how)) for name in counts}
-        for document, split, tokens in _tokenised(sources, text, info, options, left_out, progress):
-            writers[split].add(tokens, document.source_id)
-            counts[split].add(document, len(tokens), sources)
-        shards = [entry for writer in writers.values() for entry in writer.close()]
-    if not counts[TRAIN].documents:
-        raise DataError(f"{folder}: no document is left to train on ({counts[VALIDATION].documents} held out, "
-                        f"{left_out.empty} empty, {len(left_out.undecodable)} undecodable). Name inputs with more text.")
-    stats = {name: c.as_stats() for name, c in counts.items() if c.documents} | {"left_out": {
-        "undecodable": len(left_out.undecodable), "undecodable_files": left_out.undecodable[:100],
-        "empty": left_out.empty, "duplicates": left_out.duplicates}}
-    provenance |= {"validation_share": options.validation, "split_by": "sha256 of the text",
-                   "duplicates": "exact ones left out"}
-    manifest = write_manifest(folder, shards, stats, kind="tokens", dtype=dtype, tokenizer=info,
-                              sources=[s.name for s in sources], provenance=provenance, **about)
+    sources, words = (find_sources(options.inputs, options.include), {}) if options.inputs else standard_library()
+    filters = [load_filter(name) for name in options.filters]
+    given = None if options.tokenizer is None else given_tokenizer(Path(options.tokenizer))
+    info = None if given is None else tokenizer_info(given, options.eos)
+    parts = plan_parts(sources, options.shard_bytes)
+    with _claimed(folder):
+        _prepare(folder, _plan(sources, options, filters, info), options.overwrite)
+        jobs = [Job(part=i, work=folder / WORK, pieces=pieces, fields=options.fields, filters=tuple(options.filters),
+                    max_bad_rows=options.max_bad_rows) for i, pieces in enumerate(parts)]
+        total = sum(piece.bytes for pieces in parts for piece in pieces)
+        scans = run_jobs(scan, jobs, workers, lambda done: progress("reading", done, total))
+        check_bad_rows(scans, options.max_bad_rows)
+        runs = [(job.part, job.file("digests", f"-{i:03d}"))
+                for job, found in zip(jobs, scans, strict=True) for i in range(found.runs)]
+        duplicates = find_duplicates(runs, [job.file("drops", "") for job in jobs])
+        text = given if given is not None else _trained(folder, jobs, filters, scans, options, progress)
+        info = tokenizer_info(text, options.eos)
+        write_whole(folder / TOKENIZER, text.encode())
+        writing = Writing(tokenizer=text, info=info, sources=_source_ids(sources, scans, options.fields),
+                          languages=_language_ids(scans), shard_bytes=options.shard_bytes, validation=options.validation)
+        total_text = sum(found.bytes for found in scans)
+        done = run_jobs(write_part, [(job, writing) for job in jobs], workers,
+                        lambda done: progress("tokens", done, total_text))
+        segments = [segment for of_part in done for segment in of_part]
+        stats = _stats(segments, scans, duplicates)
+        if TRAIN not in stats:
+            shutil.rmtree(folder / WORK)
+            held_out, left_out = stats.get(VALIDATION, {}).get("documents", 0), stats["left_out"]
+            raise DataError(f"{folder}: no document is left to train on ({held_out} held out, {left_out['empty']} empty, "
+                            f"{left_out['undecodable']} undecodable). Name inputs with more text.")
+        provenance = _provenance(options, words, given is not None)
+        about = {"name": folder.resolve().name if options.inputs else sources[0].name}
+        about |= {key: words[key] for key in ("description", "licence") if key in words} | options.about
+        manifest = write_manifest(
+            folder, _place_shards(folder, jobs, done), stats, kind="tokens", dtype=dtype_of(info.vocab_size), tokenizer=info,
+            sources=list(writing.sources), languages=list(writing.languages),
+            steps=[asdict(step) for step in _steps(scans, duplicates, segments, filters)], provenance=provenance, **about)
+        shutil.rmtree(folder / WORK)
     return BuildResult(manifest, stats)
 
 
-def _prepare(folder: Path) -> None:
-    """Make the folder, and clear what an unfinished or replaced build left: its manifest first, then the shards."""
+# ---- the folder ------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Be the one build in `folder`: a record lock, which a dead process loses."""
     try:
-        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        (folder / WORK).mkdir(parents=True, exist_ok=True)
+        file = open(folder / WORK / "claim", "a+")
     except OSError as exc:
         raise DataError(f"{folder}: cannot be made ({exc.strerror}). Name a folder that you may write.") from exc
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise DataError(f"{folder} is being built by another process. Wait for it, or build into another "
+                            "folder.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _plan(sources: Sequence[TextSource], options: BuildOptions, filters: Sequence[Filter],
+          info: TokenizerInfo | None) -> dict[str, Any]:
+    """All that the result depends on; an interrupted build goes on only if it is the same."""
+    inputs = hashlib.sha256()
+    for source in sources:
+        for name, path in source.files:
+            stat = path.stat()
+            inputs.update(f"{source.name}\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    about = {key: value for key, value in sorted(options.about.items())}
+    return {"inputs": inputs.hexdigest(), "fields": asdict(options.fields), "filters": [[f.name, f.version] for f in filters],
+            "max-bad-rows": options.max_bad_rows, "tokenizer": info.sha256 if info else f"trained {options.vocab_size}",
+            "eos": options.eos, "validation": options.validation, "shard-bytes": options.shard_bytes, "about": about,
+            "officina": metadata.version("officina"), "tokenizers": metadata.version("tokenizers")}
+
+
+def _prepare(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
+    """Go on with an unfinished build of the same, or clear the folder: first the manifest, then the rest."""
+    stands, file = (folder / MANIFEST).exists(), folder / WORK / "plan.json"
+    if file.exists() and not stands:
+        before = json.loads(file.read_bytes())
+        differing = [key for key in plan if before.get(key) != json.loads(json.dumps(plan[key]))]
+        if not differing:
+            return
+        if not overwrite and any((folder / WORK).glob("part-*.json")):
+            raise DataError(f"{folder} holds an unfinished build with other {', '.join(differing)}. Give the same words to go "
+                            "on with it, or discard it with --overwrite.")
     (folder / MANIFEST).unlink(missing_ok=True)
-    for path in (folder / "shards").glob("*.dls*"):
+    for path in (folder / WORK).iterdir():
+        if path.name != "claim":
+            path.unlink()
+    (folder / "shards").mkdir(exist_ok=True)
+    for path in [*(folder / "shards").glob("*.dls*"), *(folder / "removed").glob("*")]:
         path.unlink()
+    write_whole(file, json.dumps(plan, indent=1).encode())
 
 
-# ---- tokenizer ---------------------------------------------------------------------------------------------
-def _train_tokenizer(sources: Sequence[TextSource], options: BuildOptions, progress: Progress) -> str:
-    """A byte-level BPE (no unknown token, every byte has one) as the text of a tokenizer.json."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def _place_shards(folder: Path, jobs: Sequence[Job], done: Sequence[list[Segment]]) -> list[ShardEntry]:
+    """Give every shard its final name; done again after an interruption, it finds them there."""
+    entries = []
+    for split in (TRAIN, VALIDATION):
+        of_split = [entry for segments in done for segment in segments for entry in segment.shards if entry.split == split]
+        for number, entry in enumerate(of_split):
+            placed = replace(entry, path=f"shards/{split}-{number:05d}.dls")
+            if (folder / WORK / entry.path).exists():
+                os.replace(folder / WORK / entry.path, folder / placed.path)
+            Shard(folder / placed.path, placed)  # raises if it is another one, or none
+            entries.append(placed)
+    sync_folder(folder / "shards")
+    return entries
 
+
+# ---- what goes in ----------------------------------------------------------------------------------------------------
+def _trained(folder: Path, jobs: Sequence[Job], filters: Sequence[Filter], scans: Sequence[Scan], options: BuildOptions,
+             progress: Progress) -> str:
+    """A tokenizer trained on documents of the train split; kept, so that an interrupted build has the same."""
     if options.vocab_size < 257:
         raise DataError(f"--vocab-size {options.vocab_size}: a byte-level tokenizer has 256 bytes and {EOS}. "
                         "Try: --vocab-size 4096")
-    total = sum(s.bytes for s in sources)
-    keep = min(1.0, SAMPLE_BYTES / max(total, 1))
+    kept = folder / WORK / TOKENIZER
+    if kept.exists():
+        return kept.read_text(encoding="utf-8")
+    total = sum(found.bytes for found in scans)
 
     def texts() -> Iterator[list[str]]:
-        batch, characters, used = [], 0, 0
-        for document in read_documents(sources, options.text_field, LeftOut()):
-            progress("tokenizer", document.done_bytes, total)
-            draw = _draws(document.text)
-            if draw[0] < options.validation or draw[1] >= keep or used > SAMPLE_BYTES:
-                continue
-            batch.append(document.text)
-            characters, used = characters + len(document.text), used + len(document.text)
-            if characters >= _BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
+        batch, characters, used, done_bytes = [], 0, 0, 0
+        for job in jobs:
+            drops = set(np.fromfile(job.file("drops", ""), "<u8").tolist())
+            found = read_documents(job.pieces, job.fields, LeftOut(), all_fields=bool(filters))
+            for number, document in enumerate(found):
+                done_bytes += document.bytes
+                progress("tokenizer", done_bytes, total)
+                validation, sample = draw(document.digest)
+                outside = validation < options.validation or sample >= SAMPLE_BYTES / max(total, 1)
+                if outside or used > SAMPLE_BYTES or number in drops or not all(keep(document) for keep in filters):
+                    continue
+                batch.append(document.text)
+                characters, used = characters + len(document.text), used + len(document.text)
+                if characters >= _BATCH_CHARACTERS:
+                    yield batch
+                    batch, characters = [], 0
         yield batch
         progress("merges", 0, 0)
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts(), trainers.BpeTrainer(
-        vocab_size=options.vocab_size, special_tokens=[options.eos or EOS], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), max_token_length=64))
-    return tokenizer.to_str(pretty=True)
-
-
-def _given_tokenizer(path: Path) -> str:
-    from tokenizers import Tokenizer
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        Tokenizer.from_str(text)
-    except Exception as exc:  # tokenizers raises bare Exception
-        raise DataError(f"--tokenizer {path}: is no tokenizer.json ({exc}). "
-                        "Name a file in the format of Hugging Face tokenizers, or leave the option out.") from exc
+    text = train_tokenizer(texts(), options.vocab_size, options.eos)
+    write_whole(kept, text.encode())
     return text
 
 
-def _tokenizer_info(text: str, eos: str) -> TokenizerInfo:
-    from tokenizers import Tokenizer
-
-    vocabulary = Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
-    found = next((name for name in ([eos] if eos else EOS_NAMES) if name in vocabulary), None)
-    if found is None:
-        raise DataError(f"the tokenizer has no token {eos or ' or '.join(EOS_NAMES)} to end documents with. "
-                        "Name the one it has: --eos TOKEN")
-    return TokenizerInfo(sha256=hashlib.sha256(text.encode()).hexdigest(),
-                         vocab_size=max(vocabulary.values()) + 1, eos=found, eos_id=vocabulary[found])
+def _source_ids(sources: Sequence[TextSource], scans: Sequence[Scan], fields: Fields) -> dict[str, int]:
+    found = {name for each in scans for name in each.sources}
+    names = sorted(found) if fields.source else [source.name for source in sources]
+    if len(names) > _MOST_NAMES:
+        raise DataError(f"--source-field {fields.source}: gives {len(names)} sources, at most {_MOST_NAMES} are possible. "
+                        "Name a field with few values, or leave the option out.")
+    return {name: i for i, name in enumerate(names)}
 
 
-# ---- documents ---------------------------------------------------------------------------------------------
-def _draws(text: str) -> tuple[float, float, bytes]:
-    """Two independent numbers in [0, 1) that depend on the text alone, and its hash."""
-    digest = hashlib.sha256(text.encode()).digest()
-    return (int.from_bytes(digest[:6]) / (1 << 48), int.from_bytes(digest[6:12]) / (1 << 48), digest[:16])
+def _language_ids(scans: Sequence[Scan]) -> dict[str, int]:
+    names = sorted({name or NO_LANGUAGE for each in scans for name in each.languages})
+    if len(names) > _MOST_NAMES:
+        raise DataError(f"the language field gives {len(names)} languages, at most {_MOST_NAMES} are possible. "
+                        "Name the right one: --language-field NAME")
+    return {} if names in ([], [NO_LANGUAGE]) else {name: i for i, name in enumerate(names)}
 
 
-def _tokenised(sources: Sequence[TextSource], tokenizer_text: str, info: TokenizerInfo, options: BuildOptions,
-               left_out: LeftOut, progress: Progress) -> Iterator[tuple[Document, str, np.ndarray]]:
-    """Each document once, with its split and its tokens, the end of document included."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(tokenizer_text)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True  # a text that spells <|endoftext|> must not end the document
-    encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)  # without offsets
-    total = sum(s.bytes for s in sources)
-    seen: set[bytes] = set()
-    batch: list[tuple[Document, str]] = []
-    characters = 0
-
-    def flush() -> Iterator[tuple[Document, str, np.ndarray]]:
-        encodings = encode([document.text for document, _ in batch], add_special_tokens=False)
-        for (document, split), encoding in zip(batch, encodings, strict=True):
-            yield document, split, np.asarray([*encoding.ids, info.eos_id], np.uint32)
-        if batch:
-            progress("tokens", batch[-1][0].done_bytes, total)
-
-    for document in read_documents(sources, options.text_field, left_out):
-        draw, _, digest = _draws(document.text)
-        if digest in seen:
-            left_out.duplicates += 1
-            continue
-        seen.add(digest)
-        batch.append((document, VALIDATION if draw < options.validation else TRAIN))
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield from flush()
-            batch, characters = [], 0
-    yield from flush()
-    progress("tokens", total, total)
+# ---- what is told ----------------------------------------------------------------------------------------------------
+def _provenance(options: BuildOptions, words: dict[str, str], given: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"tool": "officina data build", "officina": metadata.version("officina"),
+                             "tokenizers": metadata.version("tokenizers")}
+    found |= {"include": list(options.include)} if options.inputs else {"python": platform.python_version()}
+    found |= {f"{key}_field": name for key, name in asdict(options.fields).items() if name}
+    found["tokenizer"] = ("given" if given else
+                          f"byte-level BPE trained on at most {SAMPLE_BYTES} bytes of the train split")
+    return found | {"validation_share": options.validation, "split_by": "sha256 of the text",
+                    "duplicates": "exact ones left out"}
 
 
-@dataclass(slots=True)
-class SplitCounts:
-    """Sums over a split's documents for stats.json."""
+def _steps(scans: Sequence[Scan], duplicates: int, segments: Sequence[Segment], filters: Sequence[Filter]) -> list[Step]:
+    """What HPLT's fields, duplicates and filters did, in the order in which documents met them."""
+    version, steps = metadata.version("officina"), []
+    hplt = {name: sum(found.left_out["steps"].get(name, 0) for found in scans) for name in HPLT_STEPS}
+    documents = sum(found.documents for found in scans) + hplt["hplt-filter"] + hplt["hplt-robots"]
 
-    documents: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    characters: int = 0
-    lengths: Counter = field(default_factory=Counter)
-    sources: dict[str, Counter] = field(default_factory=dict)
+    def add(name: str, version: str, left_out: int, changed: int) -> None:
+        nonlocal documents
+        steps.append(Step(name=name, version=version, documents_in=documents, documents_out=documents - left_out,
+                          documents_changed=changed))
+        documents -= left_out
 
-    def add(self, document: Document, tokens: int, sources: Sequence[TextSource]) -> None:
-        """Count one document."""
-        text_bytes = len(document.text.encode())
-        self.documents, self.tokens = self.documents + 1, self.tokens + tokens
-        self.bytes, self.characters = self.bytes + text_bytes, self.characters + len(document.text)
-        self.lengths[1 << tokens.bit_length()] += 1
-        of_source = self.sources.setdefault(sources[document.source_id].name, Counter())
-        of_source.update(documents=1, tokens=tokens, bytes=text_bytes)
+    for name, count in hplt.items():
+        if count:
+            add(name, version, 0 if name == "hplt-pii" else count, count if name == "hplt-pii" else 0)
+    add("exact-duplicates", version, duplicates, 0)
+    for each in filters:
+        counts = [segment.steps.get(each.name, [0, 0]) for segment in segments]
+        add(each.name, each.version, sum(c[0] for c in counts), sum(c[1] for c in counts))
+    return steps
 
-    def as_stats(self) -> dict[str, Any]:
-        """The split's part of stats.json."""
-        return {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.bytes,
-                "characters": self.characters, "bytes_per_token": round(self.bytes / self.tokens, 4),
-                "documents_with_fewer_tokens_than": {str(k): self.lengths[k] for k in sorted(self.lengths)},
-                "sources": {name: dict(counts) for name, counts in self.sources.items()}}
+
+def _stats(segments: Sequence[Segment], scans: Sequence[Scan], duplicates: int) -> dict[str, Any]:
+    """stats.json: sums per split, and per source and language in it."""
+    stats: dict[str, Any] = {}
+    names = ("documents", "tokens", "text_bytes", "characters", "words")
+    for split in (TRAIN, VALIDATION):
+        groups: dict[tuple[str, str], list[int]] = {}
+        for _, source, language, *sums in (g for segment in segments for g in segment.groups if g[0] == split):
+            before = groups.get((source, language or NO_LANGUAGE), [0] * 5)
+            groups[source, language or NO_LANGUAGE] = [a + b for a, b in zip(before, sums, strict=True)]
+        lengths: dict[int, int] = {}
+        for _, bound, n in (entry for segment in segments for entry in segment.lengths if entry[0] == split):
+            lengths[bound] = lengths.get(bound, 0) + n
+        if groups:
+            totals = dict(zip(names, map(sum, zip(*groups.values(), strict=True)), strict=True))
+            stats[split] = totals | {
+                "bytes_per_token": round(totals["text_bytes"] / totals["tokens"], 4),
+                "documents_with_fewer_tokens_than": {str(bound): lengths[bound] for bound in sorted(lengths)},
+                "groups": [{"source": source, "language": language} | dict(zip(names, sums, strict=True))
+                           for (source, language), sums in sorted(groups.items())]}
+    files = [name for found in scans for name in found.left_out["undecodable_files"]]
+    return stats | {"left_out": {
+        "undecodable": sum(found.left_out["undecodable"] for found in scans), "undecodable_files": files[:100],
+        "empty": sum(found.left_out["empty"] for found in scans), "duplicates": duplicates,
+        "bad_rows": sum(found.left_out["bad"] for found in scans)}}

@@ -1,7 +1,6 @@
 """From rows to documents: which field is the text, its language, source and id; what HPLT's own fields ask for; filters."""
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -82,7 +81,7 @@ class LeftOut:
     bad: int = 0
     bad_rows: list[str] = field(default_factory=list)
     """Place and reason of each row that cannot be read: the first `SHOWN`."""
-    steps: Counter = field(default_factory=Counter)
+    steps: dict[str, int] = field(default_factory=dict)
     """Step -> documents left out, or changed."""
 
 
@@ -125,7 +124,7 @@ def read_documents(pieces: Sequence[Piece], fields: Fields, left_out: LeftOut, *
         before_bytes += piece.bytes
 
 
-def _document(row: Any, piece: Piece, number: int, fields: Fields, steps: Counter) -> Document | BadRow | str:
+def _document(row: Any, piece: Piece, number: int, fields: Fields, steps: dict[str, int]) -> Document | BadRow | str:
     """The document, or why there is none."""
     if isinstance(row, BadRow):
         return row
@@ -176,17 +175,17 @@ def _language(value: Any) -> str:
     return _CODES.get(value.lower(), value) if isinstance(value, str) else ""
 
 
-def _hplt(row: dict[str, Any], text: str, steps: Counter) -> str | None:
+def _hplt(row: dict[str, Any], text: str, steps: dict[str, int]) -> str | None:
     """The text with its personal data masked; None for what its makers or the site's owner want left out."""
     if row.get("filter") not in (None, "", "keep"):
-        steps["hplt-filter"] += 1
+        steps["hplt-filter"] = steps.get("hplt-filter", 0) + 1
         return None
     if row.get("allowed") is False:
-        steps["hplt-robots"] += 1
+        steps["hplt-robots"] = steps.get("hplt-robots", 0) + 1
         return None
     spans = [s for s in row.get("pii") or () if isinstance(s, list | tuple) and len(s) >= 2]
     if spans:
-        steps["hplt-pii"] += 1
+        steps["hplt-pii"] = steps.get("hplt-pii", 0) + 1
     for span in sorted(spans, reverse=True):  # from the end, so that what comes before keeps its place
         text = text[:int(span[0])] + PII_MASK + text[int(span[1]):]
     return text

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def pieces_of(source: str, name: str, path: Path, most_bytes: int) -> list[Piece
         return [whole]
     if form == "json":
         cuts = [*range(0, size, most_bytes), size]
-        return [Piece(source, name, str(path), form, a, b, b - a, b - a) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        return [Piece(source, name, str(path), form, a, b, b - a, b - a) for a, b in pairwise(cuts)]
     if form == "parquet":
         groups = _parquet(path).metadata
         sizes = [groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)]

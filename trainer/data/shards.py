@@ -257,7 +257,8 @@ class Shard:
             return HEADER_BYTES, self._map[HEADER_BYTES:HEADER_BYTES + n_bytes]
         size = self.path.stat().st_size if self.path.exists() else 0
         if size != n_bytes:
-            raise DataError(f"{self.path}: has {size} bytes, but its index {index_of(self.path).name} says {n_bytes}. {_REMEDY}")
+            raise DataError(f"{self.path}: has {size} bytes, but its index {index_of(self.path).name} says {n_bytes}. "
+                            f"{_REMEDY}")
         return 0, np.asarray(np.memmap(self.path, np.uint8, mode="r"))
 
     def check(self, starts: np.ndarray, stops: np.ndarray) -> None:

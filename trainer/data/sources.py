@@ -1,18 +1,15 @@
-"""Where documents come from: folders and files of text, JSON lines (also gzipped), the standard library's sources."""
+"""Where documents come from: files and folders, saved Hugging Face `datasets`, the standard library's sources."""
 
-import gzip
 import json
 import platform
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from officina.trainer.data.formats import INCLUDE
 from officina.trainer.errors import DataError
 
-INCLUDE = ("*.txt", "*.md", "*.rst", "*.py", "*.jsonl", "*.jsonl.gz")
-"""What is read of a folder unless something else is asked for."""
 _STDLIB_WITHOUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "turtledemo",
                    "encodings", "pydoc_data"}  # the last two are tables and prose, a fifth of all bytes
 
@@ -30,26 +27,6 @@ class TextSource:
     def bytes(self) -> int:
         """Sum of the files' sizes, compressed where they are."""
         return sum(path.stat().st_size for _, path in self.files)
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text."""
-
-    text: str
-    source_id: int
-    done_bytes: int
-    """Bytes of all files read when the document was complete."""
-
-
-@dataclass(slots=True)
-class LeftOut:
-    """Documents that are not in the data set, and why."""
-
-    undecodable: list[str] = field(default_factory=list)
-    """Names of the files, or lines of JSON files, that are not UTF-8."""
-    empty: int = 0
-    duplicates: int = 0
 
 
 def standard_library() -> tuple[list[TextSource], dict[str, str]]:
@@ -76,11 +53,9 @@ def find_sources(inputs: Sequence[str | Path], include: Sequence[str] = INCLUDE)
         if given.is_file():
             files = [(given.name, given)]
         elif given.is_dir():
-            found = {path for pattern in include for path in given.rglob(pattern) if path.is_file()}
-            named = [(path.relative_to(given).as_posix(), path) for path in found]
-            files = [(name, path) for name, path in named if not f"/{name}".count("/.")]
+            files = _saved_dataset(given) or _matching(given, include)
         else:
-            raise DataError(f"input {given}: no such file or folder. Name a folder of text or a .jsonl file.")
+            raise DataError(f"input {given}: no such file or folder. Name a folder, or a file such as texts.jsonl.zst.")
         if not files:
             raise DataError(f"input {given}: no file matches {' '.join(include)}. Try: --include '*.xyz'")
         name = _unused(given.resolve().name.split(".")[0] or "input", sources)
@@ -88,64 +63,30 @@ def find_sources(inputs: Sequence[str | Path], include: Sequence[str] = INCLUDE)
     return sources
 
 
+def _matching(folder: Path, include: Sequence[str]) -> list[tuple[str, Path]]:
+    found = {path for pattern in include for path in folder.rglob(pattern) if path.is_file()}
+    named = [(path.relative_to(folder).as_posix(), path) for path in found]
+    return [(name, path) for name, path in named if not f"/{name}".count("/.")]
+
+
+def _saved_dataset(folder: Path) -> list[tuple[str, Path]]:
+    """Files of what Hugging Face's `Dataset.save_to_disk` wrote; other files beside them are its caches."""
+    splits = folder / "dataset_dict.json"
+    if splits.exists():
+        names = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        raise DataError(f"input {folder}: is a saved DatasetDict of {', '.join(names) or 'no split'}; officina chooses what is "
+                        f"held out itself. Name the splits to read: {' '.join(str(folder / name) for name in names[:3])}")
+    state = folder / "state.json"
+    try:
+        listed = json.loads(state.read_bytes())["_data_files"] if state.exists() else []
+        return [(each["filename"], folder / each["filename"]) for each in listed]
+    except (ValueError, KeyError, TypeError):
+        return []  # somebody else's state.json
+
+
 def _unused(name: str, sources: list[TextSource]) -> str:
     taken = {s.name for s in sources}
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
-
-
-def read_documents(sources: Sequence[TextSource], text_field: str, left_out: LeftOut) -> Iterator[Document]:
-    """All documents in order: a text file is one, a line of JSON is one. What is left out is counted in `left_out`.
-
-    Raises DataError, with file and line, for what is not JSON or has no text under `text_field`, and for
-    files that cannot be read.
-    """
-    before_bytes = 0
-    for source_id, source in enumerate(sources):
-        for name, path in source.files:
-            lines = path.name.endswith((".jsonl", ".jsonl.gz"))
-            try:
-                for place, content, inside_bytes in _json_lines(path, text_field) if lines else _whole(path):
-                    text = _decoded(content)
-                    if text is None:
-                        left_out.undecodable.append(f"{source.name}/{name}{place}")
-                    elif text.strip():
-                        yield Document(text, source_id, before_bytes + inside_bytes)
-                    else:
-                        left_out.empty += 1
-            except (OSError, EOFError, zlib.error) as exc:  # a cut or damaged .gz raises any of them
-                raise DataError(f"{path}: cannot be read ({exc}). Restore the file, or leave it out.") from exc
-            before_bytes += path.stat().st_size
-
-
-def _decoded(content: bytes | str) -> str | None:
-    """The text, if it is Unicode: JSON can spell half a surrogate pair, which is none."""
-    try:
-        return content.decode("utf-8") if isinstance(content, bytes) else (content.encode(), content)[1]
-    except UnicodeError:
-        return None
-
-
-def _whole(path: Path) -> Iterator[tuple[str, bytes, int]]:
-    content = path.read_bytes()
-    yield "", content, len(content)
-
-
-def _json_lines(path: Path, text_field: str) -> Iterator[tuple[str, bytes | str, int]]:
-    with open(path, "rb") as raw:
-        lines = gzip.open(raw) if path.name.endswith(".gz") else raw
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text: bytes | str = json.loads(line)[text_field]
-            except UnicodeDecodeError:
-                text = line  # counted by the caller
-            except (ValueError, KeyError, TypeError) as exc:
-                raise DataError(f"{path} line {number}: no JSON object with the field {text_field!r} ({type(exc).__name__}). "
-                                "Mend the line, or name the text's field: --field NAME") from exc
-            if not isinstance(text, (str, bytes)):
-                raise DataError(f"{path} line {number}: field {text_field!r} is no text. Name the text's field: --field NAME")
-            yield f" line {number}", text, raw.tell()
 
 
 Progress = Callable[[str, int, int], None]

@@ -59,7 +59,8 @@ def run_jobs(function: Callable[[Any, Report], Any], jobs: Sequence[Any], worker
             pool.shutdown(wait=True, cancel_futures=True)
             if isinstance(exc, BrokenProcessPool):
                 raise DataError("a worker process was killed, perhaps for want of memory. What is finished is kept: the same "
-                                f"command goes on with it, with fewer processes for example --workers {max(1, n // 2)}") from exc
+                                "command goes on with it, for example with fewer processes: "
+                                f"--workers {max(1, n // 2)}") from exc
             raise
 
 

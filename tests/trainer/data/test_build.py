@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_build_reads_all_and_only_what_it_should(texts: Path, tmp_path: Path) ->
     result = build(tmp_path / "out", BuildOptions(inputs=[texts], **OPTIONS))
     assert result.stats["left_out"] == {
         "undecodable": 2, "undecodable_files": ["texts/latin.txt", "texts/more.jsonl.gz line 21"], "empty": 1,
-        "duplicates": 1}
+        "duplicates": 1, "bad_rows": 0}
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     eos = tokenizer.token_to_id(EOS)
     found = {split: documents(tmp_path / "out", split) for split in ("train", "validation")}
@@ -161,39 +162,67 @@ def test_inputs_of_one_name_are_told_apart(texts: Path, tmp_path: Path) -> None:
     assert shard.source_ids.tolist() == [0] * 40 + [1]
 
 
-@pytest.mark.parametrize("moment", ["tokenizer", "merges", "tokens", "train-00001.dls"])
-def test_a_killed_build_is_no_data_set_and_can_be_done_again(tmp_path: Path, moment: str) -> None:
-    """kill -9 while it reads, trains the tokenizer, tokenises or writes: never a data set unless it is whole."""
+@pytest.fixture()
+def words(tmp_path: Path) -> Path:
+    """A dozen texts of 20 KB."""
     (tmp_path / "in").mkdir()
     rng = np.random.default_rng(0)
-    words = np.asarray([f"w{i:x}" for i in range(3000)])
+    known = np.asarray([f"w{i:x}" for i in range(3000)])
     for i in range(12):
-        (tmp_path / "in" / f"{i}.txt").write_text(" ".join(words[rng.integers(0, 3000, 4000)]))
-    script = """if True:
-        import sys
-        from pathlib import Path
-        from officina.trainer.data import build as b, shards
-        b._BATCH_CHARACTERS = 40_000
+        (tmp_path / "in" / f"{i}.txt").write_text(" ".join(known[rng.integers(0, 3000, 4000)]))
+    return tmp_path / "in"
+
+
+BUILD_AND_TELL = """if True:
+    import sys
+    from officina.trainer.data import build as b, parts, shards
+    if __name__ == "__main__":
+        parts.BATCH_CHARACTERS = 40_000
+        parts.LEAST_PART_BYTES = int(sys.argv[3])
         close = shards.ShardWriter.close
         def told(self, **how):
             print(self.path.name, flush=True)
             return close(self, **how)
         shards.ShardWriter.close = told
-        options = b.BuildOptions(inputs=[sys.argv[2]], vocab_size=1500, shard_bytes=20_000)
+        options = b.BuildOptions(inputs=[sys.argv[2]], vocab_size=1500, shard_bytes=20_000, workers=int(sys.argv[4]))
         b.build(sys.argv[1], options, lambda phase, done, total: print(phase, flush=True))"""
-    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "out", tmp_path / "in"],
-                               stdout=subprocess.PIPE, text=True)
+
+
+def build_and_tell(out: Path, inputs: Path, part_bytes: int = 16 << 20, workers: int = 1) -> subprocess.Popen:
+    """A build in a process of its own that prints the names of phases, and of shards before they are finished."""
+    return subprocess.Popen([sys.executable, "-c", BUILD_AND_TELL, out, inputs, str(part_bytes), str(workers)],
+                            stdout=subprocess.PIPE, text=True)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("moment", ["reading", "tokenizer", "merges", "tokens", "train-00000-00000.dls",
+                                    "train-00000-00002.dls"])
+def test_a_killed_build_is_no_data_set_and_goes_on(tmp_path: Path, words: Path, moment: str) -> None:
+    """kill -9 while it reads, trains the tokenizer, tokenises or writes: never a data set unless it is whole, and the same
+    command makes the same bytes without doing a finished shard again."""
+    process = build_and_tell(tmp_path / "out", words)
     assert any(line.strip() == moment for line in process.stdout)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    if process.returncode == 0 or (tmp_path / "out" / "dataset.json").exists():  # it was quicker than the kill
-        assert verify(tmp_path / "out").faults == []
-        return
-    with pytest.raises(DataError, match=r"is no data set"):
+    if process.returncode == 0:
+        pytest.skip("it was quicker than the kill")
+    with pytest.raises(DataError, match=r"is no data set.*the same command goes on with it"):
         open_dataset(tmp_path / "out")
-    build(tmp_path / "out", BuildOptions(inputs=[tmp_path / "in"], vocab_size=300))
-    listed = {e.path for e in open_dataset(tmp_path / "out").shards}
-    assert {f"shards/{p.name}" for p in (tmp_path / "out" / "shards").iterdir()} == listed
+    kept = {path.name.replace("part", "train").replace(".json", ".dls")
+            for path in (tmp_path / "out" / ".build").glob("part-*.json")}
+    assert bool(kept) is (moment == "train-00000-00002.dls") or moment == "tokens"
+    with pytest.raises(DataError, match=r"unfinished build with other .*validation.*--overwrite") if kept else nullcontext():
+        build(tmp_path / "out", BuildOptions(inputs=[words], vocab_size=1500, shard_bytes=20_000, validation=0.5))
+        return
+    again = build_and_tell(tmp_path / "out", words)
+    written = {line.strip() for line in again.stdout if line.startswith("train")}
+    assert again.wait() == 0 and kept and not written & kept and len(written | kept) > 3
+    assert verify(tmp_path / "out").faults == [] and not (tmp_path / "out" / ".build").exists()
+    assert build_and_tell(tmp_path / "whole", words).communicate() and content(tmp_path / "whole") == {
+        name: part.replace(b'"name": "out"', b'"name": "whole"') for name, part in content(tmp_path / "out").items()}
 
 
 def test_the_standard_library_is_there() -> None:

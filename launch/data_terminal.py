@@ -1,0 +1,99 @@
+"""What the commands of `officina data` share: arguments, tables, progress bars. No torch."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_NAMES = ("split", "source", "shard", "language", "licence", "document id")
+"""Columns that are set to the left."""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, what: str,
+               examples: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    return subparsers.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".",
+                                 epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def count(text: str) -> int:
+    """A number as people write it, such as 512k."""
+    from officina.trainer.quantities import parse_count
+
+    try:
+        number = int(parse_count(text))  # type: ignore[call-overload]
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"{text!r}: {exc}") from exc
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is negative; write for example 4")
+    return number
+
+
+def share(text: str) -> float:
+    """A number from 0 to below 1."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share from 0 to below 1; write for example 0.05")
+    return found
+
+
+def console() -> "Console":
+    """Where results go."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def table(*columns: str) -> "Table":
+    """An empty table."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        made.add_column(name, justify="left" if name in _NAMES else "right")
+    return made
+
+
+def size(n_bytes: int) -> str:
+    """Bytes as people read them."""
+    from rich.filesize import decimal
+
+    return decimal(n_bytes)
+
+
+@contextmanager
+def progress(console: "Console", phases: dict[str, str], unit: str = "bytes") -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per phase with rate and time left; calls with a total of 0 show that something goes on, without an end."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    steps = TextColumn("{task.completed}/{task.total} steps")
+    rate: ProgressColumn = TransferSpeedColumn() if unit == "bytes" else steps
+    remaining = TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(TextColumn("{task.description}"), BarColumn(), rate, remaining,
+                  console=console, transient=not console.is_terminal) as bars:
+        tasks = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phases[phase], total=total or None)
+            bars.update(tasks[phase], completed=done)
+
+        yield report
+        for task in tasks.values():  # a phase without a known end is done when the next one is
+            if bars.tasks[task].total is None:
+                bars.update(task, total=1, completed=1)

@@ -1,0 +1,359 @@
+"""The work of a build, part by part, each by itself: read and judge every row, then tokenise what stays and write shards.
+
+A part is a run of pieces of the inputs; how inputs are divided depends on them alone, so that the shards are the same
+whatever the number of processes. A part's shards are closed together, as segments: each has a record, written last, from
+which an interrupted build goes on.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from officina.trainer.data.documents import NO_LANGUAGE, Document, Fields, Filter, LeftOut, load_filter, read_documents
+from officina.trainer.data.duplicates import write_run
+from officina.trainer.data.formats import Piece, pieces_of
+from officina.trainer.data.manifest import ShardEntry, TokenizerInfo, write_whole
+from officina.trainer.data.shards import DTYPES, ShardWriter
+from officina.trainer.data.sources import TextSource
+from officina.trainer.data.tokenizer import Encoder, dtype_of
+from officina.trainer.data.workers import Report
+from officina.trainer.errors import DataError
+
+TRAIN, VALIDATION = "train", "validation"
+LEAST_PART_BYTES = 16 << 20
+"""Text of a part, at least: less is not worth a shard of its own."""
+MOST_PARTS = 64
+"""Parts of inputs that would give more only in shards smaller than they could be."""
+RUN_DOCUMENTS = 1 << 22
+"""Digests sorted at once."""
+BATCH_CHARACTERS = 1 << 20
+"""Text tokenised at once, while the batch before it is written."""
+REPORT_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One part, and how it is to be read."""
+
+    part: int
+    work: Path
+    pieces: tuple[Piece, ...]
+    fields: Fields
+    filters: tuple[str, ...]
+    max_bad_rows: int
+
+    def file(self, kind: str, suffix: str) -> Path:
+        """Its file in the work folder."""
+        return self.work / f"{kind}-{self.part:05d}{suffix}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """What reading a part showed."""
+
+    documents: int
+    """Before duplicates and filters are left out."""
+    bytes: int
+    """Of their texts."""
+    sources: list[str]
+    languages: list[str]
+    runs: int
+    """Files of sorted digests."""
+    left_out: dict[str, Any]
+    """`LeftOut`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """What all parts are written with."""
+
+    tokenizer: str
+    """Text of tokenizer.json."""
+    info: TokenizerInfo
+    sources: dict[str, int]
+    languages: dict[str, int]
+    """Empty where no language is known."""
+    shard_bytes: int
+    validation: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Segment:
+    """Shards that were closed together, and what is in them."""
+
+    stop: int
+    """Number of the part's first document after it."""
+    bytes: int
+    """Of the texts as they were read, those left out included."""
+    last: bool
+    shards: list[ShardEntry]
+    groups: list[list[Any]]
+    """[split, source, language, documents, tokens, bytes, characters, words]"""
+    lengths: list[list[Any]]
+    """[split, bound, documents with fewer tokens than it and no fewer than half of it]"""
+    steps: dict[str, list[int]]
+    """Filter -> documents that it left out, and that it changed."""
+
+
+def plan_parts(sources: Sequence[TextSource], shard_bytes: int) -> list[tuple[Piece, ...]]:
+    """The inputs in runs of pieces of about a shard's size in text, in their order."""
+    total = sum(source.bytes for source in sources)
+    part_bytes = max(min(shard_bytes, total // MOST_PARTS), LEAST_PART_BYTES)
+    parts: list[list[Piece]] = [[]]
+    filled = 0
+    for source in sources:
+        for name, path in source.files:
+            for piece in pieces_of(source.name, name, path, part_bytes):
+                if parts[-1] and filled + piece.text_bytes > part_bytes:
+                    parts.append([])
+                    filled = 0
+                parts[-1].append(piece)
+                filled += piece.text_bytes
+    return [tuple(part) for part in parts]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+def scan(job: Job, report: Report) -> Scan:
+    """Read a part once: count, judge and digest. Stops when it alone has too many bad rows. `report` gets bytes of files."""
+    record = job.file("scan", ".json")
+    if record.exists():
+        report(sum(piece.bytes for piece in job.pieces))
+        return Scan(**json.loads(record.read_bytes()))
+    left_out, digests, runs, documents, n_bytes = LeftOut(), bytearray(), 0, 0, 0
+    sources: dict[str, None] = {}
+    languages: set[str] = set()
+    reported = 0
+
+    def progress(done_bytes: int) -> None:
+        nonlocal reported
+        if left_out.bad > job.max_bad_rows:
+            raise _TooMany
+        if done_bytes - reported >= REPORT_BYTES:
+            report(done_bytes - reported)
+            reported = done_bytes
+
+    def end_run() -> None:
+        nonlocal runs, digests
+        write_run(job.file("digests", f"-{runs:03d}"), bytes(digests), documents - len(digests) // 16)
+        runs, digests = runs + 1, bytearray()
+
+    try:
+        for document in read_documents(job.pieces, job.fields, left_out, progress=progress):
+            sources.setdefault(document.source)
+            languages.add(document.language)
+            digests += document.digest[:16]
+            documents, n_bytes = documents + 1, n_bytes + document.bytes
+            if len(digests) >= 16 * RUN_DOCUMENTS:
+                end_run()
+    except _TooMany:
+        pass
+    end_run()
+    report(sum(piece.bytes for piece in job.pieces) - reported)
+    found = Scan(documents=documents, bytes=n_bytes, sources=list(sources), languages=sorted(languages), runs=runs,
+                 left_out=asdict(left_out))
+    if left_out.bad <= job.max_bad_rows:
+        write_whole(record, json.dumps(asdict(found)).encode())
+    return found
+
+
+class _TooMany(Exception):
+    """More bad rows than are allowed."""
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+def write_part(given: tuple[Job, Writing], report: Report) -> list[Segment]:
+    """Tokenise a part and write its shards into the work folder; finished segments are not done again. `report` gets
+    bytes of text."""
+    job, writing = given
+    done = finished_segments(job)
+    report(sum(segment.bytes for segment in done))
+    if done and done[-1].last:
+        return done
+    open_segment = _OpenSegment(job, writing, len(done), done[-1].stop if done else 0)
+    try:
+        for item in _tokenised(job, writing, open_segment.stop, report):
+            if item.document is not None and open_segment.is_full(item):
+                done.append(open_segment.close(last=False))
+                open_segment = _OpenSegment(job, writing, len(done), open_segment.stop)
+            open_segment.add(item)
+        done.append(open_segment.close(last=True))
+    finally:
+        open_segment.abandon()
+    return done
+
+
+def finished_segments(job: Job) -> list[Segment]:
+    """The part's segments whose record stands, in order."""
+    found: list[Segment] = []
+    while (record := job.file("part", f"-{len(found):05d}.json")).exists():
+        values = json.loads(record.read_bytes())
+        shards = [ShardEntry(**entry) for entry in values.pop("shards")]
+        found.append(Segment(**values, shards=shards))
+        if found[-1].last:
+            break
+    return found
+
+
+@dataclass(slots=True)
+class _Item:
+    """A document on its way into a shard; at the end of the part, none, with what came after the last one."""
+
+    document: Document | None
+    stop: int
+    """Number after it in the part."""
+    split: str = TRAIN
+    bytes: int = 0
+    """As read, with all that was left out before it."""
+    steps: list[tuple[str, int]] = field(default_factory=list)
+    """(filter, 0 = left out, 1 = changed) of it and of all that was left out before it."""
+    tokens: np.ndarray | None = None
+
+
+def _items(job: Job, writing: Writing, first: int) -> Iterator[_Item]:
+    """What stays of the part's documents, from number `first` on."""
+    filters = [load_filter(name) for name in job.filters]
+    drops = set(np.fromfile(job.file("drops", ""), "<u8").tolist())
+    item, number = _Item(None, first), -1
+    for number, document in enumerate(read_documents(job.pieces, job.fields, LeftOut(), all_fields=bool(filters))):
+        if number < first:
+            continue
+        item.bytes += document.bytes
+        item.stop = number + 1
+        if number in drops or not _passes(document, filters, item.steps):
+            continue
+        item.document = document
+        item.split = VALIDATION if draw(document.digest)[0] < writing.validation else TRAIN
+        yield item
+        item = _Item(None, number + 1)
+    yield item
+
+
+def _passes(document: Document, filters: Sequence[Filter], steps: list[tuple[str, int]]) -> bool:
+    for each in filters:
+        before = document.text
+        if not each(document):
+            steps.append((each.name, 0))
+            return False
+        if document.text != before:
+            steps.append((each.name, 1))
+    return True
+
+
+def draw(digest: bytes) -> tuple[float, float]:
+    """Two independent numbers in [0, 1) that depend on the text alone: for the split, and for the tokenizer's sample."""
+    return int.from_bytes(digest[:6]) / (1 << 48), int.from_bytes(digest[6:12]) / (1 << 48)
+
+
+def _tokenised(job: Job, writing: Writing, first: int, report: Report) -> Iterator[_Item]:
+    """Items with their tokens; one batch is tokenised in a thread while the one before is written and the next is read."""
+    encoder = Encoder(writing.tokenizer, writing.info)
+    batches = _batches(_items(job, writing, first))
+    with ThreadPoolExecutor(1) as thread:
+        batch = next(batches, None)
+        waiting = None
+        while batch is not None or waiting is not None:
+            submitted = None
+            if batch is not None:
+                submitted = batch, thread.submit(encoder.encode, [i.document.text for i in batch if i.document is not None])
+            if waiting is not None:
+                yield from _with_tokens(*waiting, encoder)
+                report(sum(item.bytes for item in waiting[0]))
+            waiting, batch = submitted, next(batches, None) if batch is not None else None
+
+
+def _with_tokens(batch: list[_Item], encodings: Any, encoder: Encoder) -> Iterator[_Item]:
+    found = iter(encodings.result())
+    for item in batch:
+        if item.document is not None:
+            item.tokens = encoder.ids(next(found))
+        yield item
+
+
+def _batches(items: Iterator[_Item]) -> Iterator[list[_Item]]:
+    batch: list[_Item] = []
+    characters = 0
+    for item in items:
+        batch.append(item)
+        characters += len(item.document.text) if item.document is not None else 0
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _OpenSegment:
+    """Shards that are being written, one of each split, and the sums over their documents."""
+
+    def __init__(self, job: Job, writing: Writing, number: int, first: int) -> None:
+        self._job, self._writing, self._number = job, writing, number
+        self._dtype = dtype_of(writing.info.vocab_size)
+        self._writers: dict[str, ShardWriter] = {}
+        self._groups: dict[tuple[str, str, str], np.ndarray] = {}
+        self._lengths: Counter = Counter()
+        self._steps: dict[str, list[int]] = {}
+        self.stop, self._bytes = first, 0
+
+    def is_full(self, item: _Item) -> bool:
+        """Would the document make its shard too large?"""
+        writer = self._writers.get(item.split)
+        return writer is not None and (
+            writer.bytes + len(item.tokens) * DTYPES[self._dtype].itemsize > self._writing.shard_bytes)
+
+    def add(self, item: _Item) -> None:
+        """Write the item's document, if there is one, and count."""
+        self.stop, self._bytes = item.stop, self._bytes + item.bytes
+        for name, changed in item.steps:
+            self._steps.setdefault(name, [0, 0])[changed] += 1
+        if item.document is None:
+            return
+        if item.split not in self._writers:
+            path = self._job.work / f"{item.split}-{self._job.part:05d}-{self._number:05d}.dls"
+            self._writers[item.split] = ShardWriter(path, dtype=self._dtype, tokenizer_sha256=self._writing.info.sha256)
+        document, languages = item.document, self._writing.languages
+        self._writers[item.split].add(item.tokens, self._writing.sources[document.source],
+                                      languages[document.language or NO_LANGUAGE] if languages else None, document.id)
+        content = document.text.encode()
+        key = (item.split, document.source, document.language)
+        sums = self._groups.setdefault(key, np.zeros(5, np.int64))
+        sums += (1, len(item.tokens), len(content), len(document.text), count_words(content))
+        self._lengths[item.split, 1 << len(item.tokens).bit_length()] += 1
+
+    def close(self, *, last: bool) -> Segment:
+        """Finish the shards, then write the record."""
+        entries = [self._writers[split].close(relative_to=self._job.work, split=split)
+                   for split in (TRAIN, VALIDATION) if split in self._writers]
+        self._writers = {}
+        found = Segment(stop=self.stop, bytes=self._bytes, last=last, shards=entries, steps=self._steps,
+                        groups=[[*key, *sums.tolist()] for key, sums in self._groups.items()],
+                        lengths=[[*key, n] for key, n in sorted(self._lengths.items())])
+        record = json.dumps(asdict(found)).encode()
+        write_whole(self._job.file("part", f"-{self._number:05d}.json"), record)
+        return found
+
+    def abandon(self) -> None:
+        """Remove what is not finished."""
+        for writer in self._writers.values():
+            writer.abandon()
+
+
+def count_words(content: bytes) -> int:
+    """Runs of bytes that are no ASCII white space or control characters."""
+    inside = np.frombuffer(content, np.uint8) > 32
+    return int(inside[0]) + int(np.count_nonzero(inside[1:] & ~inside[:-1])) if len(content) else 0
+
+
+def check_bad_rows(scans: Sequence[Scan], allowed: int) -> None:
+    """Raise DataError naming the first bad rows if there are more than `allowed`."""
+    bad = sum(found.left_out["bad"] for found in scans)
+    if bad > allowed:
+        rows = [row for found in scans for row in found.left_out["bad_rows"]]
+        shown = "\n".join(f"  - {row}" for row in rows[:20])
+        raise DataError(f"{bad} bad {'row' if bad == 1 else 'rows'}, {allowed} allowed:\n{shown}\n"
+                        f"Mend the rows, or leave out so many: --max-bad-rows {max(bad, 10)}")
