@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
-_PERMISSIVE = ("CC0", "CC-BY-", "CC-PDDC", "PDDL", "ODC-By", "CDLA-Permissive", "MIT", "Apache-", "BSD-", "0BSD", "ISC", "Zlib",
-               "Unlicense", "PSF-", "Python-", "BSL-1", "OGL-UK", "etalab", "DL-DE-BY", "DL-DE-ZERO", "NLOD", "WTFPL", "X11",
-               "PostgreSQL", "NCSA", "OGC-", "MPL-", "Artistic-")
-_ATTRIBUTION = re.compile(r"CC-BY|ODC-By|ODbL|Apache-|MIT|BSD-|ISC|PSF-|OGL|etalab|DL-DE-BY|NLOD|CDLA|[AL]?GPL|EUPL|MPL")
+_PERMISSIVE = ("cc0", "cc-by-", "cc-pddc", "pddl", "odc-by", "cdla-permissive", "mit", "apache-", "bsd-", "0bsd", "isc", "zlib",
+               "unlicense", "psf-", "python-", "bsl-1", "ogl-uk", "etalab", "dl-de-by", "dl-de-zero", "nlod", "wtfpl", "x11",
+               "postgresql", "ncsa", "ogc-", "mpl-", "artistic-")
+_ATTRIBUTION = re.compile(r"cc-by|odc-by|odbl|apache-|mit|bsd-|isc|psf-|ogl|etalab|dl-de-by|nlod|cdla|[al]?gpl|eupl|mpl")
 _ADAPTED_UNDER = {
     "CC-BY-SA-2.0": {"CC-BY-SA-2.0", "CC-BY-SA-2.5", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "GPL-3.0", "AGPL-3.0"},
     "CC-BY-SA-2.5": {"CC-BY-SA-2.5", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "GPL-3.0", "AGPL-3.0"},
@@ -33,6 +33,8 @@ _ADAPTED_UNDER = {
 versions and Creative Commons' list of compatible licences (BY-SA 4.0 -> GPL 3.0), section 13 of GPL 3.0, the appendix
 of EUPL 1.2. Where nothing is said, only the licence itself."""
 
+_SHARE_ALIKE = {name.lower(): targets for name, targets in _ADAPTED_UNDER.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -49,12 +51,15 @@ class Terms:
 
 def terms(name: str) -> Terms:
     """The demands of one SPDX licence identifier."""
-    share = frozenset(_ADAPTED_UNDER.get(name, ()))
-    marks = set(re.findall(r"NC|ND|SA", name)) if name.startswith("CC-BY-") else set()
-    if "SA" in marks and not share:
+    plain = name.lower()  # SPDX identifiers are compared without case, and catalogues write cc-by-nc-4.0
+    share = frozenset(_SHARE_ALIKE.get(plain, ()))
+    marks = set(re.split(r"[\s-]+", plain))
+    if "sa" in marks and plain.startswith("cc-by-") and not share:
         share = frozenset({name})
-    known = bool(share) or name.startswith(_PERMISSIVE)
-    return Terms(name, known, "NC" in marks, "ND" in marks, bool(_ATTRIBUTION.match(name)), share)
+    non_commercial = "nc" in marks or bool(re.search(r"non.?commercial", plain))
+    no_derivatives = "nd" in marks or bool(re.search(r"no.?deriv", plain))
+    known = " " not in name and (bool(share) or plain.startswith(_PERMISSIVE))
+    return Terms(name, known, non_commercial, no_derivatives, bool(_ATTRIBUTION.match(plain)), share)
 
 
 def choices(expression: str) -> list[tuple[Terms, ...]]:

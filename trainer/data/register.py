@@ -189,7 +189,7 @@ def enter(run: RunConfig, going: Going) -> None:
         except OSError as exc:
             raise DataError(f"{folder}: {exc.strerror}, but data.sources.{name} has a maximum of use, which is counted there. "
                             "Name a folder that all runs of this data can write: use.register=DIR") from exc
-        found = tally(run, name, dataset, going, now)
+        found = tally(run, name, dataset, going, now)  # after writing: see above
         rows = found.rows + found.planned_rows
         if over := over_maximum(policy_of(dataset), found.runs + 1, rows, row_tokens, split_rows):
             if before is None:
