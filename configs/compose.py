@@ -1,7 +1,8 @@
 """From the words of a command line to a checked RunConfig. The only module that imports Hydra.
 
-Hydra composes the YAML groups of this folder (and a user's own files) and reads lists and dicts in its grammar. Typing,
-closedness and everything a user is told about a mistake come from `officina.trainer.schema`, all problems at once.
+Hydra composes the YAML groups of this folder (and a user's own files) and reads lists and dicts in its grammar; site profiles
+are read by `officina.configs.sites`. Typing, closedness and everything a user is told about a mistake come from
+`officina.trainer.schema`, all problems at once.
 Scalars reach the types as the text that was typed: `site.account=1e5` stays text, `steps=1e3` is 1000.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+from officina.configs.sites import config_folders, find_site
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import ConfigError, Problem
 from officina.trainer.keys import GROUPS, Values, as_text, generic, optional
@@ -39,6 +41,8 @@ class Composed:
     problems: list[Problem]
     defaults: list[tuple[str, str]]
     """Words taken from a person's or a centre's defaults, each with the file it stands in."""
+    site: str = ""
+    """The site as it was chosen, a name or a file; empty = none was. `officina.configs.sites.find_site` reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ def compose_all(words: Sequence[str], environ: Mapping[str, str] = os.environ) -
     personal = [(word, text, origin) for text, origin in _personal(environ, problems)
                 for word in _read_words([text], problems)]
     choices = {w.key: str(w.value) for w in [p[0] for p in personal] + typed if w.chooses}
-    values = _compose_groups(choices, problems)
+    values = _compose_groups(choices, problems, environ)
     sources = set(values.get("data", {}).get("sources") or {}) | {
         w.key.split(".")[2] for w in typed if w.key.startswith("data.sources.")}
     personal = [p for p in personal if not (m := _SOURCE_PATH.fullmatch(p[0].key)) or m[1] in sources]
@@ -77,7 +81,7 @@ def compose_all(words: Sequence[str], environ: Mapping[str, str] = os.environ) -
     run, faults = read_run(values, good=good)
     origin_of = {word.key: origin for word, _, origin in personal} | {w.key: None for w in typed}
     faults = [replace(p, rule=f"{p.rule} ({file})") if (file := origin_of.get(p.key)) else p for p in faults]
-    return Composed(run, problems + faults, [(text, origin) for _, text, origin in personal])
+    return Composed(run, problems + faults, [(text, origin) for _, text, origin in personal], choices.get("site", ""))
 
 
 def recompose(saved: RunConfig, words: Sequence[str]) -> Composed:
@@ -92,7 +96,7 @@ def recompose(saved: RunConfig, words: Sequence[str]) -> Composed:
                                     "name the keys that change instead, such as optim.lr=1e-4"))
         elif word.chooses:
             before = len(problems)
-            option = _compose_groups({word.key: str(word.value)}, problems).get(word.key, {})
+            option = _compose_groups({word.key: str(word.value)}, problems, os.environ).get(word.key, {})
             if len(problems) == before:
                 values[word.key] = _carry_over(word.key, values[word.key], option)
     _apply(values, typed, problems)
@@ -194,8 +198,23 @@ def _merged(old: dict, new: dict) -> dict:
 
 
 # ---- groups -----------------------------------------------------------------------------------------------
-def _compose_groups(choices: Mapping[str, str], problems: list[Problem]) -> Values:
-    """The values of config.yaml with the chosen options; options that do not exist become problems and are left out."""
+def _compose_groups(choices: Mapping[str, str], problems: list[Problem], environ: Mapping[str, str]) -> Values:
+    """The values of config.yaml with the chosen options; options that do not exist become problems and are left out.
+
+    A site's file is a profile, which is for submitting and not for the run: of it the run keeps the name.
+    """
+    site = choices.get("site")
+    values = _by_options({group: option for group, option in choices.items() if group != "site"}, problems)
+    if site is not None:
+        try:
+            values["site"] = {**values.get("site", {}), "name": find_site(site, environ).id}
+        except ConfigError as error:
+            problems += [p if p.key == "site" else replace(p, rule=f"{p.rule} (in the profile of site={site})")
+                         for p in error.problems]
+    return values
+
+
+def _by_options(choices: Mapping[str, str], problems: list[Problem]) -> Values:
     good = {}
     for group, option in choices.items():
         if option.endswith((".yaml", ".yml")):
@@ -283,10 +302,8 @@ def _drop_marks(values: Values, prefix: str, problems: list[Problem]) -> None:
 # ---- a person's defaults -----------------------------------------------------------------------------------
 def _personal(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[tuple[str, str]]:
     """Words of a centre's (XDG_CONFIG_DIRS) and then the person's (XDG_CONFIG_HOME) `officina/*.yaml`, with their files."""
-    home = environ.get("XDG_CONFIG_HOME") or str(Path(environ.get("HOME", "~")).expanduser() / ".config")
-    centre = [folder for folder in environ.get("XDG_CONFIG_DIRS", "/etc/xdg").split(":") if folder]
-    for folder in [*reversed(centre), home]:
-        for path in sorted((Path(folder) / "officina").glob("*.yaml")):
+    for folder in config_folders(environ):
+        for path in sorted(folder.glob("*.yaml")):
             try:  # BaseLoader keeps every scalar as the text that was written: an account 1e5 is no number
                 values = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
             except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
