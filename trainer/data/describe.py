@@ -1,0 +1,72 @@
+"""Changes what is said about a data set, not what is in it: licence, creators, conditions of use.
+
+The fingerprint stays, so that runs on the data go on. dataset.json is replaced last but for croissant.json, which is
+derived from it and can be written again.
+"""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from officina.trainer.data.croissant import write_croissant
+from officina.trainer.data.manifest import MANIFEST, Manifest, open_dataset, write_whole
+from officina.trainer.data.odrl import is_odrl, read_odrl
+from officina.trainer.data.policy import POLICY, Policy, parse_policy, write_policy
+from officina.trainer.errors import DataError
+
+CHANGEABLE = ("description", "licence", "creators", "url", "published", "collected", "version")
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def read_policy_file(path: str | Path) -> Policy:
+    """A policy from a file: an ODRL offer, agreement or set in JSON-LD, or the fields of policy.json.
+
+    A file may hold both: {"odrl": {...}, "licence": [...], ...}, where the fields say what ODRL has no words for.
+    """
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise DataError(f"{path}: {exc.strerror}. Name a file with an ODRL offer or with the fields of policy.json.") from exc
+    except ValueError as exc:
+        raise DataError(f"{path}: not JSON ({exc}). Write an ODRL offer as JSON-LD, or the fields of policy.json.") from exc
+    if is_odrl(document):
+        return read_odrl(document)
+    if isinstance(document, dict) and is_odrl(document.get("odrl")):
+        fields = {key: value for key, value in document.items() if key != "odrl"}
+        return read_odrl(document["odrl"], parse_policy(fields, path))
+    return parse_policy(document, path)
+
+
+def change(folder: str | Path, *, policy: Policy | None = None, **said: Any) -> Manifest:
+    """Replace fields of dataset.json (of `CHANGEABLE`) and the policy; returns the new manifest.
+
+    Raises DataError for a field that cannot be changed without building anew, or a value that is none of its kind.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        open_dataset(folder)  # says what is missing
+    if unknown := sorted(set(said) - set(CHANGEABLE)):
+        raise DataError(f"{folder}: {', '.join(unknown)} cannot be changed without building the data set again. "
+                        f"What can be changed: {', '.join(CHANGEABLE)} and the policy.")
+    manifest = open_dataset(folder).manifest
+    if policy is not None:
+        policy = replace(policy, dataset=f"{manifest.name} {said.get('version', manifest.version)}")
+        said["policy_sha256"] = write_policy(folder, policy)
+    try:
+        changed = _MANIFEST.validate_python(asdict(manifest) | said)
+    except ValidationError as exc:
+        told = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in exc.errors())
+        raise DataError(f"{folder / MANIFEST}: {told}. Try: officina data describe --help") from exc
+    write_whole(folder / MANIFEST, (json.dumps(asdict(changed), indent=1, ensure_ascii=False) + "\n").encode())
+    write_croissant(folder)
+    return changed
+
+
+def bind_policy(folder: Path, policy: Policy) -> str:
+    """Write policy.json of a data set that is being built; returns the sha256 that its dataset.json must name."""
+    (folder / POLICY).unlink(missing_ok=True)
+    return write_policy(folder, policy)
