@@ -25,6 +25,9 @@ from officina.kernels.tables import SAFE, Config, Table, arch_of, look_up
 MAX_WIDTH = 16_384
 """Features of a row at most: a row lies in the registers of one program."""
 
+RELOAD_WIDTH = 8_192
+"""Up to here the backward pass holds a row of dy and of s at once; beyond, the registers do not suffice."""
+
 _TILE = 4_096
 """Elements a program holds at a time; narrow rows come several together."""
 
@@ -118,27 +121,32 @@ def rms_norm_forward_kernel(x, residual, weight, y, s, rstd, x_stride, residual_
 
 @jit
 def rms_norm_backward_kernel(dy, ds, s, weight, rstd, dx, dweight, s_stride, N, D, ZERO_CENTRED: tl.constexpr,
-                             CAST_FIRST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+                             CAST_FIRST: tl.constexpr, RELOAD: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+                             WIDTH: tl.constexpr):
     """Program p takes tiles p, p + programs, ...; `dweight` has a row for each program."""
     program = tl.program_id(0)
     column = tl.arange(0, WIDTH)[None, :]
     dtype = s.dtype.element_ty
-    w = tl.load(weight + column, mask=column < D, other=0).to(WIDE)
-    if ZERO_CENTRED:
-        w = w + 1
+    FIRST: tl.constexpr = "evict_last" if RELOAD else ""
     total = tl.zeros((ROWS, WIDTH), WIDE)
     for tile in range(program, tl.cdiv(N, ROWS), tl.num_programs(0)):
         row = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         mask = (row < N) & (column < D)
-        upper = tl.load(dy + row * D + column, mask=mask, other=0).to(WIDE)
         scale = tl.load(rstd + row, mask=row < N, other=0)
-        normed = tl.load(s + row * s_stride + column, mask=mask, other=0).to(WIDE) * scale
+        w = tl.load(weight + column, mask=column < D, other=0).to(WIDE)
+        if ZERO_CENTRED:
+            w = w + 1
+        upper = tl.load(dy + row * D + column, mask=mask, other=0, eviction_policy=FIRST).to(WIDE)
+        normed = tl.load(s + row * s_stride + column, mask=mask, other=0, eviction_policy=FIRST).to(WIDE) * scale
+        mean = tl.sum(upper * w * normed, 1, keep_dims=True) / D
+        if RELOAD:  # from the cache, rather than to hold both over the sum
+            upper = tl.load(dy + row * D + column, mask=mask, other=0, eviction_policy="evict_first").to(WIDE)
+            normed = tl.load(s + row * s_stride + column, mask=mask, other=0, eviction_policy="evict_first").to(WIDE) * scale
         if CAST_FIRST:
             total += upper * normed.to(dtype).to(WIDE)
         else:
             total += upper * normed
-        upper *= w
-        grad = (upper - normed * (tl.sum(upper * normed, 1, keep_dims=True) / D)) * scale
+        grad = (upper * w - normed * mean) * scale
         if ds is not None:
             grad += tl.load(ds + row * D + column, mask=mask, other=0).to(WIDE)
         tl.store(dx + row * D + column, grad.to(dtype), mask=mask)
@@ -175,7 +183,7 @@ def compilations(arch: str, widths: Iterable[int] = (128, 4096, 16_384)) -> Iter
                 "eps": "fp32", "x_stride": "i32:16", "residual_stride": "i32:16"}, forward
             yield f"{name}, backward", rms_norm_backward_kernel, tile | {
                 "dy": "*bf16", "ds": residual, "s": "*bf16", "weight": "*bf16", "rstd": "*fp32", "dx": "*bf16",
-                "dweight": "*fp32", "s_stride": "i32:16"}, backward
+                "dweight": "*fp32", "s_stride": "i32:16", "RELOAD": D > RELOAD_WIDTH}, backward
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centred: bool,
@@ -205,8 +213,8 @@ def _backward(dy: Tensor | None, ds: Tensor | None, s: Tensor, weight: Tensor, r
     dweight = s.new_empty(programs, D, dtype=rstd.dtype)
     if N:
         rms_norm_backward_kernel[(programs,)](
-            dy, ds, s, weight.to(s.dtype), rstd, dx, dweight, s.stride(0), N, D, zero_centred, cast_first, wide_type(s.dtype),
-            config.block_m, config.block_n, **config.options(arch))
+            dy, ds, s, weight.to(s.dtype), rstd, dx, dweight, s.stride(0), N, D, zero_centred, cast_first,
+            D > RELOAD_WIDTH, wide_type(s.dtype), config.block_m, config.block_n, **config.options(arch))
     return dx, dweight.sum(0).to(weight.dtype)
 
 

@@ -40,6 +40,12 @@ def test_a_master_weight_in_fp32_gets_its_gradient_in_fp32():
 
 
 @interpreted
+def test_rows_wider_than_the_registers_are_read_twice():
+    x, residual, weight = inputs(3, module.RELOAD_WIDTH + 8, count=3)
+    assert_twice_as_good(lambda *x: add_rms_norm(*x, impl="triton"), add_rms_norm_reference, (x, residual, weight))
+
+
+@interpreted
 def test_rows_may_be_strided_and_gradients_expanded():
     x, weight = inputs(6, 48)
     want = rms_norm_reference(x[:, 8:40], weight[:32])
@@ -103,7 +109,8 @@ def test_the_same_bits_every_time():
 def test_what_is_shipped_compiles_without_spills(arch, D):
     for _, kernel, arguments, config in module.compilations(arch, (D,)):
         usage = compile_for(kernel, arguments, config, arch)
-        assert usage.spill_bytes == 0 and usage.registers <= 128 and usage.shared_bytes <= 32768, usage
+        assert usage.spill_bytes == 0 and usage.registers <= (128 if arch.startswith("sm") else 256), usage
+        assert usage.shared_bytes <= 16_384
 
 
 def test_errors_say_what_does_not_fit():
