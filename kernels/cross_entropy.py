@@ -83,7 +83,7 @@ def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, *, z_loss: float = 0.0, 
     for them and go on by hand. Half the memory, and two instead of three passes over it. Not recorded for autograd."""
     terms = Terms(z_loss, label_smoothing, softcap)
     _check(logits_NV, labels_N, shard)
-    if logits_NV.stride(1) != 1:
+    if not _neighbouring(logits_NV):
         raise ValueError(f"cross_entropy_: logits of strides {logits_NV.stride()} cannot become their gradient; the last "
                          "stride must be 1. Call .contiguous() first")
     with torch.no_grad():
@@ -321,15 +321,23 @@ def _sums_backward(ctx: Any, slopes_3N: Tensor) -> tuple[Tensor, None, None, Non
     return gradient_NV, None, None, None
 
 
+def _once(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("cross_entropy is differentiable once; for second derivatives use impl=reference")
+
+
 def _rows(logits_NV: Tensor) -> Tensor:
-    """With neighbouring columns, as the kernels read them."""
-    return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
+    return logits_NV if _neighbouring(logits_NV) else logits_NV.contiguous()
+
+
+def _neighbouring(logits_NV: Tensor) -> bool:
+    """Whether the columns of a row lie side by side, as the kernels read them."""
+    return logits_NV.stride(1) == 1 or logits_NV.shape[1] == 1 or not logits_NV.shape[0]
 
 
 define_op("cross_entropy_sums(Tensor logits, Tensor labels, int first, float softcap) -> Tensor", _sums, _empty_sums,
           _sums_backward, _save)
 define_op("cross_entropy_gradient(Tensor logits, Tensor labels, Tensor sums, Tensor slopes, int first, float softcap) "
-          "-> Tensor", _gradient, lambda logits, *_: logits.new_empty(logits.shape))
+          "-> Tensor", _gradient, lambda logits, *_: logits.new_empty(logits.shape), _once)
 define_op("cross_entropy_gradient_(Tensor(a!) logits, Tensor labels, Tensor sums, Tensor slopes, int first, float softcap) "
           "-> ()", _gradient_, lambda *_: None)
 define_op("cross_entropy_(Tensor(a!) logits, Tensor labels, float z_loss, float label_smoothing, float softcap) -> Tensor",

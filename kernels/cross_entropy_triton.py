@@ -124,7 +124,9 @@ def loss_and_gradient_kernel(logits, labels, losses, N, V, stride, Z_LOSS: tl.co
         else:
             lse, target, total = _sums_of_row(row, label, V, SOFTCAP, WIDE, BLOCK, LANES)
             uniform = SMOOTHING / tl.cast(V, WIDE)
-            loss = lse - (1 - SMOOTHING) * target - uniform * total + Z_LOSS * lse * lse
+            loss = lse - (1 - SMOOTHING) * target + Z_LOSS * lse * lse
+            if SMOOTHING > 0:  # else 0 x -inf where a row of the vocabulary is switched off
+                loss -= uniform * total
             loss = tl.where((label >= 0) & (label < V), loss, float("nan"))
             _gradient_of_row(row, row, label, V, lse, 1 + 2 * Z_LOSS * lse, SMOOTHING - 1.0, -uniform, SOFTCAP, WIDE,
                              BLOCK, LANES)

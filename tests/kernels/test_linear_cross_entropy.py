@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from officina.kernels.cross_entropy import IGNORE
+from officina.kernels import linear_cross_entropy as module
+from officina.kernels.cross_entropy import IGNORE, VocabShard, combine_sums, row_sums
 from officina.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from tests.kernels.interpreter import interpreted
+from tests.kernels.rules import assert_same_bits, assert_twice_as_good
 
 
 def inputs(N=37, V=53, D=16, dtype=torch.float32, scale=1.0):
@@ -18,16 +22,120 @@ def inputs(N=37, V=53, D=16, dtype=torch.float32, scale=1.0):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("z_loss, label_smoothing", [(0.0, 0.0), (1e-2, 0.0), (1e-2, 0.1)])
 @pytest.mark.parametrize("chunk_tokens", [0, 1, 8, 37, 100])
-def test_loss_and_gradients_equal_the_reference(chunk_tokens, z_loss, softcap):
+def test_loss_and_gradients_equal_the_reference(chunk_tokens, z_loss, label_smoothing, softcap):
     x, weight, labels = inputs()
-    want = linear_cross_entropy_reference(x, weight, labels, z_loss=z_loss, softcap=softcap)
-    got = linear_cross_entropy(x, weight, labels, z_loss=z_loss, softcap=softcap, chunk_tokens=chunk_tokens)
+    terms = {"z_loss": z_loss, "label_smoothing": label_smoothing, "softcap": softcap}
+    want = linear_cross_entropy_reference(x, weight, labels, **terms)
+    got = linear_cross_entropy(x, weight, labels, chunk_tokens=chunk_tokens, **terms)
     torch.testing.assert_close(got, want, atol=0, rtol=2e-6)
     assert got.dtype == torch.float32 and got.dim() == 0
     for g, w in zip(torch.autograd.grad(got * 0.3, (x, weight)), torch.autograd.grad(want * 0.3, (x, weight)), strict=True):
         torch.testing.assert_close(g, w, atol=2e-6, rtol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("terms", [{}, {"z_loss": 1e-2, "label_smoothing": 0.1, "softcap": 3.0}])
+def test_with_the_kernel_it_is_as_exact_as_plain_torch(terms, dtype):
+    x, weight, labels = (t.detach() for t in inputs(N=13, V=70, dtype=dtype, scale=0.3))
+    for chunk_tokens in (5, 100):
+        def function(*t, chunk_tokens=chunk_tokens):
+            return linear_cross_entropy(*t, chunk_tokens=chunk_tokens, impl="triton", **terms)
+
+        assert_twice_as_good(function, lambda *t: linear_cross_entropy_reference(*t, **terms), (x, weight, labels))
+    assert_same_bits(function, (x, weight, labels))
+    with torch.no_grad():
+        torch.testing.assert_close(function(x, weight, labels), linear_cross_entropy_reference(x, weight, labels, **terms))
+
+
+@interpreted
+def test_compiled_with_the_kernel_it_gives_the_same():
+    check_compiled("triton")
+
+
+def test_compiled_and_recomputed_it_gives_the_same():
+    check_compiled("auto")
+
+
+def check_compiled(impl):
+    x, weight, labels = inputs()
+
+    def loss(x, weight, labels):
+        return linear_cross_entropy(2 * x, weight, labels, z_loss=0.1, chunk_tokens=10, impl=impl)
+
+    want = torch.autograd.grad(loss(x, weight, labels), (x, weight))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (37, 30):
+        got = torch.autograd.grad(compiled(x[:n], weight, labels[:n]), (x, weight))
+        torch.testing.assert_close(got, torch.autograd.grad(loss(x[:n], weight, labels[:n]), (x, weight)))
+    again = torch.utils.checkpoint.checkpoint(loss, x, weight, labels, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again, (x, weight)), want, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, weight, labels), loss(x, weight, labels))
+    torch.library.opcheck(torch.ops.officina.linear_cross_entropy.default, (
+        x.detach(), weight.detach(), labels, 0.1, 0.0, 0.0, 10, "triton" if impl == "triton" else "reference", True, False))
+
+
+def on_a_rank(ranks):
+    """This rank's loss and gradients, its vocabulary being half of the rows."""
+    rank = ranks.env.rank
+    x, weight, labels = inputs(V=52, dtype=torch.float64)
+    part = weight.detach()[rank * 26:(rank + 1) * 26].clone().requires_grad_()
+
+    def combine(own):
+        found = [torch.empty_like(own) for _ in range(2)]
+        dist.all_gather(found, own)
+        return combine_sums(torch.stack(found))
+
+    loss = linear_cross_entropy(x, part, labels, shard=VocabShard(rank * 26, 52, combine), chunk_tokens=10, z_loss=0.1,
+                                label_smoothing=0.1, softcap=3.0)
+    dx, dpart = torch.autograd.grad(loss, (x, part))
+    dist.all_reduce(dx)
+    return loss.item(), dx.tolist(), dpart.tolist()
+
+
+def test_two_ranks_share_a_vocabulary(pool):
+    found = pool.run(2, "tests.kernels.test_linear_cross_entropy:on_a_rank")
+    x, weight, labels = inputs(V=52, dtype=torch.float64)
+    loss = linear_cross_entropy_reference(x, weight, labels, z_loss=0.1, label_smoothing=0.1, softcap=3.0)
+    dx, dweight = (grad.tolist() for grad in torch.autograd.grad(loss, (x, weight)))
+    for own_loss, own_dx, _ in found:
+        torch.testing.assert_close(own_loss, loss.item())
+        torch.testing.assert_close(own_dx, dx)
+    torch.testing.assert_close([*found[0][2], *found[1][2]], dweight)
+
+
+@interpreted
+def test_parts_of_a_vocabulary_make_the_whole_in_the_kernel():
+    x, weight, labels = inputs(N=5, V=60)
+    terms = {"z_loss": 0.1, "label_smoothing": 0.1, "softcap": 3.0}
+    want = linear_cross_entropy_reference(x, weight, labels, **terms)
+    dx, dweight = torch.autograd.grad(want, (x, weight))
+    sums = torch.stack([row_sums(x.detach() @ weight.detach()[a:a + 30].T, labels, first=a, softcap=3.0) for a in (0, 30)])
+    parts = []
+    for a in (0, 30):
+        part = weight.detach()[a:a + 30].clone().requires_grad_()
+        shard = VocabShard(a, 60, lambda own: combine_sums(sums))
+        loss = linear_cross_entropy(x, part, labels, shard=shard, impl="triton", **terms)
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+        parts.append(torch.autograd.grad(loss, (x, part)))
+    torch.testing.assert_close(parts[0][0] + parts[1][0], dx, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([parts[0][1], parts[1][1]]), dweight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wide_sum_takes_narrow_products_where_torch_can(monkeypatch):
+    """On CUDA one call; here the call is put in torch's place."""
+    total, a, b = torch.ones(3, 4), torch.randn(3, 5).bfloat16(), torch.randn(5, 4).bfloat16()
+    want = 1 + (a @ b).float()
+    module._add_product(plain := total.clone(), a, b)
+    torch.testing.assert_close(plain, want)
+    calls = []
+    monkeypatch.setattr(module, "_adds_wide", lambda *_: True)
+    monkeypatch.setattr(torch, "addmm", lambda *args, **words: calls.append(words))
+    module._add_product(total, a, b)
+    assert calls[0]["out_dtype"] == torch.float32 and calls[0]["out"] is total
 
 
 def test_gradients_in_fp64_are_those_of_the_function():
@@ -124,3 +232,7 @@ def test_errors_name_the_shapes():
         linear_cross_entropy(x, weight[:, :15], labels)
     with pytest.raises(ValueError, match=r"labels \(36,\)"):
         linear_cross_entropy(x, weight, labels[1:])
+    with pytest.raises(ValueError, match="shard's rows 10 to 63 are not among the vocabulary's 60"):
+        linear_cross_entropy(x, weight, labels, shard=VocabShard(10, 60, combine_sums))
+    with pytest.raises(ValueError, match="impl=triton cannot run"):
+        linear_cross_entropy(x, weight, labels, impl="triton")
