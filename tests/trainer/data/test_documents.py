@@ -1,0 +1,96 @@
+"""Fields are found, HPLT's own are heeded, languages get one code, filters change and drop, and nothing quotes a text."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from officina.trainer.data.documents import Document, Fields, LeftOut, document_id, load_filter, read_documents
+from officina.trainer.data.formats import pieces_of
+from officina.trainer.errors import DataError
+
+HPLT = {"u": "https://a.example/1", "ts": "2024-01-01", "lang": ["fin_Latn", "swe_Latn"], "filter": "keep", "allowed": True,
+        "id": "0123456789abcdef0123456789abcdef"}
+
+
+def read(tmp_path: Path, lines: list[object], fields: Fields | None = None) -> tuple[list[Document], LeftOut]:
+    path, left_out = tmp_path / "x.jsonl", LeftOut()
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return list(read_documents(pieces_of("in", "x.jsonl", path, 1 << 30), fields or Fields(), left_out)), left_out
+
+
+def test_fields_are_found_by_name_or_named(tmp_path: Path) -> None:
+    rows = [{"text": "a", "content": "b", "lang": "fi", "id": 7}, {"content": "b", "language": "deu_Latn"},
+            {"body": "c", "text": None, "content": "d", "tongue": "mt", "from": "wiki", "key": "k", "lang": "fi"}]
+    found, _ = read(tmp_path, rows)
+    assert [(d.text, d.language, d.source) for d in found] == [
+        ("a", "fin_Latn", "in"), ("b", "deu_Latn", "in"), ("d", "fin_Latn", "in")]
+    assert found[0].id == document_id("7") and found[1].id == hashlib.sha256(b"b").digest()[:16]
+    named = Fields(text="body", language="tongue", source="from", id="key")
+    [found], left_out = read(tmp_path, rows, named)
+    assert (found.text, found.language, found.source, found.id) == ("c", "mlt_Latn", "wiki", document_id("k"))
+    assert left_out.bad == 2 and "no JSON object with the field 'body' (it has 'text', 'content', 'lang', 'id')" in (
+        left_out.bad_rows[0])
+
+
+def test_ids_that_are_hexadecimal_are_kept() -> None:
+    assert document_id("0123456789abcdef0123456789ABCDEF").hex() == "0123456789abcdef0123456789abcdef"
+    assert document_id("01234567-89ab-cdef-0123-456789abcdef").hex() == "0123456789abcdef0123456789abcdef"
+    assert document_id("x" * 32) == hashlib.sha256(b"x" * 32).digest()[:16]
+
+
+def test_fields_of_hplt(tmp_path: Path) -> None:
+    """What its makers filtered or the site forbids is left out; personal data is masked, last span first."""
+    text = "Call Ada Lovelace on 555-1234."
+    found, left_out = read(tmp_path, [
+        HPLT | {"text": text, "pii": [[5, 17], [21, 29]]}, HPLT | {"text": "b", "filter": "adult_ut1"},
+        HPLT | {"text": "c", "allowed": False}, {k: v for k, v in HPLT.items() if k != "id"} | {"text": "d"},
+        {"text": "not of HPLT", "filter": "coffee", "allowed": False, "pii": [[0, 3]]}])
+    assert [d.text for d in found] == ["Call [PII] on [PII].", "d", "not of HPLT"]
+    assert left_out.steps == {"hplt-pii": 1, "hplt-filter": 1, "hplt-robots": 1}
+    assert found[0].language == "fin_Latn" and found[0].id.hex() == HPLT["id"]
+    assert found[0].digest == hashlib.sha256(text.encode()).digest() and found[1].id == document_id(HPLT["u"])
+
+
+def test_bad_rows_say_file_line_and_reason_and_no_text(tmp_path: Path) -> None:
+    found, left_out = read(tmp_path, [{"text": "good"}, "{secret", "[3]", "", {"text": 3}, {"txt": "secret"}])
+    assert len(found) == 1 and left_out.bad == 4 and not any("secret" in row for row in left_out.bad_rows)
+    places = [row.split(": ")[0].removeprefix(f"{tmp_path}/") for row in left_out.bad_rows]
+    assert places == ["x.jsonl line 2", "x.jsonl line 3", "x.jsonl line 5", "x.jsonl line 6"]
+
+
+# ---- filters ---------------------------------------------------------------------------------------------------------
+@pytest.fixture()
+def filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_filters.py").write_text("""if True:
+        def keep(document): return len(document.text) > 3
+        def mask(document): return document.text.replace("Ada", "X")
+        def blank(document): return " "
+        def fails(document): raise ValueError(document.text)
+        def odd(document): return None""")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "my_filters"
+    sys.modules.pop("my_filters", None)
+
+
+def test_filters_keep_drop_and_replace(tmp_path: Path, filters: str) -> None:
+    (long, short), _ = read(tmp_path, [{"text": "Ada wrote"}, {"text": "Ada"}])
+    keep, mask, blank = (load_filter(f"{filters}:{name}") for name in ("keep", "mask", "blank"))
+    assert keep(long) and not keep(short) and mask(long) and long.text == "X wrote" and not blank(long)
+    assert keep.version == "sha256:" + hashlib.sha256((tmp_path / "my_filters.py").read_bytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(("name", "told"), [("fails", "raised ValueError"), ("odd", "returned a NoneType")])
+def test_a_broken_filter_is_named_with_the_place_and_no_text(tmp_path: Path, filters: str, name: str, told: str) -> None:
+    [document], _ = read(tmp_path, [{"text": "secret"}])
+    with pytest.raises(DataError, match=rf"x\.jsonl line 1: filter {filters}:{name} {told}") as caught:
+        load_filter(f"{filters}:{name}")(document)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["nowhere:keep", "json:nothing", "json"])
+def test_a_filter_that_is_not_there(path: str) -> None:
+    with pytest.raises(DataError, match=rf"--filter {path}: cannot be imported.*package\.module:function"):
+        load_filter(path)

@@ -1,0 +1,150 @@
+"""Every input format gives the same rows, a piece of a file gives its own, and what is cut off or missing is said."""
+
+import gzip
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from officina.trainer.data import formats
+from officina.trainer.data.formats import BadRow, Piece, pieces_of, rows
+from officina.trainer.data.sources import find_sources
+from officina.trainer.errors import DataError
+
+ROWS = [{"text": f"Döcument {i} " + "word " * (i % 7), "id": f"d{i}", "n": i} for i in range(50)]
+
+
+def read(path: Path, most_bytes: int = 1 << 30) -> list:
+    return [row for piece in pieces_of("in", path.name, path, most_bytes) for _, row, _ in rows(piece)]
+
+
+def json_lines(path: Path) -> Path:
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+    if path.name.endswith(".gz"):
+        content = gzip.compress(content)
+    elif path.name.endswith(".zst"):  # two frames, as tools that compress in parallel write
+        zstd = pytest.importorskip("zstandard")
+        content = b"".join(zstd.ZstdCompressor().compress(part) for part in (content[:777], content[777:]))
+    path.write_bytes(content)
+    return path
+
+
+def parquet(path: Path) -> Path:
+    pyarrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=8)
+    return path
+
+
+def arrow(path: Path, form: str) -> Path:
+    pyarrow, ipc = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.ipc")
+    table = pyarrow.Table.from_pylist(ROWS)
+    with (ipc.new_file if form == "file" else ipc.new_stream)(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    return path
+
+
+def tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w:gz" if path.name.endswith(".gz") else "w") as file:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow", "b.arrow"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.endswith(".arrow"):
+        arrow(path, "file" if name.startswith("a") else "stream")
+    else:
+        parquet(path) if name.endswith(".parquet") else json_lines(path)
+    assert read(path) == ROWS
+    assert read(path, most_bytes=300) == ROWS  # in pieces where the format has them
+    assert (len(pieces_of("in", name, path, 300)) > 1) is (name in ("a.jsonl", "a.parquet"))
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_webdataset_samples_are_members_of_one_name(tmp_path: Path, name: str) -> None:
+    path = tar(tmp_path / name, [
+        ("x/0001.txt", b"first"), ("x/0001.json", b'{"lang": "fi", "text": "not this"}'), ("x/0001.jpg", b"\xff"),
+        ("x/0002.json", b'{"text": "second"}'), ("x/0003.jpg", b"\xff"), ("x/0004.json", b"[1]"), ("x/0005.txt", b"fifth")])
+    assert read(path) == [{"__key__": "x/0001", "text": b"first", "lang": "fi"}, {"__key__": "x/0002", "text": "second"},
+                          BadRow("its .json is no JSON object but a list"), {"__key__": "x/0005", "text": b"fifth"}]
+
+
+@given(st.lists(st.text(st.sampled_from("ab\u00e9\U0001f600"), max_size=9), max_size=30), st.integers(1, 60), st.booleans())
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pieces_hold_every_line_once_and_know_its_number(tmp_path: Path, texts: list[str], most: int, ended: bool) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(json.dumps({"t": text, "line": i}, ensure_ascii=False) for i, text in enumerate(texts, 1))
+                    + "\n" * (ended and bool(texts)))
+    found = [(row, piece.place(number)) for piece in pieces_of("in", "x.jsonl", path, most)
+             for number, row, _ in rows(piece)]
+    assert [row["t"] for row, _ in found] == texts
+    assert [place for row, place in found] == [f" line {row['line']}" for row, _ in found]
+
+
+def test_rows_of_later_row_groups_know_their_number(tmp_path: Path) -> None:
+    pieces = pieces_of("in", "a.parquet", parquet(tmp_path / "a.parquet"), 300)
+    assert [p.place(n) for p in pieces for n, _, _ in rows(p)] == [f" row {i}" for i in range(1, 51)]
+
+
+@pytest.mark.parametrize(("name", "told"), [
+    ("a.jsonl.gz", "cannot be read"), ("a.jsonl.zst", r"cannot be read \(the compressed file ends in the middle"),
+    ("a.parquet", "is no Parquet file"), ("a.arrow", "cannot be read"), ("a.tar", "cannot be read")])
+def test_files_that_are_cut_off_are_named(tmp_path: Path, name: str, told: str) -> None:
+    path = tmp_path / name
+    if name == "a.tar":
+        tar(path, [(f"{i}.txt", b"x" * 2000) for i in range(9)])
+    elif name == "a.arrow":
+        arrow(path, "stream")
+    else:
+        parquet(path) if name == "a.parquet" else json_lines(path)
+    path.write_bytes(path.read_bytes()[:-300 if name != "a.tar" else 2500])
+    with pytest.raises(DataError, match=rf"{path}: {told}"):
+        read(path)
+
+
+def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    for module in ("pyarrow", "pyarrow.parquet", "zstandard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name, package in (("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")):
+        with pytest.raises(DataError, match=rf"needs the package {package}.*pip install 'officina\[data\]'"):
+            read(tmp_path / name)
+
+
+def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path) -> None:
+    for path in (parquet(tmp_path / "a.parquet"), arrow(tmp_path / "a.arrow", "stream")):
+        [piece] = pieces_of("in", path.name, path, 1 << 30)
+        assert next(rows(piece, ["text", "lang"]))[1] == {"text": ROWS[0]["text"]}
+
+
+def test_a_saved_dataset_is_its_listed_files(tmp_path: Path) -> None:
+    """As `datasets.Dataset.save_to_disk` writes it, with a cache beside it that is no part of it."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for name in ("data-00000-of-00002.arrow", "data-00001-of-00002.arrow", "cache-1234.arrow"):
+        arrow(folder / name, "stream")
+    (folder / "state.json").write_text(json.dumps({"_data_files": [
+        {"filename": f"data-0000{i}-of-00002.arrow"} for i in (0, 1)]}))
+    [source] = find_sources([folder])
+    assert [name for name, _ in source.files] == ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    (tmp_path / "dict" / "train").mkdir(parents=True)
+    (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (tmp_path / "dict" / "train" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=rf"saved DatasetDict of train.*Name the splits to read: {tmp_path}/dict/train"):
+        find_sources([tmp_path / "dict"])
+
+
+def test_the_formats_are_told_by_name() -> None:
+    names = ("a.jsonl", "a.ndjson.gz", "a.tar.zst", "a.arrow", "a.py", "README", "a.parquet")
+    assert [formats.format_of(name) for name in names] == ["json", "json", "tar", "arrow", "text", "text", "parquet"]
+    assert Piece("in", "a", "a", "text", 0, 0, 1, 1).place(1) == ""
