@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from officina.trainer.data.croissant import write_croissant
 from officina.trainer.data.documents import (
     HPLT_STEPS,
     NO_LANGUAGE,
@@ -56,6 +57,7 @@ from officina.trainer.data.parts import (
     scan,
     write_part,
 )
+from officina.trainer.data.policy import Policy, place_policy
 from officina.trainer.data.shards import SHARD_BYTES, Shard
 from officina.trainer.data.sources import Progress, TextSource, find_sources, standard_library
 from officina.trainer.data.tokenizer import EOS, dtype_of, given_tokenizer, tokenizer_info, train_tokenizer
@@ -95,6 +97,8 @@ class BuildOptions:
     """Processes; 0 = one per core. The result does not depend on it."""
     overwrite: bool = False
     """Replace a data set, or an unfinished build of something else, that is there already."""
+    policy: Policy | None = None
+    """Conditions of use; none = what `about` says of licence and personal data is all."""
     about: dict[str, Any] = field(default_factory=dict)
     """Further fields of dataset.json: name, version, description, licence, personal_data, sensitive."""
 
@@ -152,10 +156,12 @@ def build(folder: str | Path, options: BuildOptions,
         provenance = _provenance(options, words, given is not None)
         about = {"name": folder.resolve().name if options.inputs else sources[0].name}
         about |= {key: words[key] for key in ("description", "licence") if key in words} | options.about
+        about |= place_policy(folder, options.policy)
         manifest = write_manifest(
             folder, _place_shards(folder, jobs, done), stats, kind="tokens", dtype=dtype_of(info.vocab_size), tokenizer=info,
             sources=list(writing.sources), languages=list(writing.languages),
             steps=[asdict(step) for step in _steps(scans, duplicates, segments, filters)], provenance=provenance, **about)
+        write_croissant(folder)
         shutil.rmtree(folder / WORK)
     return BuildResult(manifest, stats)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from officina.trainer.data.jsonld import NAMESPACE, OWN
-from officina.trainer.data.manifest import MANIFEST, SHARDS, STATS, TOKENIZER, Dataset, open_dataset, write_whole
+from officina.trainer.data.manifest import SHARDS, STATS, TOKENIZER, Dataset, open_dataset, write_whole
 from officina.trainer.data.odrl import to_odrl
 from officina.trainer.data.policy import POLICY, Policy, policy_of
 
 CROISSANT = "croissant.json"
 CONFORMS_TO = ("http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0")
-FILES = (MANIFEST, SHARDS, STATS, TOKENIZER, POLICY)
-"""Files that are listed with their hashes, those that there are."""
+FILES = (SHARDS, STATS, TOKENIZER, POLICY)
+"""Files that are listed with their hashes, those that there are. Not dataset.json, which a removal request changes."""
 _TERMS = ("citeAs column dataType equivalentProperty examples extract field fileProperty fileObject fileSet format includes "
           "isArray isLiveDataset jsonPath key md5 parentField path recordSet references regex repeated replace samplingRate "
           "separator source subField transform arrayShape containedIn").split()
@@ -54,7 +54,7 @@ def describe(dataset: Dataset, policy: Policy) -> dict[str, Any]:
     stated = {
         "description": manifest.description, "license": licences[0] if len(licences) == 1 else licences, "url": manifest.url,
         "creator": [{"@type": "sc:Organization", "name": name} for name in manifest.creators],
-        "datePublished": manifest.published, "inLanguage": list(getattr(manifest, "languages", [])),
+        "datePublished": manifest.published, "inLanguage": list(manifest.languages),
     }
     document = {
         "@context": _CONTEXT, "@type": "sc:Dataset", "conformsTo": list(CONFORMS_TO), "name": manifest.name,
@@ -71,6 +71,8 @@ def describe(dataset: Dataset, policy: Policy) -> dict[str, Any]:
     if manifest.collected:
         document["rai:dataCollection"] = f"The newest of the data was collected by {manifest.collected}."
     steps = [f"{key}: {_plain(value)}" for key, value in manifest.provenance.items()]
+    steps += [f"{step.name} {step.version}: {step.documents_in} documents in, {step.documents_out} out, "
+              f"{step.documents_changed} changed" for step in manifest.steps]
     if steps:
         document["rai:dataPreprocessingProtocol"] = steps
     if policy.attribution:

@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from officina.trainer.data.croissant import write_croissant
-from officina.trainer.data.manifest import MANIFEST, Manifest, open_dataset, write_whole
+from officina.trainer.data.manifest import MANIFEST, Manifest, open_dataset, rewrite_manifest
 from officina.trainer.data.odrl import is_odrl, read_odrl
-from officina.trainer.data.policy import POLICY, Policy, parse_policy, write_policy
+from officina.trainer.data.policy import Policy, parse_policy, write_policy
 from officina.trainer.errors import DataError
 
 CHANGEABLE = ("description", "licence", "creators", "url", "published", "collected", "version")
@@ -47,12 +47,10 @@ def change(folder: str | Path, *, policy: Policy | None = None, **said: Any) -> 
     Raises DataError for a field that cannot be changed without building anew, or a value that is none of its kind.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        open_dataset(folder)  # says what is missing
+    manifest = open_dataset(folder).manifest
     if unknown := sorted(set(said) - set(CHANGEABLE)):
         raise DataError(f"{folder}: {', '.join(unknown)} cannot be changed without building the data set again. "
                         f"What can be changed: {', '.join(CHANGEABLE)} and the policy.")
-    manifest = open_dataset(folder).manifest
     if policy is not None:
         policy = replace(policy, dataset=f"{manifest.name} {said.get('version', manifest.version)}")
         said["policy_sha256"] = write_policy(folder, policy)
@@ -61,12 +59,6 @@ def change(folder: str | Path, *, policy: Policy | None = None, **said: Any) -> 
     except ValidationError as exc:
         told = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in exc.errors())
         raise DataError(f"{folder / MANIFEST}: {told}. Try: officina data describe --help") from exc
-    write_whole(folder / MANIFEST, (json.dumps(asdict(changed), indent=1, ensure_ascii=False) + "\n").encode())
+    rewrite_manifest(folder, changed)
     write_croissant(folder)
     return changed
-
-
-def bind_policy(folder: Path, policy: Policy) -> str:
-    """Write policy.json of a data set that is being built; returns the sha256 that its dataset.json must name."""
-    (folder / POLICY).unlink(missing_ok=True)
-    return write_policy(folder, policy)

@@ -156,6 +156,12 @@ def write_policy(folder: Path, policy: Policy) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def place_policy(folder: Path, policy: Policy | None) -> dict[str, str]:
+    """Write the policy of a data set that is being built, or remove an older one's; returns the field for dataset.json."""
+    (folder / POLICY).unlink(missing_ok=True)
+    return {"policy_sha256": write_policy(folder, policy)} if policy is not None else {}
+
+
 def policy_of(dataset: Dataset) -> Policy:
     """The conditions of a data set: its policy.json, or what dataset.json itself says if it names none.
 

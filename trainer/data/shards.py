@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from officina.trainer.data.croissant import write_croissant
 from officina.trainer.data.manifest import (
     MANIFEST,
     ShardEntry,
@@ -349,8 +350,9 @@ def write_records(directory: str | Path, records: Iterable[bytes], *, split: str
             raise DataError(f"{folder}: has splits {sorted(dataset.manifest.splits)} of {dataset.manifest.kind} already; "
                             f"split {split} cannot be written. Take another split name or an empty folder.")
         before = dataset.shards
-        kept = {key: getattr(dataset.manifest, key)
-                for key in ("version", "description", "licence", "personal_data", "sensitive", "provenance")}
+        said = ("version", "description", "licence", "personal_data", "sensitive", "policy_sha256", "creators", "url", "published",
+                "collected", "provenance")
+        kept = {key: getattr(dataset.manifest, key) for key in said}
         about = kept | about
     with SplitWriter(folder, split, dtype="u8", shard_bytes=shard_bytes) as writer:
         for record in records:
@@ -363,3 +365,4 @@ def write_records(directory: str | Path, records: Iterable[bytes], *, split: str
         of_split = [s for s in shards if s.split == each]
         stats[each] = {"records": sum(s.documents for s in of_split), "bytes": sum(s.tokens for s in of_split)}
     write_manifest(folder, shards, stats, kind="records", dtype="u8", name=name, **about)
+    write_croissant(folder)

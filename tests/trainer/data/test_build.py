@@ -88,7 +88,7 @@ def test_the_same_input_gives_the_same_bytes(texts: Path, tmp_path: Path) -> Non
         out = tmp_path / f"out{i}"
         subprocess.run([sys.executable, "-c", script, out, moved if i else texts], check=True, env=environment)
         contents.append({p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()})
-    assert len(contents[0]) == 6 and contents[0] == contents[1]
+    assert len(contents[0]) == 7 and contents[0] == contents[1]
 
 
 def test_a_given_tokenizer_is_kept_byte_for_byte(texts: Path, tmp_path: Path) -> None:
