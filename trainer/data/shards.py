@@ -350,8 +350,8 @@ def write_records(directory: str | Path, records: Iterable[bytes], *, split: str
             raise DataError(f"{folder}: has splits {sorted(dataset.manifest.splits)} of {dataset.manifest.kind} already; "
                             f"split {split} cannot be written. Take another split name or an empty folder.")
         before = dataset.shards
-        said = ("version", "description", "licence", "personal_data", "sensitive", "policy_sha256", "creators", "url", "published",
-                "collected", "provenance")
+        said = ("version", "description", "licence", "personal_data", "sensitive", "policy_sha256", "creators", "url",
+                "published", "collected", "provenance")
         kept = {key: getattr(dataset.manifest, key) for key in said}
         about = kept | about
     with SplitWriter(folder, split, dtype="u8", shard_bytes=shard_bytes) as writer:
