@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Usage:
     """Memory a thread keeps registers in that did not fit; 0 on every shipped configuration."""
     shared_bytes: int
     """Shared memory (LDS) of a program."""
-    assembly: str
+    assembly: str = field(repr=False)
     """PTX or amdgcn text."""
 
 

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from officina.kernels import rms_norm as module
-from officina.kernels.compiling import ARCHS, compile_for
 from officina.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from tests.kernels.interpreter import interpreted
 from tests.kernels.rules import assert_same_bits, assert_twice_as_good
@@ -59,10 +58,11 @@ def test_rows_may_be_strided_and_gradients_expanded():
 @interpreted
 @pytest.mark.parametrize("zero_centred", [False, True])
 def test_gradients_are_those_of_the_function(zero_centred):
-    x, residual, weight = (t.requires_grad_() for t in inputs(3, 5, dtype=torch.float64, count=3))
+    x, residual, weight = (t.requires_grad_() for t in inputs(2, 3, dtype=torch.float64, count=3))
     torch.autograd.gradcheck(lambda *t: rms_norm(*t, zero_centred=zero_centred, impl="triton"), (x, weight))
-    torch.autograd.gradcheck(lambda *t: add_rms_norm(*t, zero_centred=zero_centred, impl="triton"), (x, residual, weight))
-    torch.autograd.gradcheck(lambda *t: add_rms_norm(*t, impl="triton")[1], (x, residual, weight))
+    for used in (slice(0, 1), slice(1, 2), slice(0, 2)):
+        torch.autograd.gradcheck(lambda *t, used=used: add_rms_norm(*t, zero_centred=zero_centred, impl="triton")[used],
+                                 (x, residual, weight))
 
 
 @interpreted
@@ -102,15 +102,6 @@ def test_offsets_beyond_32_bits_reach_their_rows():
 @interpreted
 def test_the_same_bits_every_time():
     assert_same_bits(lambda *x: add_rms_norm(*x, impl="triton"), inputs(70, 96, count=3))
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("D", [128, 4096, 16384])
-def test_what_is_shipped_compiles_without_spills(arch, D):
-    for _, kernel, arguments, config in module.compilations(arch, (D,)):
-        usage = compile_for(kernel, arguments, config, arch)
-        assert usage.spill_bytes == 0 and usage.registers <= (128 if arch.startswith("sm") else 256), usage
-        assert usage.shared_bytes <= 16_384
 
 
 def test_errors_say_what_does_not_fit():
