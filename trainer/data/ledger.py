@@ -9,12 +9,15 @@ or a start, written before the first step of each start of the run. It takes bac
 are done again from a checkpoint:
 
     {"start":40}
+
+A start also says, where documents were removed on request, how many of a source's lists are heeded from then on:
+{"start":40,"removals":{"a":2}}.
 """
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +44,8 @@ class Ledger:
 
     def write(self, step: int, data: "StepData", digest: float) -> None:
         """Add optimizer step `step` (a run's first is 1) with the sum of all ranks' digests."""
-        lines = [] if self._started else [{"start": step - 1}]
+        start = {"start": step - 1} | ({"removals": data.removals} if data.removals else {})
+        lines = [] if self._started else [start]
         lines.append({"step": step, "first_sample": data.first_sample, "stop_sample": data.stop_sample,
                       "digest": int(digest) % DIGEST_MODULUS, "skipped": data.skipped,
                       "source_rows": data.source_rows})
@@ -83,6 +87,8 @@ class Entry:
     digest: int
     skipped: list[list[int]]
     source_rows: dict[str, int]
+    removals: dict[str, int] = field(default_factory=dict)
+    """Lists of removed documents that were heeded, by source: those of the start that did the step."""
 
     def samples(self) -> np.ndarray:
         """Global sample indices that were read: (n,) int64."""
@@ -102,16 +108,16 @@ def read_ledger(run_dir: str | Path) -> tuple[list[Entry], int]:
         raise DataError(f"{path} does not exist: no step of this run has read data, or {run_dir} is no run directory. "
                         "Name a run directory, for example runs/NAME.")
     steps: dict[int, Entry] = {}
-    starts = 0
+    starts, removals = 0, {}
     whole_lines = path.read_bytes().split(b"\n")[:-1]  # after the last newline: nothing, or a torn line
     for number, line in enumerate(whole_lines, 1):
         try:
             values = json.loads(line)
             if "start" in values:
                 steps = {step: entry for step, entry in steps.items() if step <= values["start"]}
-                starts += 1
+                starts, removals = starts + 1, values.get("removals", {})
             else:
-                steps[values["step"]] = Entry(**values)
+                steps[values["step"]] = Entry(**values, removals=removals)
         except (ValueError, KeyError, TypeError) as exc:
             raise DataError(f"{path} line {number}: no line of a ledger ({type(exc).__name__}: {exc}). "
                             "The file was edited or damaged: restore it from a copy of the run directory.") from exc
@@ -168,13 +174,14 @@ def audit(run_dir: str | Path,
     if not entries:
         raise DataError(f"{run_dir / LEDGER}: has no step yet. Audit the run after its first step.")
     first, stop = entries[0].first_sample, entries[-1].stop_sample
-    reader = RowReader(run, first)
+    readers = {str(removals): RowReader(run, first, removals) for removals in _each(e.removals for e in entries)}
+    reader = readers[str(entries[0].removals)]
     faults = _range_faults(entries, _branched(run_dir))
     coverage = _Coverage(reader, first)
     for done, entry in enumerate(entries, 1):
         samples = entry.samples()
         faults += coverage.use(entry)
-        if (found := reader.digest(samples)) != entry.digest:
+        if (found := readers[str(entry.removals)].digest(samples)) != entry.digest:
             faults.append(f"step {entry.step}: the ledger's digest is {entry.digest}, samples {entry.first_sample} to "
                           f"{entry.stop_sample} give {found}: it read other rows, or the shards have changed")
         if (planned := reader.source_rows(samples)) != entry.source_rows:
@@ -183,6 +190,11 @@ def audit(run_dir: str | Path,
     faults += coverage.finish()
     return AuditReport(len(entries), first, stop, sum(len(e.samples()) for e in entries),
                        [r for e in entries for r in e.skipped], starts, coverage.report(), faults)
+
+
+def _each(values: Iterable[dict[str, int]]) -> list[dict[str, int]]:
+    """Those that differ, in their order."""
+    return list({str(value): value for value in values}.values())
 
 
 def _branched(run_dir: Path) -> bool:

@@ -41,6 +41,8 @@ class StepData:
     """Ranges of `data.skip` within [first_sample, stop_sample)."""
     source_rows: dict[str, int]
     """Rows that each source gives to the whole global batch."""
+    removals: dict[str, int]
+    """Lists of removed documents that are heeded, by source."""
     wait_s: float = 0.0
     """Time for which the step had to wait for its data."""
 
@@ -156,7 +158,7 @@ class Loader:
             digest = rows.digest
             micros = _token_batches(rows, sizes, self._run.data.mask_documents, self._pin)
         return StepData(micros, position, stop, sum(m.loss_tokens for m in micros), digest,
-                        reader.skips.within(position, stop), reader.source_rows(samples))
+                        reader.skips.within(position, stop), reader.source_rows(samples), reader.removals)
 
 
 def validation_sources(run: RunConfig) -> list[str]:
@@ -187,7 +189,7 @@ def _validation_batches(run: RunConfig, stream: Stream, rank: int, world_size: i
         here = np.asarray(own[first:first + size], np.int64)
         if decode is None:
             found = stream.gather(here, run.batch.seq_len, borders=run.data.mask_documents)
-            yield _token_batches(Rows(*found, digest=0), [size], run.data.mask_documents, pin)[0]
+            yield _token_batches(found, [size], run.data.mask_documents, pin)[0]
         else:
             records = [stream.record(int(i)) for i in here]
             yield _record_batches(records, stream.record(0), [size], decode, pin)[0]
@@ -217,6 +219,10 @@ def _token_batches(rows: Rows, sizes: list[int], documents: bool, pin: bool) -> 
             labels[row, column - 1] = IGNORE  # the last token of a document predicts nothing
             loss_tokens -= len(row)
             fields["documents"], fields["positions"] = _document_fields(row, column, size, T, pin)
+        if rows.removed is not None:  # no loss from a removed token, and none for it
+            removed = rows.removed[first:first + size]
+            labels[:n][removed[:, :-1] | removed[:, 1:]] = IGNORE
+            loss_tokens = int(np.count_nonzero(labels != IGNORE))
         batches.append(Batch(fields, loss_tokens))
         first += size
     return batches

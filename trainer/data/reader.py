@@ -2,11 +2,13 @@
 
 A decoder's row r holds tokens [r T, r T + T + 1) of its split's shards laid end to end, so that neighbouring
 rows share one token: the last label of one is the first token of the next. A custom model's row is a record.
+
+Documents that were removed on request keep their places, but every token of theirs is read as the end of a document.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import xxhash
 from officina.trainer.config import RunConfig
 from officina.trainer.data.manifest import Dataset, ShardEntry, open_dataset
 from officina.trainer.data.order import Mixture, Order, Places, Skips, SourceRows, timeline_of
+from officina.trainer.data.removal import removed_spans
 from officina.trainer.data.shards import DTYPES, Shard
 from officina.trainer.errors import DataError
 
@@ -24,7 +27,8 @@ DIGEST_MODULUS = 1 << 32
 class Stream:
     """The shards of one split, opened when they are first needed."""
 
-    def __init__(self, dataset: Dataset, split: str) -> None:
+    def __init__(self, dataset: Dataset, split: str, removals: int | None = None) -> None:
+        """removals: lists of removed documents that are heeded; none = all."""
         self.dataset, self.split = dataset, split
         self.entries: list[ShardEntry] = dataset.of_split(split)
         if not self.entries:
@@ -34,6 +38,8 @@ class Stream:
         """(shards + 1,) offset of each shard's first token in the stream."""
         self.document_starts = np.cumsum([0, *(e.documents for e in self.entries)])
         self._open: dict[int, Shard] = {}
+        self._removed_starts, self._removed_stops = removed_spans(dataset, self.entries, removals)
+        self._blank = dataset.manifest.tokenizer.eos_id if dataset.manifest.tokenizer else 0
 
     def shard(self, number: int) -> Shard:
         """The open shard."""
@@ -53,12 +59,8 @@ class Stream:
         shard = self.shard(of_shard)
         return shard.document(inside).tobytes(), f"{shard.path} record {inside}"
 
-    def gather(self, rows: np.ndarray, seq_len: int, *, borders: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens (n, seq_len + 1) of `rows` (n,), verified; and the document borders inside them.
-
-        Borders are two (b,) arrays, sorted: the number 0..n-1 of the row, and the column 1..seq_len of the
-        first token of a document. Both are empty unless `borders`.
-        """
+    def gather(self, rows: np.ndarray, seq_len: int, *, borders: bool) -> "Rows":
+        """Tokens (n, seq_len + 1) of `rows` (n,), verified; and, unless not `borders`, the document borders inside them."""
         out = np.empty((len(rows), seq_len + 1), DTYPES[self.dataset.manifest.dtype])
         starts = rows * seq_len
         first = np.searchsorted(self.token_starts, starts, side="right") - 1
@@ -74,11 +76,28 @@ class Stream:
                 found.append((here[row], column))
         for i in np.flatnonzero(first != last):
             found.append(self._copy_over_shards(int(i), int(starts[i]), out))
+        removed = self._blanked(out, starts)
         if not borders or not found:
-            return out, np.empty(0, np.int64), np.empty(0, np.int64)
+            return Rows(out, np.empty(0, np.int64), np.empty(0, np.int64), removed)
         row, column = (np.concatenate(parts) for parts in zip(*found, strict=True))
         in_order = np.lexsort((column, row))
-        return out, row[in_order], column[in_order]
+        return Rows(out, row[in_order], column[in_order], removed)
+
+    def _blanked(self, out: np.ndarray, starts: np.ndarray) -> np.ndarray | None:
+        """Blank the tokens of removed documents in rows that begin at `starts`; (n, T + 1) bool of them, if there are any."""
+        if not len(self._removed_starts):
+            return None
+        first = np.searchsorted(self._removed_stops, starts, side="right")
+        stop = np.searchsorted(self._removed_starts, starts + out.shape[1], side="left")
+        touched = np.flatnonzero(stop > first)
+        if not len(touched):
+            return None
+        removed = np.zeros(out.shape, bool)
+        for i in touched:
+            for span in range(first[i], stop[i]):
+                removed[i, max(self._removed_starts[span] - starts[i], 0):self._removed_stops[span] - starts[i]] = True
+        out[removed] = self._blank
+        return removed
 
     def _copy_over_shards(self, i: int, start: int, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Fill row `i` of `out` from several shards: one row in each shard's last, so slow is fast enough."""
@@ -126,7 +145,9 @@ class Rows:
     """(b,) row of each document border, sorted."""
     border_columns: np.ndarray
     """(b,) column 1..T of each first token of a document, sorted within a row."""
-    digest: int
+    removed: np.ndarray | None = None
+    """(n, T + 1) bool, tokens of documents that were removed on request; None if there are none."""
+    digest: int = 0
     """See `RowReader`."""
 
 
@@ -137,14 +158,21 @@ class RowReader:
     digest of several is their sum modulo 2**32, so that it does not depend on how rows are dealt to ranks.
     """
 
-    def __init__(self, run: RunConfig, position: int = 0) -> None:
-        """Open the data sets that give rows at or after global sample index `position`."""
+    def __init__(self, run: RunConfig, position: int = 0, removals: Mapping[str, int] | None = None) -> None:
+        """Open the data sets that give rows at or after global sample index `position`.
+
+        removals: lists of removed documents that are heeded, by source; none = all that there are.
+        """
         mixture = Mixture(timeline_of(run.data))
         self.records = run.model.kind == "custom"
         self.seq_len = 1 if self.records else run.batch.seq_len
         self.streams: dict[str, Stream] = {}
         for name in sorted(mixture.sources_from(position)):
-            self.streams[name] = Stream(open_source(run, name), run.data.split)
+            heeded = None if removals is None else removals.get(name, 0)
+            self.streams[name] = Stream(open_source(run, name), run.data.split, heeded)
+        self.removals = {name: n for name, s in self.streams.items()
+                         if (n := len(s.dataset.manifest.removals[:None if removals is None else removals.get(name, 0)]))}
+        """Lists of removed documents that are heeded, by source; for the ledger."""
         _same_tokenizer(run, self.streams)
         rows = {name: SourceRows(s.dataset.manifest.fingerprint, self._rows_of(name, s))
                 for name, s in self.streams.items()}
@@ -171,17 +199,21 @@ class RowReader:
         for number in numbers:
             here = np.flatnonzero(places.source == number)
             part = self._stream(number).gather(places.row[here], self.seq_len, borders=self._borders)
-            digest += _digest(part[0], samples[here])
+            digest += _digest(part.tokens, samples[here])
             if len(numbers) == 1:
-                return Rows(*part, digest % DIGEST_MODULUS)
+                return replace(part, digest=digest % DIGEST_MODULUS)
             parts.append((here, part))
         tokens = np.empty((len(samples), self.seq_len + 1), np.result_type(*dtypes))
+        removed = None
         for here, part in parts:
-            tokens[here] = part[0]
-        row = np.concatenate([here[part[1]] for here, part in parts]) if parts else np.empty(0, np.int64)
-        column = np.concatenate([part[2] for _, part in parts]) if parts else np.empty(0, np.int64)
+            tokens[here] = part.tokens
+            if part.removed is not None:
+                removed = np.zeros(tokens.shape, bool) if removed is None else removed
+                removed[here] = part.removed
+        row = np.concatenate([here[part.border_rows] for here, part in parts]) if parts else np.empty(0, np.int64)
+        column = np.concatenate([part.border_columns for _, part in parts]) if parts else np.empty(0, np.int64)
         in_order = np.lexsort((column, row))
-        return Rows(tokens, row[in_order], column[in_order], digest % DIGEST_MODULUS)
+        return Rows(tokens, row[in_order], column[in_order], removed, digest % DIGEST_MODULUS)
 
     def read_records(self, samples: np.ndarray) -> tuple[list[tuple[bytes, str]], int]:
         """Records of the global samples with the words that name each, and their digest."""

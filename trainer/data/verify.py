@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from officina.trainer.data.manifest import TOKENIZER, Dataset, ShardEntry, open_dataset
+from officina.trainer.data.removal import removed_documents
 from officina.trainer.data.shards import Shard
 from officina.trainer.errors import DataError
 
@@ -29,7 +30,7 @@ def verify(folder: str | Path, progress: Callable[[int], None] = lambda done_byt
     `progress` is called with the bytes read so far. Raises DataError if there is no readable manifest.
     """
     dataset = open_dataset(folder)
-    faults, done_bytes = _tokenizer_faults(dataset), 0
+    faults, done_bytes = _tokenizer_faults(dataset) + _removal_faults(dataset), 0
     for entry in dataset.shards:
         found, done_bytes = _sha256(dataset.folder / entry.path, done_bytes, progress)
         faults += _shard_faults(dataset, entry, found)
@@ -45,6 +46,14 @@ def _tokenizer_faults(dataset: Dataset) -> list[str]:
         return []
     return [f"{path}: {'missing' if found is None else f'sha256 {found}'}, but dataset.json says {wanted.sha256}. "
             "Restore the file from a copy: with another tokenizer the token ids mean something else."]
+
+
+def _removal_faults(dataset: Dataset) -> list[str]:
+    try:
+        removed_documents(dataset)
+    except DataError as exc:
+        return [str(exc)]
+    return []
 
 
 def _shard_faults(dataset: Dataset, entry: ShardEntry, sha256: str | None) -> list[str]:
