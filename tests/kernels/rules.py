@@ -11,7 +11,8 @@ def assert_twice_as_good(kernel: Callable, reference: Callable, inputs: Sequence
     """Errors of the kernel, in outputs and all gradients, are at most twice those of plain torch in the same precision.
 
     Both are measured against plain torch in fp64 from the same inputs. Where plain torch happens to be nearly exact, as it may
-    be in a few values or one sum, `floor_ulp` units in the last place of the largest value are allowed. Source of the rule: flash-attention's tests.
+    be in a few values or one sum, `floor_ulp` units in the last place of the largest value are allowed.
+    Source of the rule: flash-attention's tests.
     """
     exact = _with_grads(reference, [x.double() if x.is_floating_point() else x for x in inputs], torch.float64)
     plain, ours = (_with_grads(f, inputs, None) for f in (reference, kernel))

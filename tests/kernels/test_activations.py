@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from officina.kernels import activations
 from officina.kernels.activations import geglu, geglu_reference, swiglu, swiglu_reference, xielu, xielu_reference
@@ -20,12 +18,14 @@ def inputs(name, *shape, dtype=torch.float32, scale=3.0):
 
 
 @interpreted
-@settings(max_examples=20, deadline=None)
-@given(name=st.sampled_from(sorted(PAIRS)), shape=st.sampled_from([(0, 9), (1, 70), (50, 1), (40, 65), (5, 1100)]),
-       dtype=st.sampled_from([torch.float32, torch.float16]), scale=st.sampled_from([1e-3, 1.0, 10.0]))
-def test_kernels_are_as_exact_as_plain_torch(name, shape, dtype, scale):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", PAIRS)
+def test_kernels_are_as_exact_as_plain_torch(name, dtype):
     kernel, reference = PAIRS[name]
-    assert_twice_as_good(lambda *x: kernel(*x, impl="triton"), reference, inputs(name, *shape, dtype=dtype, scale=scale))
+    for shape, scale in [((0, 9), 1), ((7, 1), 1), ((1, 70), 1e-3), ((2, 1030), 3), ((9, 65), 10), ((2, 3, 5), 1)]:
+        # The gradients of xIELU's alphas are sums of terms of both signs, whose rounding their value does not show.
+        assert_twice_as_good(lambda *x: kernel(*x, impl="triton"), reference, inputs(name, *shape, dtype=dtype, scale=scale),
+                             floor_ulp=32 if name == "xielu" else 4)
 
 
 @interpreted
@@ -94,7 +94,7 @@ def test_offsets_beyond_32_bits_reach_their_rows():
 @interpreted
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_same_bits_every_time(name):
-    assert_same_bits(lambda *x: PAIRS[name][0](*x, impl="triton"), inputs(name, 30, 70))
+    assert_same_bits(lambda *x: PAIRS[name][0](*x, impl="triton"), inputs(name, 6, 70))
 
 
 def test_errors_say_what_does_not_fit():
