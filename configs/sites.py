@@ -90,6 +90,7 @@ class Announced:
     grade: str
     date: str
     source: str
+    note: str
 
 
 Path_ = tuple[str, ...]
@@ -131,6 +132,11 @@ def find_site(word: str, environ: Mapping[str, str] = os.environ) -> Site:
         return _build(base, [*(_layers(base, environ) if layer.extends else []), layer])
     site = _site_id(word, environ)
     return _build(site, _layers(site, environ))
+
+
+def site_of(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Id of the site that has this id or alias, None if none has."""
+    return _by_alias(name, _catalog(environ))
 
 
 def detect_site(hostname: str, environ: Mapping[str, str] = os.environ) -> str | None:

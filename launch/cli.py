@@ -24,6 +24,7 @@ _COMMANDS = {
     "generate": "text from a run's checkpoint",
     "data": "build, verify, inspect and audit data sets",
     "report": "report.html and report.json of a run",
+    "sites": "the supercomputers officina knows: shape, limits and rules of each, and where every value comes from",
     "demo": "the whole way of a run in four minutes on two cores",
     "bench": "the benchmark suite",
 }
@@ -134,6 +135,18 @@ examples:
 """
 
 
+def _sites(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.add_argument("words", nargs="*", metavar="WORD", help="NAME (id, alias or file), probe [NAME], or new NAME")
+    command.epilog = """\
+examples:
+  officina sites                            # all of them, in a table
+  officina sites lumi                       # every value of one, with grade, source and date
+  officina sites probe                      # on a login node: where Slurm says something else than the profile
+  officina sites probe leonardo >my.yaml    # keep the difference, then use it: site=./my.yaml
+  officina sites new mycluster              # on a login node: a profile for a cluster of your own
+"""
+
+
 def _demo(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.epilog = """\
 examples:
@@ -167,7 +180,7 @@ def _force(command: argparse.ArgumentParser) -> None:
 
 
 _ARGUMENTS = {"train": _train, "resume": _resume, "check": _check, "generate": _generate, "data": _data,
-              "report": _report, "demo": _demo, "bench": _bench}
+              "report": _report, "sites": _sites, "demo": _demo, "bench": _bench}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -126,6 +126,11 @@ def report(args: argparse.Namespace) -> int:
     return import_module("officina.launch.report").main(Path(args.run))
 
 
+def sites(args: argparse.Namespace) -> int:
+    """What is known of the systems."""
+    return import_module("officina.launch.site_commands").sites(args)
+
+
 def demo(args: argparse.Namespace) -> int:
     """`make demo` without the installation."""
     return import_module("officina.launch.demo").main()
