@@ -229,10 +229,16 @@ class Order:
             epoch[here] = epochs
             for e in np.unique(epochs) if self._shuffle and known.rows > 1 else ():
                 of_epoch = np.flatnonzero(epochs == e)
-                keys = round_keys(self._seed, known.fingerprint, int(e))
-                index[of_epoch] = permute(index[of_epoch], known.rows, keys)
+                index[of_epoch] = self.rows_of_epoch(self.names[number], int(e), index[of_epoch])
             row[here] = index
         return Places(source, cursor, epoch, row)
+
+    def rows_of_epoch(self, name: str, epoch: int, index: np.ndarray) -> np.ndarray:
+        """Rows that a source gives in one of its epochs at `index`, (n,) int64 from 0 to its rows: (n,) int64."""
+        known = self._sources[name]
+        if not self._shuffle or known.rows == 1:
+            return index
+        return permute(index, known.rows, round_keys(self._seed, known.fingerprint, epoch))
 
 
 class Skips:
