@@ -1,0 +1,102 @@
+"""A staged data set is the same one; wrong bytes, too little room and kills leave no data set behind."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_sets import tokenizer_info, write_tokens
+
+from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.removal import remove
+from officina.trainer.data.stage import stage
+from officina.trainer.data.verify import verify
+from officina.trainer.errors import DataError
+
+
+@pytest.fixture()
+def dataset(tmp_path: Path) -> Path:
+    folder = tmp_path / "d"
+    write_tokens(folder, {"train": [500] * 20, "validation": [90]}, shard_bytes=10_000,
+                 tokenizer=tokenizer_info(hashlib.sha256(b"{}").hexdigest(), 10**6))
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    (folder / "croissant.json").write_bytes(b"{}")
+    (folder / ".build").mkdir()
+    (folder / ".build" / "rest").write_bytes(b"x")
+    remove(folder, ["shards/train-00001.dls:2"])
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file() and ".build" not in p.parts}
+
+
+def test_a_copy_is_whole_and_done_once(dataset: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = stage(dataset, tmp_path / "fast", progress=lambda done, total: seen.append((done, total)))
+    assert content(tmp_path / "fast") == content(dataset) and verify(tmp_path / "fast").faults == []
+    assert report.files == len(content(dataset)) and report.kept_bytes == 0
+    assert seen[-1][0] == seen[-1][1] == report.copied_bytes and [d for d, _ in seen] == sorted(d for d, _ in seen)
+    (tmp_path / "fast" / "shards" / "train-00002.dls").unlink()
+    (tmp_path / "fast" / "shards" / "train-00001.dls").write_bytes(
+        b"x" * (dataset / "shards" / "train-00001.dls").stat().st_size)  # the right size alone is not enough
+    again = stage(dataset, tmp_path / "fast")
+    assert content(tmp_path / "fast") == content(dataset)
+    two = sum(e.bytes for e in open_dataset(dataset).shards if e.path[-5] in "12" and e.split == "train")
+    assert two <= again.copied_bytes < two + 2000 and again.kept_bytes > 0
+
+
+def test_wrong_files_are_all_named_and_none_is_copied(dataset: Path, tmp_path: Path) -> None:
+    for name in ("train-00000.dls", "train-00003.dls"):
+        path = dataset / "shards" / name
+        damaged = bytearray(path.read_bytes())
+        damaged[5000] ^= 1
+        path.write_bytes(damaged)
+    (dataset / "shards" / "validation-00000.dls").unlink()
+    with pytest.raises(DataError, match=r"cannot be staged:\n.*train-00000\.dls: sha256 .*\n.*train-00003\.dls: sha256 .*\n.*"
+                                        r"validation-00000\.dls: cannot be copied"):
+        stage(dataset, tmp_path / "fast")
+    with pytest.raises(DataError, match=r"is no data set"):
+        open_dataset(tmp_path / "fast")
+    left = {path.name for path in (tmp_path / "fast" / "shards").iterdir()}
+    assert "train-00001.dls" in left and not left & {"train-00000.dls", "train-00003.dls"}
+    assert not [name for name in left if name.endswith(".tmp")]
+
+
+def test_the_budget_and_the_room_are_asked_for_first(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"bytes, more than --budget 1,000\. Nothing was copied\. Try: --budget 1G"):
+        stage(dataset, tmp_path / "fast", budget_bytes=1000)
+    assert not (tmp_path / "fast").exists()
+    free = os.statvfs(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 999, "total": free.f_blocks}))
+    with pytest.raises(DataError, match=r"more bytes, but .* has 999 free\. Nothing was copied"):
+        stage(dataset, tmp_path / "fast")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be made"):
+        stage(dataset, tmp_path / "file" / "fast")
+
+
+def test_another_data_set_is_not_overwritten(dataset: Path, tmp_path: Path) -> None:
+    write_tokens(tmp_path / "other", {"train": [5]})
+    with pytest.raises(DataError, match=r"holds another data set. Name an empty folder"):
+        stage(dataset, tmp_path / "other")
+
+
+def test_a_kill_leaves_no_data_set_and_the_copy_goes_on(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "d", {"train": [np.int64(2_000_000)] * 6}, shard_bytes=8_000_000)
+    script = ("import sys; from officina.trainer.data.stage import stage; "
+              "stage(sys.argv[1], sys.argv[2], None, lambda done, total: print(done, flush=True))")
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "d", tmp_path / "fast"], stdout=subprocess.PIPE, text=True)
+    assert any(int(line) > 20_000_000 for line in process.stdout)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if process.returncode:
+        with pytest.raises(DataError, match=r"is no data set"):
+            open_dataset(tmp_path / "fast")
+        assert stage(tmp_path / "d", tmp_path / "fast").kept_bytes >= 8_000_000
+    assert verify(tmp_path / "fast").faults == []

@@ -1,0 +1,120 @@
+"""Copies a data set to a faster place, verified while it is copied, within a budget; an interrupted copy goes on."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from officina.trainer.data.manifest import MANIFEST, SHARDS, TOKENIZER, Dataset, open_dataset, sync_folder
+from officina.trainer.data.shards import index_of
+from officina.trainer.errors import DataError
+
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """What was copied."""
+
+    files: int
+    copied_bytes: int
+    kept_bytes: int
+    """Of files that were there already, whole and right."""
+
+
+def stage(folder: str | Path, out: str | Path, budget_bytes: int | None = None,
+          progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None) -> StageReport:
+    """Copy the data set in `folder` to `out`; its dataset.json comes last, so that half a copy is no data set.
+
+    Raises DataError before the first byte if it exceeds `budget_bytes` or the room there is; and, naming each, if files
+    are not what the manifest says: then none of them is left in `out`.
+    """
+    dataset, out = open_dataset(folder), Path(out)
+    if (out / MANIFEST).exists() and open_dataset(out).manifest.fingerprint != dataset.manifest.fingerprint:
+        raise DataError(f"{out} holds another data set. Name an empty folder.")
+    files = list(_files(dataset))
+    total = sum((dataset.folder / name).stat().st_size for name, _ in files if (dataset.folder / name).exists())
+    _room(dataset, out, files, total, budget_bytes)
+    done = copied = kept = 0
+    faults = []
+    for name, sha256 in files:
+        source, target = dataset.folder / name, out / name
+        size = source.stat().st_size if source.exists() else 0
+        base = done
+        if sha256 and target.exists() and target.stat().st_size == size and _hash(target) == sha256:
+            kept += size
+        elif fault := _copy(source, target, sha256, lambda here, base=base: progress(base + here, total)):
+            faults.append(fault)
+        else:
+            copied += size
+        done += size
+        progress(done, total)
+    if faults:
+        raise DataError(f"{folder} cannot be staged:\n" + "\n".join(f"  - {fault}" for fault in faults) +
+                        f"\nRestore these files from a copy; what is whole stays in {out}, and the same command goes on.")
+    _copy(dataset.folder / MANIFEST, out / MANIFEST, None, lambda here: None)
+    return StageReport(len(files) + 1, copied, kept)
+
+
+def _files(dataset: Dataset) -> Iterator[tuple[str, str | None]]:
+    """Every file but dataset.json, with its sha256 where the manifest knows it."""
+    manifest = dataset.manifest
+    known = {SHARDS: manifest.shards_sha256} | {removal.path: removal.sha256 for removal in manifest.removals}
+    if manifest.tokenizer:
+        known[TOKENIZER] = manifest.tokenizer.sha256
+    for path in sorted(dataset.folder.iterdir()):
+        if path.is_file() and path.name not in (*known, MANIFEST) and path.suffix in (".json", ".jsonl", ".jsonld"):
+            yield path.name, None
+    yield from known.items()
+    for entry in dataset.shards:
+        yield entry.path, entry.sha256
+        index = index_of(Path(entry.path))
+        if index.as_posix() != entry.path:
+            yield index.as_posix(), None
+
+
+def _room(dataset: Dataset, out: Path, files: list[tuple[str, str | None]], total: int, budget_bytes: int | None) -> None:
+    there = sum(size for name, _ in files if (out / name).exists()
+                and (size := (out / name).stat().st_size) == (dataset.folder / name).stat().st_size)
+    if budget_bytes is not None and total > budget_bytes:
+        raise DataError(f"{dataset.folder} has {total:,} bytes, more than --budget {budget_bytes:,}. Nothing was copied. "
+                        f"Try: --budget {-(-total // 10**9)}G")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out).free
+    except OSError as exc:
+        raise DataError(f"{out}: cannot be made ({exc.strerror}). Name a folder that you may write.") from exc
+    if total - there > free:
+        raise DataError(f"{dataset.folder} needs {total - there:,} more bytes, but {out} has {free:,} free. Nothing was "
+                        "copied. Name a larger place.")
+
+
+def _copy(source: Path, target: Path, sha256: str | None, progress: Callable[[int], None]) -> str | None:
+    """Copy under a temporary name, compare what was read with the hash, and rename. Returns the fault, if there is one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary, digest, done = target.with_name(target.name + ".tmp"), hashlib.sha256(), 0
+    try:
+        with open(source, "rb") as reader, open(temporary, "wb") as writer:
+            while chunk := reader.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                writer.write(chunk)
+                done += len(chunk)
+                progress(done)
+            writer.flush()
+            os.fsync(writer.fileno())
+        if sha256 and digest.hexdigest() != sha256:
+            return f"{source}: sha256 {digest.hexdigest()}, but the manifest says {sha256}"
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+        return None
+    except OSError as exc:
+        return f"{source}: cannot be copied to {target} ({exc.strerror})"
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
