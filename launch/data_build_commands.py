@@ -46,6 +46,7 @@ def add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     option("--name", default="", help="name of the data set (default: the folder's)")
     option("--description", default="", help="what the data is, in a sentence")
     option("--licence", default="", help="SPDX expression, e.g. CC-BY-4.0")
+    option("--policy", metavar="FILE", help="conditions of use: an ODRL offer (JSON-LD) or the fields of policy.json")
     option("--personal-data", choices=("none", "pseudonymised", "present"), default="none",
            help="with `present`, no text of it is ever shown (default: none)")
     option("--sensitive", action="store_true", help="no text of it is ever shown")
@@ -56,6 +57,7 @@ def add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def build(args: argparse.Namespace) -> int:
     """Build, and say what was built and what was left out."""
     from officina.trainer.data import build as building
+    from officina.trainer.data.describe import read_policy_file
     from officina.trainer.data.documents import Fields
     from officina.trainer.data.formats import INCLUDE
 
@@ -68,7 +70,7 @@ def build(args: argparse.Namespace) -> int:
         inputs=args.inputs, include=args.include or INCLUDE, fields=fields, filters=args.filter,
         max_bad_rows=args.max_bad_rows, tokenizer=args.tokenizer, vocab_size=args.vocab_size, eos=args.eos,
         validation=args.validation, shard_bytes=max(args.shard_bytes, 1), workers=args.workers, overwrite=args.overwrite,
-        about=about)
+        policy=read_policy_file(args.policy) if args.policy else None, about=about)
     screen, begun = console(), time.monotonic()
     with progress(screen, _PHASES) as report:
         result = building.build(args.folder, options, report)

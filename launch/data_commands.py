@@ -7,6 +7,7 @@ import time
 from officina.launch.data_build_commands import add_build
 from officina.launch.data_inspect_commands import add_inspect
 from officina.launch.data_terminal import add_parser, console, progress, size, table
+from officina.launch.data_use_commands import add_use
 from officina.trainer.errors import EXIT_DONE, EXIT_USER, DataError
 
 _EXAMPLES = """examples:
@@ -19,6 +20,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     """Add the commands of `officina data`; each sets `args.run` to the function that does it."""
     add_build(commands)
     add_inspect(commands)
+    add_use(commands)
     parser = add_parser(commands, "verify", "check every byte of a data set", _EXAMPLES)
     parser.add_argument("folder", metavar="DATASET")
     parser.set_defaults(run=verify)
@@ -33,6 +35,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def verify(args: argparse.Namespace) -> int:
     from officina.trainer.data import verify as verifying
     from officina.trainer.data.manifest import open_dataset
+    from officina.trainer.data.strict import strict
 
     total = sum(entry.bytes for entry in open_dataset(args.folder).shards)
     screen, begun = console(), time.monotonic()
@@ -40,9 +43,15 @@ def verify(args: argparse.Namespace) -> int:
         found = verifying.verify(args.folder, lambda done_bytes: report("sha256", done_bytes, total))
     if found.faults:
         raise DataError(f"{args.folder} is damaged:\n" + "\n".join(f"  - {fault}" for fault in found.faults))
+    described = strict(found.dataset)
+    if described.faults:
+        raise DataError(f"the bytes of {args.folder} are sound, but what is said about them is not:\n"
+                        + "\n".join(f"  - {fault}" for fault in described.faults))
     screen.print(f"{args.folder} is sound: {len(found.dataset.shards)} shards, {size(found.bytes)}, "
                   f"sha256 of each as in its manifest ({time.monotonic() - begun:.1f} s).", markup=False)
     screen.print(f"fingerprint  {found.dataset.manifest.fingerprint}")
+    if described.missing:
+        screen.print(f"not stated   {', '.join(described.missing)}: officina data describe {args.folder} --help", markup=False)
     return EXIT_DONE
 
 

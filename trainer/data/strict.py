@@ -77,7 +77,7 @@ def _croissant_faults(dataset: Dataset, policy: Policy | None) -> list[str]:
              if document.get(key) != value]
     if policy is not None:
         wanted = {licence_url(name) for name in policy.licence}
-        if not wanted or set(map(str, as_list(document.get("license")))) != wanted:
+        if set(map(str, as_list(document.get("license")))) != wanted:
             told.append(f"license={document.get('license')!r}, but the conditions of use say {sorted(wanted)!r}")
         told += _usage_faults(document.get("usageInfo"), policy)
     told += _file_faults(dataset.folder, as_list(document.get("distribution")))
