@@ -415,6 +415,7 @@ class SiteConfig:
     """The machine the run is on."""
 
     name: str = "local"
+    """Id of its profile, which only those who submit read: `officina sites`."""
     account: str = ""
     """Project that is charged; text, never a number."""
     grace: Duration = 60.0

@@ -197,6 +197,16 @@ def test_a_new_site_of_ones_own(tmp_path):
     assert compose_all(["site=roof"], mine).run.site.name == "attic"
 
 
+def test_a_source_that_is_named_further_in_brings_its_own_grade_and_date(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: X\nsources:\n  a: {grade: copy, date: 2026-01, title: A}\n"
+                    "  b: {grade: official, date: 2026-02, title: B}\n"
+                    "node: {source: a, grade: unverified, date: 2025, cores: 1, cpu: {value: Z80, source: b}}\n")
+    facts = find_site(str(path), NOBODY).facts
+    assert [(f.grade, f.date, f.source.name) for f in (facts["node.cores"], facts["node.cpu"])] == [
+        ("unverified", "2025", "a"), ("official", "2026-02", "b")]
+
+
 def test_dates_and_durations_are_read_as_people_write_them(tmp_path):
     assert yaml.safe_load("a: 2026-11-24")["a"] == datetime.date(2026, 11, 24), "the trap: YAML makes dates"
     path = tmp_path / "mine.yaml"

@@ -110,6 +110,13 @@ def test_each_value_tells_its_file(capsys, monkeypatch, tmp_path):
     assert f"[2] {mine}" in said
 
 
+def test_a_file_is_shown_too(capsys, monkeypatch, tmp_path):
+    (tmp_path / "my.yaml").write_text("extends: mn5\nslurm: {max_jobs: 7}\n")
+    said = shown(capsys, monkeypatch, 120, "./my.yaml")
+    assert re.search(r"max_jobs +7 +own .*\[2\]", said) and "[2] my.yaml" in said
+    assert "own: chosen by officina, or set in a file of yours" in said
+
+
 def test_words_for_values():
     assert [time_words(s) for s in (172_800, 43_200, 1_800, 5_400, 90, 0)] == ["2d", "12h", "30m", "1h30m", "1m30s", "0s"]
     assert as_words("storage.home.quota_gb", 0) == "no limit" and as_words("node.local_disk_gb", 0) == "0"
@@ -185,6 +192,14 @@ def test_gpus_of_a_node(gres, gpus):
     probe = read_probe(recorded(node=node, partition="PartitionName=p State=UP TotalNodes=1\n", sinfo="", qos=""))
     assert probe.values.get(("gpu", "per_node"), 0) == gpus
     assert (probe.values["node", "cores"], probe.values["node", "arch"]) == (280, "aarch64")
+
+
+@pytest.mark.parametrize(("said", "whole"), [
+    ("OverSubscribe=EXCLUSIVE", True), ("OverSubscribe=NO Exclusive=NODE", True), ("OverSubscribe=NO Exclusive=NO", False),
+    ("OverSubscribe=FORCE:4", False), ("", None)])
+def test_whole_nodes_in_old_and_new_words(said, whole):
+    probe = read_probe(recorded(partition=f"PartitionName=p MinNodes=0 {said} State=UP TotalNodes=1\n", qos=""))
+    assert probe.values.get(("partitions", "p", "whole_nodes")) is whole
 
 
 def test_nodes_that_are_hidden_or_differ():
