@@ -1,0 +1,122 @@
+"""Launches of the flash attention kernels: which configuration, how many programs, which strides."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from officina.kernels import flash_attention_triton as kernels
+from officina.kernels.flash_attention_tables import BACKWARD_FUSED, BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD, key_of, padded
+from officina.kernels.tables import Config, Table, arch_of, look_up
+
+LOG2_E = 1.4426950408889634
+CACHE_BYTES = 24 * 2**20
+"""Keys and values of the heads worked on at a time: they should stay in the L2 cache (A100 40 MB, H100 50 MB)."""
+MAX_ROW_STRIDE = 2**22
+"""Elements from row to row up to which offsets within a tile fit into 32 bits."""
+DELTA = Config(32, 0, 4, 1)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Tensor | None, causal: bool, scale: float,
+            window: int, softcap: float) -> None:
+    """Fill `out` and `lse`."""
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
+    if not out.numel():
+        return
+    q, k, v = map(_rows, (q, k, v))
+    arch, config = _configure("forward", FORWARD, q, causal)
+    _run(kernels.forward_kernel, B * H * -(-T // config.block_m), config, arch, q, k, v, out, lse, spans,
+         *_strides(q, k, v, out), B, H, T, S, _wave(S, k) * (H // G), window or T + S, *_units(scale, softcap),
+         GROUP=H // G, CAUSAL=causal, SOFTCAP=softcap > 0, N=config.block_n, **_widths(D), M=config.block_m)
+
+
+def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor,
+             dk: Tensor, dv: Tensor, spans: Tensor | None, causal: bool, scale: float, window: int, softcap: float,
+             deterministic: bool) -> None:
+    """Fill `dq`, `dk` and `dv`."""
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
+    if not dq.numel() or not dk.numel():
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return
+    q, k, v, out, dout = map(_rows, (q, k, v, out, dout))
+    delta = torch.empty_like(lse)
+    arch, split = _configure("backward_queries", BACKWARD_QUERIES, q, causal)
+    _run(kernels.delta_kernel, B * H * -(-T // DELTA.block_m), DELTA, arch, out, dout, dlse, lse, delta,
+         *_strides(out, dout), *((0, 0, 0) if dlse is None else dlse.stride()), H, T, M=DELTA.block_m, **_widths(D))
+    switches = {"GROUP": H // G, "CAUSAL": causal, "SOFTCAP": softcap > 0, **_widths(D)}
+    numbers = window or T + S, *_units(scale, softcap), scale
+    fused = not deterministic
+    arch, config = _configure("backward", BACKWARD_FUSED if fused else BACKWARD_KEYS, q, causal)
+    total = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device) if fused else dq
+    _run(kernels.backward_keys_kernel, B * G * -(-S // config.block_n), config, arch, q, k, v, dout, lse, delta, total, dk, dv,
+         spans, *_strides(q, k, v, dout, dk, dv), B, H, T, S, max(1, _wave(T, q) // (H // G)), *numbers,
+         FUSED=fused, M=config.block_m, N=config.block_n, **switches)
+    if fused:
+        dq.copy_(total)
+        return
+    _run(kernels.backward_queries_kernel, B * H * -(-T // split.block_m), split, arch, q, k, v, dout, lse, delta, dq, spans,
+         *_strides(q, k, v, dout, dq), B, H, T, S, _wave(S, k) * (H // G), *numbers,
+         M=split.block_m, N=split.block_n, **switches)
+
+
+def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes: Iterable[str] = ("bf16",),
+                 causal: Iterable[bool] = (True, False), packed: bool = False, softcap: bool = False,
+                 group: int = 4) -> Iterator[tuple[str, Any, dict[str, Any], Config]]:
+    """(name, kernel, arguments, configuration) of what `arch` runs, for compiling.compile_for; SAFE's on an unknown one."""
+    tables = {"forward": (kernels.forward_kernel, FORWARD), "backward_fused": (kernels.backward_keys_kernel, BACKWARD_FUSED),
+              "backward_keys": (kernels.backward_keys_kernel, BACKWARD_KEYS),
+              "backward_queries": (kernels.backward_queries_kernel, BACKWARD_QUERIES)}
+    for (name, (kernel, table)), dtype, head_dim, triangle in itertools.product(tables.items(), dtypes, head_dims, causal):
+        config = look_up(f"flash_attention_{name}", table, arch, key_of(head_dim, triangle, 32 if dtype == "fp32" else 16))
+        fused = name == "backward_fused"
+        constants = {"GROUP": group, "CAUSAL": triangle, "SOFTCAP": softcap, "FUSED": fused, "M": config.block_m,
+                     "N": config.block_n, **_widths(head_dim)}
+        types = {**dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{dtype}"), "lse": "*fp32",
+                 "delta": "*fp32", "spans": "*i32" if packed else None, **dict.fromkeys(("scale", "cap", "dscale"), "fp32")}
+        if fused:
+            types["dq"] = "*fp32"
+        arguments = {parameter: "i32:16" if parameter.startswith("stride") else {**types, **constants}.get(parameter, "i32")
+                     for parameter in kernel.arg_names}
+        switches = "".join((" causal" * triangle, " packed" * packed, " softcap" * softcap))
+        yield f"{name} {dtype} head_dim={head_dim}{switches}", kernel, arguments, config
+
+
+def _run(kernel: Any, programs: int, config: Config, arch: str, *arguments: Any, **constants: Any) -> None:
+    with torch.cuda.device_of(arguments[0]):
+        kernel[(programs,)](*arguments, **constants, **config.options(arch))
+
+
+def _configure(name: str, table: Table, q: Tensor, causal: bool) -> tuple[str, Config]:
+    arch = arch_of(q.device)
+    bits = 8 * q.element_size()
+    return arch, look_up(f"flash_attention_{name}", table, arch, key_of(q.shape[-1], causal, bits))
+
+
+def _widths(head_dim: int) -> dict[str, int]:
+    return {"D": padded(head_dim), "HEAD_DIM": head_dim}
+
+
+def _units(scale: float, softcap: float) -> tuple[float, float]:
+    """Factors that bring a product q k^T into log2 units: times the first, or with a softcap second * tanh(first * product)."""
+    return (scale / softcap, softcap * LOG2_E) if softcap else (scale * LOG2_E, 0.0)
+
+
+def _wave(n_rows: int, x: Tensor) -> int:
+    """How many heads to work on at a time, if each has two tensors like x of `n_rows` rows that all its programs read."""
+    return max(1, CACHE_BYTES // max(1, 2 * n_rows * x.shape[-1] * x.element_size()))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself, or a copy where the kernels could not walk it: heads must lie in one piece, rows not too far apart."""
+    return x if x.stride(-1) == 1 and abs(x.stride(-2)) <= MAX_ROW_STRIDE else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]

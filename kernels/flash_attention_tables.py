@@ -1,0 +1,76 @@
+"""Tiles of the flash attention kernels by architecture, from published figures and from what the compiler makes of them.
+
+Every entry compiles without spilling a register (tests hold that). They are no more than good starts where no such card was
+at hand: NVIDIA from FlashAttention-3's block sizes, AMD from AOTriton's database, both cut down until nothing spilled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from officina.kernels.tables import INTERPRETER, SAFE, Config, Table
+
+WIDTHS = (16, 32, 64, 128, 256)
+"""Widths that heads are padded to on the chip: dimensions of tiles are powers of two."""
+
+
+def padded(head_dim: int) -> int:
+    """The width of the tiles for heads of `head_dim`."""
+    return next(width for width in WIDTHS if head_dim <= width)
+
+
+def key_of(head_dim: int, causal: bool, bits: int) -> tuple[int, bool, int]:
+    """Key of the tables: a head width of 64, 128 or 256, whether the mask is causal, and the bits of an element (16 or 32)."""
+    return max(64, padded(head_dim)), causal, bits
+
+
+def _both(tiles: Mapping[int, Config], bits: int = 16) -> Iterator[tuple[tuple[int, bool, int], Config]]:
+    return (((width, causal, bits), config) for width, config in tiles.items() for causal in (False, True))
+
+
+def _table(safe: Mapping[int, Config], fp32: Mapping[int, Config], interpreter: Config, **archs: Mapping[int, Config]) -> Table:
+    """fp32 is for comparisons and runs without tensor cores; it has one set of tiles for all."""
+    return {SAFE: dict([*_both(safe), *_both(fp32, 32)]), **{arch: dict(_both(tiles)) for arch, tiles in archs.items()},
+            INTERPRETER: dict([*_both(dict.fromkeys((64, 128, 256), interpreter)),
+                               *_both(dict.fromkeys((64, 128, 256), interpreter), 32)])}
+
+
+FORWARD: Table = _table(
+    sm_80={64: Config(128, 64, 4, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 64, 8, 2)},
+    sm_90={64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
+    gfx90a={64: Config(128, 64, 4, 1, {"waves_per_eu": 2}), 128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
+    gfx942={64: Config(128, 64, 4, 1, {"waves_per_eu": 2}), 128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
+    safe={64: Config(64, 64, 4, 1), 128: Config(64, 32, 4, 1), 256: Config(64, 32, 8, 1)},
+    fp32={64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    interpreter=Config(32, 16, 4, 1))
+"""A program's block_m queries against block_n keys at a time."""
+
+BACKWARD_FUSED: Table = _table(
+    sm_80={64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    sm_90={64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    gfx90a={64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 32, 4, 1)},
+    gfx942={64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 32, 4, 1)},
+    safe={64: Config(32, 64, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
+    fp32={64: Config(16, 32, 4, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    interpreter=Config(16, 32, 4, 1))
+"""A program's block_n keys against block_m queries at a time; dq by atomic additions."""
+
+BACKWARD_KEYS: Table = _table(
+    sm_80={64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
+    sm_90={64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2), 256: Config(64, 32, 8, 1)},
+    gfx90a={64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 32, 4, 1)},
+    gfx942={64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 32, 4, 1)},
+    safe={64: Config(32, 64, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
+    fp32={64: Config(16, 32, 4, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    interpreter=Config(16, 32, 4, 1))
+"""The same without dq."""
+
+BACKWARD_QUERIES: Table = _table(
+    sm_80={64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
+    sm_90={64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(32, 64, 8, 1)},
+    gfx90a={64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
+    gfx942={64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
+    safe={64: Config(64, 32, 4, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 16, 8, 1)},
+    fp32={64: Config(32, 16, 4, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    interpreter=Config(32, 16, 4, 1))
+"""A program's block_m queries against block_n keys at a time: dq in a fixed order."""
