@@ -180,6 +180,19 @@ def start(session: Session) -> dict[str, Any]:
     return {"total_s": summary([plain_start(words, session.scratch) for _ in range(REPEATS)])}
 
 
+def kernels(session: Session) -> dict[str, Any]:
+    """The kernels at the shapes that have goals: kernels.json and kernels.html beside our record; here what was found."""
+    words = ["--tiny"] if session.tiny else ["--goals", "--seconds", f"{min(70.0, session.left_s - 20):.0f}"]
+    path = session.out / "kernels.json"
+    done = subprocess.run([sys.executable, "-m", "officina.benchmarks.kernels", *words, "--out", str(path)],
+                          stdin=subprocess.DEVNULL, timeout=max(60.0, session.left_s))
+    if done.returncode:
+        raise RuntimeError(f"officina.benchmarks.kernels ended with status {done.returncode}")
+    results = json.loads(path.read_text())["results"]
+    return {"goals": {f"{goal['kernel']}, {goal['shape']}, {goal['phase']}, {goal['measure']}": goal["found"]
+                      for goal in results["goals"]}, "left_out_cases": results["left_out"]}
+
+
 def _trainer(run_dir: Path, timeout_s: float) -> None:
     done = subprocess.run([sys.executable, "-m", "officina.trainer", str(run_dir)], stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, timeout=timeout_s)
@@ -222,6 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         few = 1 if args.tiny else None
         session.stage("matmul", 10, lambda: matmul_ceiling(session))
         session.stage("h200_1b8", 130, lambda: against_plain(session, "h200_1b8", steps=few or 8))
+        session.stage("kernels", 90, lambda: kernels(session))
         session.stage("h200_8b", 100, lambda: alone(session, "h200_8b", OURS, steps=few or 3))
         session.stage("h200_8b plain", 80, lambda: alone(session, "h200_8b", PLAIN, steps=few or 3))
         session.stage("h200_8b selective", 90, lambda: alone(

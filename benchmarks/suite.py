@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from officina.trainer.errors import EXIT_BUG, EXIT_DONE, OfficinaError
+from officina.trainer.errors import EXIT_BUG, EXIT_DONE, EXIT_USER, OfficinaError
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +17,11 @@ class Benchmark:
 
     about: str
     minutes: str
-    """About how long it takes on two cores."""
+    """About how long it takes, on two cores or on a GPU."""
     quick: tuple[str, ...]
     """Words that make it short: enough to see that it runs, too short for figures."""
+    on_gpu: bool = False
+    """Whether its figures need a GPU; `all` leaves it out, but for --quick."""
 
 
 BENCHMARKS = {
@@ -32,8 +34,10 @@ BENCHMARKS = {
                             ("--gib", "0.1", "--repeats", "1")),
     "checkpoint_faults": Benchmark("damaged checkpoints: which are noticed, by officina and by others", "16",
                                    ("--kills", "4", "--corruptions", "40")),
+    "kernels": Benchmark("every Triton kernel against its baselines and the card's ceilings, on a GPU", "30", ("--tiny",),
+                         on_gpu=True),
 }
-"""Those that run without a GPU; `make gpu` runs the ones that need one (benchmarks/gpu.py)."""
+"""`make gpu` runs those that train on a GPU (benchmarks/gpu.py), and the kernels' goals."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,7 +52,9 @@ def main(argv: Sequence[str]) -> int:
         for name, benchmark in BENCHMARKS.items():
             print(f"{name:<18} {benchmark.about} (about {benchmark.minutes} min)")
         return EXIT_DONE
-    names = list(BENCHMARKS) if args.names == ["all"] else args.names
+    names = args.names
+    if names == ["all"]:
+        names = [name for name, benchmark in BENCHMARKS.items() if args.quick or not benchmark.on_gpu]
     for name in names:
         if name not in BENCHMARKS:
             raise OfficinaError(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}. Try: officina bench list")
@@ -60,16 +66,18 @@ def main(argv: Sequence[str]) -> int:
 
 def run(names: Sequence[str], out: Path, *, quick: bool = False) -> int:
     """Each benchmark in a process of its own: none inherits another's threads, memory or process group."""
-    failed = []
+    failed: dict[str, int] = {}
     for name in names:
         words = BENCHMARKS[name].quick if quick else ()
         print(f"-- {name}: {BENCHMARKS[name].about}", flush=True)
         done = subprocess.run([sys.executable, "-m", f"officina.benchmarks.{name}", *words,
                                "--out", str(out / f"{name}.json")], env=os.environ | {"PYTHONSAFEPATH": "1"})
         if done.returncode:
-            failed.append(name)
+            failed[name] = done.returncode
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    if set(failed.values()) == {EXIT_USER}:  # they said what to do
+        return EXIT_USER
     return EXIT_BUG if failed else EXIT_DONE
 
 

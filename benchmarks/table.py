@@ -126,8 +126,22 @@ def _gpu(results: Record) -> str:
                    "peak GiB"], rows, words=2) + "\n\n" + " ".join(said)
 
 
+def _kernels(results: Record) -> str:
+    rows = [[f"{goal['kernel']}, {goal['shape']}, {goal['phase']}", goal["entrant"], goal["measure"], f"{goal['must']:g}",
+             "" if goal["stretch"] is None else f"{goal['stretch']:g}",
+             "not measured" if goal["found"] is None else f"{goal['found']:.3g}{'' if goal['met'] else ' (missed)'}"]
+            for goal in results["goals"]]
+    ceilings = results["ceilings"]
+    said = (f"Measured ceilings: copy {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s, matrix product "
+            f"{ceilings['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s.")
+    if results["left_out"]:
+        said += f" Left out for want of time: {'; '.join(results['left_out'])}."
+    return _table(["kernel", "entrant", "measure", "goal", "hoped for", "found"], rows, words=3) + "\n\n" + said
+
+
 _TABLES = {"step": _step, "engines": _engines, "start": _start, "checkpoint": _checkpoint,
-           "checkpoint_faults": _checkpoint_faults, "gpu": _gpu}
+           "checkpoint_faults": _checkpoint_faults, "gpu": _gpu,
+           "kernels": _kernels}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:

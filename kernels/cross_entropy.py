@@ -268,8 +268,9 @@ def _launch(name: str, kernel: Any, logits_NV: Tensor, *arguments: Any, **consta
     arch = arch_of(logits_NV.device)
     config = look_up("cross_entropy", CONFIGS, arch, name)
     programs = min(N, multiprocessors(logits_NV.device) * config.block_m)
-    kernel[(programs,)](logits_NV, *arguments, WIDE=wide_type(logits_NV.dtype), BLOCK=config.block_n, LANES=config.num_warps,
-                        **constants, **config.options(arch))
+    with torch.cuda.device_of(logits_NV):
+        kernel[(programs,)](logits_NV, *arguments, WIDE=wide_type(logits_NV.dtype), BLOCK=config.block_n,
+                            LANES=config.num_warps, **constants, **config.options(arch))
 
 
 def _sums(logits_NV: Tensor, labels_N: Tensor, first: int, softcap: float) -> Tensor:

@@ -1,0 +1,190 @@
+"""Find the fastest launch configurations on the GPU at hand, for the tables that are shipped. Never called while training.
+
+    python -m officina.benchmarks.tune cross_entropy --out tune-results       # one kernel
+    python -m officina.benchmarks.tune all --seconds 500 --out tune-results
+
+Each configuration of a sweep stands in the kernel's table for as long as it is measured, one after the other and in turn; the
+present one is among them. tune.json holds every figure, tables.txt the entries to write into the table where a faster one was
+found. Then: run tests/kernels (no configuration may spill), write a line into kernels/NOTES.md, commit both.
+"""
+
+import argparse
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from officina.benchmarks.kernel_cases import DETERMINISTIC, OURS, build_attention, build_norm, build_swiglu
+from officina.benchmarks.kernel_timing import Timing, Work, measure
+from officina.benchmarks.record import record, write_record
+from officina.kernels import activations, cross_entropy, flash_attention_tables, rms_norm
+from officina.kernels.tables import SAFE, Config, arch_of, is_amd
+from officina.trainer.errors import EXIT_DONE, EXIT_USER
+
+GAIN = 0.02
+"""A configuration that is faster by less than this does not displace the present one: that is noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One entry of a table, and what to try there."""
+
+    kernel: str
+    table_name: str
+    """As it stands in the source, `CONFIGS`."""
+    table: dict[str, dict[Hashable, Config]]
+    key: Hashable
+    candidates: Sequence[Config]
+    build: Callable[[torch.device], Work]
+    """What the kernel does while it is measured."""
+
+
+def sweeps(arch: str) -> list[Sweep]:
+    """All of them, for shapes of training."""
+    return [*_attention(arch), *_cross_entropy(8192, 131_072, torch.bfloat16), *_norm(), *_swiglu()]
+
+
+def tune(sweep: Sweep, device: torch.device, *, round_s: float = 0.03) -> dict[str, Any]:
+    """Measure every candidate; the best, if it is better than the present one by GAIN."""
+    arch = arch_of(device)
+    present = sweep.table.get(arch, {}).get(sweep.key) or sweep.table[SAFE][sweep.key]
+    work = sweep.build(device)
+
+    def configured(config: Config) -> Work:
+        def run() -> Any:
+            with _stands(sweep.table, arch, sweep.key, config):
+                return work.run()
+        return Work(run, work.before)
+
+    configs = list(dict.fromkeys([present, *sweep.candidates]))
+    found = measure({str(i): configured(config) for i, config in enumerate(configs)}, device, round_s=round_s)
+    timed = {int(i): timing for i, timing in found.items() if isinstance(timing, Timing)}
+    if not timed:
+        raise RuntimeError(f"{sweep.kernel}, {sweep.key}: no configuration ran: {found['0']}")
+    best = min(timed, key=lambda i: timed[i].median_s)
+    if 0 in timed and timed[best].median_s > (1 - GAIN) * timed[0].median_s:
+        best = 0
+    return {"kernel": sweep.kernel, "table": sweep.table_name, "key": repr(sweep.key), "arch": arch,
+            "present": _text(present), "best": _text(configs[best]),
+            "gain": timed[0].median_s / timed[best].median_s if 0 in timed else None,
+            "entry": f"{sweep.table_name}[{arch!r}][{sweep.key!r}] = {_text(configs[best])}",
+            "measured": {_text(config): asdict(timed[i]) if i in timed else {"failed": found[str(i)]}
+                         for i, config in enumerate(configs)}}
+
+
+@contextmanager
+def _stands(table: dict[str, dict[Hashable, Config]], arch: str, key: Hashable, config: Config) -> Iterator[None]:
+    """The table with another configuration, for a while."""
+    before = table.get(arch)
+    table[arch] = {**(before or {}), key: config}
+    try:
+        yield
+    finally:
+        if before is None:
+            del table[arch]
+        else:
+            table[arch] = before
+
+
+def _text(config: Config) -> str:
+    extra = f", {dict(config.extra)!r}" if config.extra else ""
+    return f"Config({config.block_m}, {config.block_n}, {config.num_warps}, {config.num_stages}{extra})"
+
+
+# ---- what is tried -------------------------------------------------------------------------------------------------
+def _attention(arch: str) -> Iterator[Sweep]:
+    extras = [{"waves_per_eu": n} for n in (1, 2, 3)] if is_amd(arch) else [{}]
+    stages = (1,) if is_amd(arch) else (1, 2, 3)  # AMD's compiler spills at two
+    tiles = (32, 64, 128)
+    tried = [Config(*values, extra) for *values, extra in itertools.product(tiles, tiles, (4, 8), stages, extras)]
+    tables = (("FORWARD", "forward", OURS), ("BACKWARD_FUSED", "backward", OURS),
+              ("BACKWARD_KEYS", "backward", DETERMINISTIC), ("BACKWARD_QUERIES", "backward", DETERMINISTIC))
+    for D, causal, (name, phase, entrant) in itertools.product((64, 128), (True, False), tables):
+        yield Sweep("attention", name, getattr(flash_attention_tables, name), (D, causal, 16), tried,
+                    functools.partial(_attention_work, D, causal, phase, entrant))
+
+
+def _attention_work(D: int, causal: bool, phase: str, entrant: str, device: torch.device) -> Work:
+    return build_attention(2, 2048 // D, 8192, D, causal, device, phase, True)[entrant]
+
+
+def _cross_entropy(N: int, V: int, dtype: torch.dtype) -> Iterator[Sweep]:
+    tried = [Config(m, n, warps, 1)
+             for m, n, warps in itertools.product((1, 2, 4, 8), (4096, 8192, 16_384, 32_768), (8, 16, 32))]
+    for name in ("sums", "gradient", "loss_and_gradient"):
+        yield Sweep("cross_entropy", "CONFIGS", cross_entropy.CONFIGS, name, tried,
+                    functools.partial(_cross_entropy_work, N, V, dtype, name))
+
+
+def _cross_entropy_work(N: int, V: int, dtype: torch.dtype, name: str, device: torch.device) -> Work:
+    fresh, labels = (2 * torch.randn(N, V, device=device)).to(dtype), torch.randint(0, V, (N,), device=device)
+    ops = torch.ops.officina
+    if name == "loss_and_gradient":
+        logits = fresh.clone()
+        return Work(lambda: ops.cross_entropy_(logits, labels, 0.0, 0.0, 0.0), lambda: logits.copy_(fresh))
+    if name == "sums":
+        return Work(lambda: ops.cross_entropy_sums(fresh, labels, 0, 0.0))
+    sums = ops.cross_entropy_sums(fresh, labels, 0, 0.0)
+    return Work(lambda: ops.cross_entropy_gradient(fresh, labels, sums, sums, 0, 0.0))
+
+
+def _norm() -> Iterator[Sweep]:
+    for width in (2048, 4096, 8192, 16_384):
+        tried = [Config(m, width, warps, 1) for m, warps in itertools.product((1, 2, 4), (2, 4, 8, 16))]
+        for name, phase in (("FORWARD", "forward"), ("BACKWARD", "backward")):
+            yield Sweep("rms_norm", name, getattr(rms_norm, name), width, tried,
+                        lambda device, width=width, phase=phase: build_norm(8192, width, device, phase, True)[OURS])
+
+
+def _swiglu() -> Iterator[Sweep]:
+    tried = [Config(1, n, warps, 1) for n, warps in itertools.product((512, 1024, 2048, 4096), (2, 4, 8))]
+    yield Sweep("activations", "TABLE", activations.TABLE, "any", tried,
+                lambda device: build_swiglu(8192, 14_336, device, "both", True)[OURS])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Sweep, write tune.json and tables.txt. Returns 0, or 2 where there is no GPU or no such kernel."""
+    parser = argparse.ArgumentParser(prog="python -m officina.benchmarks.tune", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernel", help="attention, cross_entropy, rms_norm, activations, or all")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no sweep after this time (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("tune-results"), help="folder (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("officina: tuning needs a GPU, and torch sees none here; the shipped tables stand in kernels/", file=sys.stderr)
+        return EXIT_USER
+    device = torch.device("cuda", torch.cuda.current_device())
+    every = sweeps(arch_of(device))
+    chosen = [sweep for sweep in every if args.kernel in ("all", sweep.kernel)]
+    if not chosen:
+        print(f"officina: there is no table of {args.kernel}; there are {', '.join(dict.fromkeys(s.kernel for s in every))}",
+              file=sys.stderr)
+        return EXIT_USER
+    write(chosen, device, args.out, args.seconds)
+    return EXIT_DONE
+
+
+def write(chosen: Sequence[Sweep], device: torch.device, out: Path, seconds: float, *, round_s: float = 0.03) -> None:
+    """Do the sweeps; the files are written anew after each, so that what was measured outlives a kill."""
+    deadline, done = time.monotonic() + seconds, []
+    for sweep in chosen:
+        if time.monotonic() > deadline:
+            break
+        found = tune(sweep, device, round_s=round_s)
+        done.append(found)
+        print(f"{found['kernel']}, {found['key']}: {found['present']} -> {found['best']}, {found['gain'] or 0:.3f} times as "
+              "fast", flush=True)
+        write_record(record("tune", {"sweeps": done}), out / "tune.json")
+        faster = [result["entry"] for result in done if result["best"] != result["present"]]
+        (out / "tables.txt").write_text("".join(f"{entry}\n" for entry in faster))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
