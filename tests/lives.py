@@ -91,6 +91,10 @@ def inject(fault: str, rank: int):
 
         loader.Loader.__init__ = late
         return lambda: setattr(loader.Loader, "__init__", real_init)
+    if fault == "conditions end":  # after step 4, and only by the clock of rank 1
+        real_clock = assemble.Job.use_is_over
+        assemble.Job.use_is_over = lambda job: job.deadline is not None and rank == 1 and job.step >= 4
+        return lambda: setattr(assemble.Job, "use_is_over", real_clock)
     if fault:
         raise ValueError(fault)
     return lambda: None
