@@ -183,8 +183,8 @@ def _rope(tiny: bool) -> Iterator[Case]:
     for T, H in ((16, 4),) if tiny else ((8192, 16), (8192, 32), (8192, 64)):
         K = 16 if tiny else 128
         moved = 2 * 2 * T * (H + H // 4) * K
-        yield Case("RoPE", f"{T} x {H} heads", _row_floors(moved, moved), functools.partial(_build_rope, T, H, K), tiny or H == 32,
-                   {"T": T, "H": H, "G": H // 4, "K": K})
+        yield Case("RoPE", f"{T} x {H} heads", _row_floors(moved, moved), functools.partial(_build_rope, T, H, K),
+                   tiny or H == 32, {"T": T, "H": H, "G": H // 4, "K": K})
 
 
 def _build_rope(T: int, H: int, K: int, device: torch.device, phase: str, kernels: bool) -> dict[str, Work]:
