@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from officina.kernels import activations, rms_norm, rope
+from officina.kernels import activations, adamw, rms_norm, rope
 from officina.kernels.compiling import ARCHS, compile_for
 
-MODULES = {module.__name__.rpartition(".")[2]: module for module in (activations, rms_norm, rope)}
+MODULES = {module.__name__.rpartition(".")[2]: module for module in (activations, adamw, rms_norm, rope)}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
