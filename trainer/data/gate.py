@@ -13,8 +13,9 @@ from datetime import UTC, datetime, timedelta
 from officina.trainer.config import RunConfig, UseConfig
 from officina.trainer.data.licences import Terms, options, share_alike_conflict
 from officina.trainer.data.manifest import Dataset, open_dataset
+from officina.trainer.data.order import sources_in_use
 from officina.trainer.data.policy import ACTIONS, AREAS, Policy, begins, countries, ends, policy_of
-from officina.trainer.data.register import Going, Tally, is_limited, over_maximum, sources_in_use, tally
+from officina.trainer.data.register import Going, Tally, is_limited, over_maximum, tally
 from officina.trainer.errors import DataError, Problem
 
 _BROADER = {"academic-research": "research", "scientific-research": "research", "public-research": "research",
@@ -58,7 +59,7 @@ class Judged:
 def judge_run(run: RunConfig, going: Going | None = None, now: datetime | None = None) -> list[Finding]:
     """Every finding on the data sets that the run reads from now on. Raises DataError if one cannot be opened."""
     now, going = now or datetime.now(UTC), going or Going()
-    judged = [_judged(run, name, open_dataset(run.data.sources[name].path), going, now) for name in sources_in_use(run)]
+    judged = [_judged(run, name, open_dataset(run.data.sources[name].path), going, now) for name in sources_in_use(run.data)]
     return judge(judged, run.use, "ai-training" if run.model.kind == "custom" else "gen-ai", now)
 
 
@@ -97,7 +98,7 @@ def explained(findings: list[Finding]) -> list[str]:
 def deadline(run: RunConfig) -> tuple[datetime, str] | None:
     """When the run must stop using its data, and which source says so; None = never. Independent of today's date."""
     ended: list[tuple[datetime, str]] = []
-    for name in sources_in_use(run):
+    for name in sources_in_use(run.data):
         dataset = open_dataset(run.data.sources[name].path)
         policy = policy_of(dataset)
         if policy.not_after:

@@ -280,6 +280,15 @@ def timeline_of(data: DataConfig) -> list[TimelineStage]:
     return [TimelineStage(from_sample=0, weights={name: s.weight for name, s in data.sources.items()})]
 
 
+def sources_in_use(data: DataConfig) -> list[str]:
+    """Sources that a run reads from now on: not those that have left its mixture and stay for the audit."""
+    if not data.timeline:
+        return sorted(data.sources)
+    named = {name for stage in data.timeline for name in stage.weights}
+    current = data.timeline[-1].weights
+    return sorted(name for name in data.sources if name in current or name not in named)
+
+
 def extend_timeline(data: DataConfig, position: int, sources: Mapping[str, SourceConfig]) -> DataConfig:
     """`data` with the mixture `sources` (all of them, not only the new ones) from global sample `position` on.
 

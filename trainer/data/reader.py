@@ -16,7 +16,7 @@ import xxhash
 
 from officina.trainer.config import RunConfig
 from officina.trainer.data.manifest import Dataset, ShardEntry, open_dataset
-from officina.trainer.data.order import Mixture, Order, Places, Skips, SourceRows, timeline_of
+from officina.trainer.data.order import Mixture, Order, Places, Skips, SourceRows, sources_in_use, timeline_of
 from officina.trainer.data.removal import removed_spans
 from officina.trainer.data.shards import DTYPES, Shard
 from officina.trainer.errors import DataError
@@ -272,9 +272,9 @@ def _same_tokenizer(run: RunConfig, streams: dict[str, Stream]) -> None:
 
 
 def validation_streams(run: RunConfig) -> dict[str, Stream]:
-    """The validation split of every source that has one, by source name."""
+    """The validation split of every source in the mixture that has one, by source name: one that left it is read no more."""
     streams: dict[str, Stream] = {}
-    for name in sorted(run.data.sources):
+    for name in sources_in_use(run.data):
         dataset = open_source(run, name)
         if run.data.validation_split in dataset.manifest.splits:
             streams[name] = Stream(dataset, run.data.validation_split)

@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from officina.trainer.config import RunConfig
 from officina.trainer.data.manifest import Dataset, Manifest, open_dataset, write_whole
-from officina.trainer.data.order import Mixture, Skips, timeline_of
+from officina.trainer.data.order import Mixture, Skips, sources_in_use, timeline_of
 from officina.trainer.data.policy import Policy, policy_of
 from officina.trainer.errors import DataError
 
@@ -210,19 +210,10 @@ def over_maximum(policy: Policy, runs: int, rows: int, row_tokens: int, split_ro
 
 
 def _limited(run: RunConfig) -> Iterator[tuple[str, Dataset]]:
-    for name in sources_in_use(run):
+    for name in sources_in_use(run.data):
         dataset = open_dataset(run.data.sources[name].path)
         if is_limited(policy_of(dataset)):
             yield name, dataset
-
-
-def sources_in_use(run: RunConfig) -> list[str]:
-    """Sources that the run reads from now on: not those that have left its mixture and stay for the audit."""
-    if not run.data.timeline:
-        return sorted(run.data.sources)
-    named = {name for stage in run.data.timeline for name in stage.weights}
-    current = run.data.timeline[-1].weights
-    return sorted(name for name in run.data.sources if name in current or name not in named)
 
 
 def _write(path: Path, entry: Entry) -> None:
