@@ -4,10 +4,14 @@ import re
 
 import pytest
 
-from officina.kernels import activations, adamw, rms_norm, rope
+from officina.kernels import activations, adamw, rms_norm, rope, symmetric
 from officina.kernels.compiling import ARCHS, compile_for
 
-MODULES = {module.__name__.rpartition(".")[2]: module for module in (activations, adamw, rms_norm, rope)}
+MODULES = {module.__name__.rpartition(".")[2]: module for module in (activations, adamw, rms_norm, rope, symmetric)}
+
+
+MOST_REGISTERS = {"symmetric": 168}
+MOST_SHARED_BYTES = {"symmetric": 98_304}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -16,7 +20,16 @@ def test_shipped_configurations_do_not_spill(module, arch):
     for name, kernel, arguments, config in MODULES[module].compilations(arch):
         usage = compile_for(kernel, arguments, config, arch)
         assert usage.spill_bytes == 0, f"{name} spills {usage.spill_bytes} bytes a thread"
-        assert usage.registers <= (128 if arch.startswith("sm") else 256), f"{name} takes {usage.registers} registers"
-        assert usage.shared_bytes <= 16_384, f"{name} takes {usage.shared_bytes} bytes of shared memory"
-        loads_16_bytes = re.search(r"ld\.global[.\w:]*\.v4\.b32|load_dwordx4", usage.assembly)
+        most = MOST_REGISTERS.get(module, 128) if arch.startswith("sm") else 256
+        assert usage.registers <= most, f"{name} takes {usage.registers} registers"
+        most = MOST_SHARED_BYTES.get(module, 16_384) if arch == "sm_90" else 32_768
+        assert usage.shared_bytes <= most, f"{name} takes {usage.shared_bytes} bytes of shared memory"
+        loads_16_bytes = re.search(r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg|load_dwordx4", usage.assembly)
         assert loads_16_bytes, f"{name} does not load 16 bytes at a time"
+
+
+@pytest.mark.parametrize("arch,instruction", [
+    ("sm_80", "mma.sync"), ("sm_90", "wgmma.mma_async"), ("gfx90a", "v_mfma_f32"), ("gfx942", "v_mfma_f32")])
+def test_products_in_bf16_take_the_matrix_units(arch, instruction):
+    _, kernel, arguments, config = next(symmetric.compilations(arch))
+    assert instruction in compile_for(kernel, arguments, config, arch).assembly

@@ -1,0 +1,149 @@
+"""The symmetric product X X^T, of which only the tiles on and below the diagonal are computed and the others mirrored.
+
+    out = alpha X X^T + beta C,   C symmetric
+
+Half the operations of a general product. With C = X = G symmetric it is also Newton-Schulz's second product b G + c G G,
+which Muon takes at each of its steps.  Backward: dX = alpha (dout + dout^T) X,  dC = beta dout.
+Source: the idea is of modded-nanogpt's XXT kernel; written anew. Shapes: X (N, M).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from officina.kernels.dispatch import Impl, choose_impl, jit, tl, triton, why_not_triton
+from officina.kernels.ops import define_op, wide_type
+from officina.kernels.tables import INTERPRETER, SAFE, Config, arch_of, look_up
+
+
+def symmetric_product(x_NM: Tensor, *, alpha: float = 1.0, beta: float = 0.0, addend_NN: Tensor | None = None,
+                      impl: Impl = "auto") -> Tensor:
+    """alpha X X^T + beta C, (N, N) in x's dtype, exactly symmetric where C is; sums in fp32 (fp64 for fp64).
+
+    Args:
+        addend_NN: C, symmetric (which is not checked: what lies above the diagonal is not read); None: no addend.
+    Raises ValueError for shapes that do not fit, and where impl=triton cannot run. `auto` leaves fp32 on a GPU to torch, whose
+    product of full precision is the faster one.
+    """
+    if x_NM.dim() != 2:
+        raise ValueError(f"symmetric_product: x {tuple(x_NM.shape)} must be a matrix")
+    N = x_NM.shape[0]
+    if addend_NN is not None and (addend_NN.shape != (N, N) or addend_NN.dtype != x_NM.dtype):
+        raise ValueError(f"symmetric_product: addend {tuple(addend_NN.shape)} {addend_NN.dtype} must be ({N}, {N}) "
+                         f"{x_NM.dtype}")
+    reason = why_not_triton(x_NM, addend_NN)
+    if reason is None and impl == "auto" and x_NM.is_cuda and x_NM.dtype not in (torch.bfloat16, torch.float16):
+        reason = f"{x_NM.dtype} is faster with torch.matmul"
+    if choose_impl("symmetric_product", impl, reason) == "reference":
+        return symmetric_product_reference(x_NM, alpha=alpha, beta=beta, addend_NN=addend_NN)
+    return torch.ops.officina.symmetric_product(x_NM, addend_NN, alpha, beta)
+
+
+def symmetric_product_reference(x_NM: Tensor, *, alpha: float = 1.0, beta: float = 0.0,
+                                addend_NN: Tensor | None = None) -> Tensor:
+    """Same contract in plain torch: the oracle for tests and benchmarks."""
+    if addend_NN is None:
+        product = x_NM @ x_NM.T
+        return product if alpha == 1 else alpha * product
+    return torch.addmm(addend_NN, x_NM, x_NM.T, beta=beta, alpha=alpha)
+
+
+@jit
+def _place_in_triangle(p):
+    """(i, j) with j <= i and p = i (i + 1) / 2 + j."""
+    i = ((tl.sqrt(8.0 * p + 1.0) - 1.0) / 2.0).to(tl.int32)
+    i -= (i * (i + 1) // 2 > p).to(tl.int32)  # the root in fp32 may be one off, either way
+    i += ((i + 1) * (i + 2) // 2 <= p).to(tl.int32)
+    return i, p - i * (i + 1) // 2
+
+
+@jit
+def symmetric_product_kernel(x, addend, out, x_stride_n, x_stride_m, addend_stride, N, M, alpha, beta, WIDE: tl.constexpr,
+                             TILE: tl.constexpr, DEPTH: tl.constexpr):
+    """A program makes one tile (i, j) with j <= i and stores it at (j, i) too."""
+    i, j = _place_in_triangle(tl.program_id(0))
+    row = (i * TILE + tl.arange(0, TILE)).to(tl.int64)
+    column = (j * TILE + tl.arange(0, TILE)).to(tl.int64)
+    depth = tl.arange(0, DEPTH).to(tl.int64)
+    left = x + row[:, None] * x_stride_n + depth[None, :] * x_stride_m
+    right = x + column[None, :] * x_stride_n + depth[:, None] * x_stride_m
+    total = tl.zeros((TILE, TILE), WIDE)
+    for start in range(0, M, DEPTH):
+        inside = depth < M - start
+        a = tl.load(left, mask=(row[:, None] < N) & inside[None, :], other=0)
+        b = tl.load(right, mask=(column[None, :] < N) & inside[:, None], other=0)
+        total = tl.dot(a, b, total, input_precision="ieee", out_dtype=WIDE)
+        left += DEPTH * x_stride_m
+        right += DEPTH * x_stride_m
+    total *= alpha
+    mask = (row[:, None] < N) & (column[None, :] < N)
+    if addend is not None:
+        total += beta * tl.load(addend + row[:, None] * addend_stride + column[None, :], mask=mask, other=0).to(WIDE)
+    value = total.to(out.dtype.element_ty)
+    mirrored = tl.trans(value)
+    if i == j:
+        value = tl.where(row[:, None] >= column[None, :], value, mirrored)
+    else:
+        tl.store(out + column[:, None] * N + row[None, :], mirrored, mask=(column[:, None] < N) & (row[None, :] < N))
+    tl.store(out + row[:, None] * N + column[None, :], value, mask=mask)
+
+
+def _configs(half: Config, fp32: Config) -> dict[torch.dtype, Config]:
+    return {torch.bfloat16: half, torch.float16: half, torch.float32: fp32, torch.float64: fp32}
+
+
+_SMALL = Config(64, 32, 4, 1)
+TABLE = {"sm_80": _configs(Config(128, 32, 8, 3), _SMALL), "sm_90": _configs(Config(128, 64, 8, 3), _SMALL),
+         "gfx90a": _configs(Config(128, 32, 8, 1), _SMALL), "gfx942": _configs(Config(128, 32, 8, 1), _SMALL),
+         SAFE: _configs(_SMALL, _SMALL), INTERPRETER: _configs(*2 * (Config(32, 16, 4, 1),))}
+
+
+def config_for(dtype: torch.dtype, arch: str) -> Config:
+    """block_m is the side of a tile of the product, block_n the columns of X taken at a time."""
+    return look_up("symmetric_product", TABLE, arch, dtype)
+
+
+def compilations(arch: str) -> Iterator[tuple[str, Any, dict[str, Any], Config]]:
+    """(name, kernel, arguments, configuration) of what Muon launches; for tests and the table in the docs."""
+    for name, dtype, addend in (("bf16", torch.bfloat16, None), ("bf16, with addend", torch.bfloat16, "*bf16"),
+                                ("fp32", torch.float32, None)):
+        config = config_for(dtype, arch)
+        pointer = "*bf16" if dtype == torch.bfloat16 else "*fp32"
+        yield f"X X^T, {name}", symmetric_product_kernel, {
+            "x": pointer, "addend": addend, "out": pointer, "x_stride_n": "i32:16", "x_stride_m": 1, "addend_stride": "i32:16",
+            "N": "i32:16", "M": "i32:16", "alpha": "fp32", "beta": "fp32", "WIDE": tl.float32, "TILE": config.block_m,
+            "DEPTH": config.block_n}, config
+
+
+def _symmetric_product(x, addend, alpha, beta):
+    N, M = x.shape
+    out = x.new_empty(N, N)
+    if addend is not None and addend.stride(1) != 1:
+        addend = addend.contiguous()
+    if N:
+        arch = arch_of(x.device)
+        config = config_for(x.dtype, arch)
+        side = triton.cdiv(N, config.block_m)
+        symmetric_product_kernel[(side * (side + 1) // 2,)](
+            x, addend, out, *x.stride(), 0 if addend is None else addend.stride(0), N, M, alpha, beta, wide_type(x.dtype),
+            config.block_m, config.block_n, **config.options(arch))
+    return out
+
+
+def _save(ctx, inputs, output):
+    x, addend, ctx.alpha, ctx.beta = inputs
+    ctx.has_addend = addend is not None
+    ctx.save_for_backward(x)
+
+
+def _grads(ctx, dout):
+    dx = ctx.alpha * ((dout + dout.T) @ ctx.saved_tensors[0])
+    return dx, ctx.beta * dout if ctx.has_addend else None, None, None
+
+
+define_op("symmetric_product(Tensor x, Tensor? addend, float alpha, float beta) -> Tensor", _symmetric_product,
+          lambda x, addend, alpha, beta: x.new_empty(x.shape[0], x.shape[0]), _grads, _save)
