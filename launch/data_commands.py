@@ -7,6 +7,7 @@ import time
 from officina.launch.data_build_commands import add_build
 from officina.launch.data_inspect_commands import add_inspect
 from officina.launch.data_terminal import add_parser, console, progress, size, table
+from officina.launch.data_tool_commands import add_tools
 from officina.launch.data_use_commands import add_use
 from officina.trainer.errors import EXIT_DONE, EXIT_USER, DataError
 
@@ -20,6 +21,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     """Add the commands of `officina data`; each sets `args.run` to the function that does it."""
     add_build(commands)
     add_inspect(commands)
+    add_tools(commands)
     add_use(commands)
     parser = add_parser(commands, "verify", "check every byte of a data set", _EXAMPLES)
     parser.add_argument("folder", metavar="DATASET")

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,20 +9,27 @@ from officina.launch.data_terminal import add_parser, console, count, size, tabl
 from officina.trainer.errors import EXIT_DONE, DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
     from officina.trainer.data.manifest import Manifest
+    from officina.trainer.data.order import Places
+    from officina.trainer.data.reader import RowReader, Stream
 
 _EXAMPLES = """examples:
   officina data inspect demo/data
-  officina data inspect runs/first step=40
+  officina data inspect demo/data --split validation --document 12
+  officina data inspect step=40 runs/first                  the documents, sources, licences and texts of that batch
 """
+_REMOVED = "(removed on request: not shown)"
 
 
 def add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """The parser of `officina data inspect`."""
     parser = add_parser(commands, "inspect", "show a data set, or what one step of a run read", _EXAMPLES)
     option = parser.add_argument
-    option("folder", metavar="DATASET|RUN")
-    option("--step", type=count, metavar="N", help="step of a run (default: the last)")
+    option("words", metavar="DATASET|RUN", nargs="+", help="folder; step=N names a step of a run (default: the last)")
+    option("--step", type=count, metavar="N", help="the same as step=N")
     option("--split", default="train", help="split of a data set (default: train)")
     option("--document", type=count, default=0, metavar="N", help="first document to show (default: 0)")
     option("--rows", type=count, default=4, metavar="N", help="rows of a step to show (default: 4)")
@@ -31,22 +37,41 @@ def add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def inspect(args: argparse.Namespace) -> int:
+    """Show the data set or the run's step that is named."""
     from officina.trainer.data.manifest import MANIFEST, TOKENIZER
     from officina.trainer.run_dir import CONFIG
 
-    folder = Path(args.folder)
+    folders, step = [word for word in args.words if not word.startswith("step=")], args.step
+    for word in args.words:
+        if word.startswith("step="):
+            step = _step(word)
+    if len(folders) != 1:
+        raise DataError(f"{' '.join(args.words)}: names {len(folders)} folders, but one is shown. "
+                        "Try: officina data inspect step=40 runs/first")
+    folder = Path(folders[0])
     if (folder / MANIFEST).exists():
-        if args.step is not None:
-            raise DataError(f"--step {args.step}: {folder} is a data set. Name a run directory, which has {CONFIG}.")
+        if step is not None:
+            raise DataError(f"--step {step}: {folder} is a data set. Name a run directory, which has {CONFIG}.")
         return _inspect_dataset(folder, args.split, args.document, folder / TOKENIZER)
     if (folder / CONFIG).exists():
-        return _inspect_step(folder, args.step, args.rows)
+        return _inspect_step(folder, step, args.rows)
     raise DataError(f"{folder} is neither a data set ({MANIFEST}) nor a run ({CONFIG}). Try: officina data inspect demo/data")
 
 
+def _step(word: str) -> int:
+    try:
+        return count(word.removeprefix("step="))
+    except argparse.ArgumentTypeError as exc:
+        raise DataError(f"{word}: {exc}. Try: step=40") from exc
+
+
 def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Path) -> int:
+    import numpy as np
+
+    from officina.trainer.data.contents import describe_document
     from officina.trainer.data.manifest import open_dataset
     from officina.trainer.data.reader import Stream
+    from officina.trainer.data.removal import removed_documents
 
     screen, dataset = console(), open_dataset(folder)
     manifest = dataset.manifest
@@ -54,7 +79,12 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
     for label, value in (("licence", manifest.licence or "not stated"),
                          ("personal data", manifest.personal_data),
                          ("kind", f"{manifest.kind}, {manifest.dtype}"),
-                         ("sources", ", ".join(manifest.sources)),
+                         ("sources", ", ".join(manifest.sources[:20])),
+                         ("languages", ", ".join(manifest.languages[:20]) or "not known"),
+                         *((f"step {n}", f"{each.name} {each.version}: {each.documents_in:,} documents in, "
+                            f"{each.documents_out:,} out, {each.documents_changed:,} changed")
+                           for n, each in enumerate(manifest.steps, 1)),
+                         *((each.path, f"{each.documents:,} documents removed on request") for each in manifest.removals),
                          *manifest.provenance.items(), ("fingerprint", manifest.fingerprint)):
         screen.print(f"  {label:<16} {value}", markup=False)
     rows_shown = table("split", "documents", "tokens" if manifest.tokenizer else "bytes", "shards", "size")
@@ -66,10 +96,16 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
     if document >= total:
         raise DataError(f"--document {document}: split {split} has {total} documents. Try: --document {total - 1}")
     show = _decoder(manifest, tokenizer_file)
+    removed = removed_documents(dataset)
     for number in range(document, min(document + 3, total)):
-        content, where = stream.record(number)
-        screen.rule(f"document {number} · {where}", align="left")
-        screen.print(show(content)[:1200], markup=False, highlight=False)
+        content, _ = stream.record(number)
+        of_shard = int(np.searchsorted(stream.document_starts, number, side="right")) - 1
+        inside = number - int(stream.document_starts[of_shard])
+        name, id, source, language = describe_document(stream, of_shard, stream.shard(of_shard), inside)
+        screen.rule(f"document {number} · {name}", align="left")
+        screen.print(f"id {id or 'none'}, source {source}, language {language}", markup=False, style="dim")
+        gone = inside in removed.get(stream.entries[of_shard].path, ())
+        screen.print(_REMOVED if gone else show(content)[:1200], markup=False, highlight=False)
     return EXIT_DONE
 
 
@@ -106,39 +142,72 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
         raise DataError(f"--step {step}: the ledger of {folder} has steps {min(entries, default=0)} to "
                         f"{max(entries, default=0)}. Try: --step {max(entries, default=1)}")
     entry = entries[max(entries) if step is None else step]
-    reader = RowReader(run, entry.first_sample)
+    reader = RowReader(run, entry.first_sample, entry.removals)
     samples = entry.samples()
     found = reader.digest(samples)
     screen = console()
     screen.print(f"step {entry.step}: samples {entry.first_sample} to {entry.stop_sample}, {len(samples)} rows; digest "
-                  f"{entry.digest}, {'as the shards give it' if found == entry.digest else f'but the shards give {found}'}",
-                  markup=False)
+                 f"{entry.digest}, {'as the shards give it' if found == entry.digest else f'but the shards give {found}'}",
+                 markup=False)
     if entry.skipped:
         screen.print(f"left out by data.skip: {entry.skipped}", markup=False)
-    samples = samples[:rows]
     places = reader.place(samples)
-    rows_shown = table("sample", "source", "epoch", "row", "shard", "from token")
+    if not reader.records:
+        _tell_documents(screen, reader, places)
+    samples = samples[:rows]
+    shown = table("sample", "source", "epoch", "row", "shard", "from token")
     for i, sample in enumerate(samples):
         name = reader.order.names[places.source[i]]
         stream, row = reader.streams[name], int(places.row[i])
         starts = stream.document_starts if reader.records else stream.token_starts
         first = row * reader.seq_len
         shard = int(np.searchsorted(starts, first, side="right")) - 1
-        rows_shown.add_row(str(sample), name, str(places.epoch[i]), str(row), stream.entries[shard].path,
+        shown.add_row(str(sample), name, str(places.epoch[i]), str(row), stream.entries[shard].path,
                       str(first - int(starts[shard])))
-    screen.print(rows_shown)
+    screen.print(shown)
     for i, sample in enumerate(samples):
-        dataset = reader.streams[reader.order.names[places.source[i]]].dataset
-        show = _decoder(dataset.manifest, dataset.folder / TOKENIZER)
+        stream = reader.streams[reader.order.names[places.source[i]]]
+        show = _decoder(stream.dataset.manifest, stream.dataset.folder / TOKENIZER)
         screen.rule(f"sample {sample}", align="left")
         if reader.records:
             screen.print(show(reader.read_records(samples[i:i + 1])[0][0][0]), markup=False, highlight=False)
-            continue
-        content = reader.read(samples[i:i + 1])
-        cuts = [0, *content.border_columns.tolist(), reader.seq_len + 1]
-        tokens = content.tokens[0].astype(f"<u{ {'u8': 1, 'u16': 2, 'u32': 4}[dataset.manifest.dtype] }")
-        for a, b in pairwise(cuts):
-            if a:
-                screen.print("──── document border ────", style="cyan")
-            screen.print(show(tokens[a:b].tobytes())[:2000], markup=False, highlight=False)
+        else:
+            _tell_row(screen, reader, samples[i:i + 1], stream, int(places.row[i]), show)
     return EXIT_DONE
+
+
+def _tell_documents(screen: "Console", reader: "RowReader", places: "Places") -> None:
+    """The whole batch: documents and tokens by source, language and licence."""
+    from officina.trainer.data.contents import extents
+
+    sums: dict[tuple[str, str, str], list] = {}
+    for number, row in zip(places.source, places.row, strict=True):
+        name = reader.order.names[number]
+        stream = reader.streams[name]
+        for each in extents(stream, int(row) * reader.seq_len, reader.seq_len):
+            key = f"{name}/{each.source}", each.language, stream.dataset.manifest.licence or "not stated"
+            documents, tokens = sums.setdefault(key, [set(), 0])
+            documents.add(each.document)
+            sums[key][1] = tokens + each.stop - each.start
+    total = sum(tokens for _, tokens in sums.values())
+    shown = table("source", "language", "licence", "documents", "tokens", "share")
+    for key, (documents, tokens) in sorted(sums.items(), key=lambda item: -item[1][1]):
+        shown.add_row(*key, f"{len(documents):,}", f"{tokens:,}", f"{tokens / total:.2%}")
+    screen.print(shown)
+
+
+def _tell_row(screen: "Console", reader: "RowReader", sample: "np.ndarray", stream: "Stream", row: int,
+              show: Callable[[bytes], str]) -> None:
+    """A row, document by document."""
+    from officina.trainer.data.contents import extents
+    from officina.trainer.data.shards import DTYPES
+
+    content = reader.read(sample)
+    tokens = content.tokens[0].astype(DTYPES[stream.dataset.manifest.dtype])
+    for each in extents(stream, row * reader.seq_len, reader.seq_len):
+        if each.start:
+            screen.print("──── document border ────", style="cyan")
+        screen.print(f"{each.document}, id {each.id or 'none'}, source {each.source}, language {each.language}, licence "
+                     f"{stream.dataset.manifest.licence or 'not stated'}", markup=False, style="dim")
+        gone = content.removed is not None and content.removed[0, each.start]
+        screen.print(_REMOVED if gone else show(tokens[each.start:each.stop].tobytes())[:2000], markup=False, highlight=False)

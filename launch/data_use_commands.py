@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EXPORTS = {
     "croissant": ("officina.trainer.data.croissant:write_croissant", "croissant.json of the data set, written anew"),
     "mldcat": ("officina.trainer.data.mldcat:write_mldcat", "MLDCAT-AP 3.1 as JSON-LD, for catalogues"),
+    "megatron": ("officina.trainer.data.megatron:write_megatron", "a .bin and .idx per split; --out names their folder"),
 }
 """Format -> function(folder[, out]) that returns the path or paths written, and what it is. A new format is one line here."""
 
@@ -35,6 +36,7 @@ _POLICY_EXAMPLES = """examples:
 _EXPORT_EXAMPLES = """examples:
   officina data export demo/data --to croissant
   officina data export demo/data --to mldcat --out catalogue.jsonld
+  officina data export demo/data --to megatron --out megatron/
 """
 _SUMMARY_EXAMPLES = """examples:
   officina data summary runs/demo
@@ -72,7 +74,7 @@ def add_use(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     option("folder", metavar="DATASET")
     formats = "; ".join(f"{name}: {what}" for name, (_, what) in EXPORTS.items())
     option("--to", required=True, choices=sorted(EXPORTS), help=formats)
-    option("--out", metavar="FILE", help="where to (default: in the data set)")
+    option("--out", metavar="PATH", help="where to (default: in the data set)")
     parser.set_defaults(run=export)
 
     parser = add_parser(commands, "summary", "exact tokens a run consumed, by source, contributor, licence and language",

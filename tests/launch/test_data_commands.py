@@ -137,3 +137,78 @@ def test_help_has_examples() -> None:
     for command in ("build", "verify", "inspect", "audit"):
         status, out, _ = officina(command, "--help")
         assert status == 0 and "examples:\n  officina data" in out
+
+
+@pytest.mark.parametrize(("words", "told"), [
+    (["inspect", "step=x", "nowhere"], "step=x: 'x'"), (["inspect", "a", "b"], "a b: names 2 folders, but one is shown"),
+    (["stats", "a", "b", "--picture", "x.png"], "--picture x.png: shows one data set, not 2"),
+    (["remove", "nowhere", "missing.txt"], "missing.txt: cannot be read"),
+    (["stage", "nowhere", "out"], "nowhere is no data set"),
+    (["index", ".", "--tokenizer", "x"], "has no X.bin with an X.idx")])
+def test_tools_say_what_is_wrong(tmp_path: Path, words: list[str], told: str) -> None:
+    status, _, err = officina(*words, cwd=tmp_path)
+    assert status == 2 and told in err and "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two languages and two sources, built by the command with a filter that lies where it is given."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [{"text": f"Secret number {i} " * 30, "lang": ("fi", "sv")[i % 2], "id": f"d{i}", "from": f"s{i % 3 % 2}"}
+            for i in range(60)]
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "own_filter.py").write_text("def keep(document): return '7' not in document.text")
+    status, out, err = officina("build", "set", "in.jsonl", "--vocab-size", "300", "--source-field", "from", "--filter",
+                                "own_filter:keep", "--licence", "CC-BY-4.0", "--shard-bytes", "9000", cwd=folder)
+    assert (status, err) == (0, "") and "own_filter:keep sha256:" in out and "6 of 60 documents left out" in out
+    assert "languages    2: fin_Latn, swe_Latn" in out
+    run = make_run({"words": (folder / "set", 1)}, seq_len=64, rows=6, vocab_size=300)
+    train(run, folder / "run")
+    return folder
+
+
+def test_stats(corpus: Path) -> None:
+    status, out, err = officina("stats", corpus / "set", "--picture", corpus / "lengths.png")
+    assert (status, err) == (0, "") and (corpus / "lengths.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    manifest = json.loads((corpus / "set" / "dataset.json").read_text())
+    for shown in ("s0", "s1", "fin_Latn", "swe_Latn", "CC-BY-4.0", f"{manifest['splits']['train']['tokens']:,}", "tokens/word"):
+        assert shown in out
+    status, out, _ = officina("stats", corpus / "set", "--split", "test")
+    assert status == 2
+
+
+def test_inspect_a_step_shows_its_documents(corpus: Path) -> None:
+    status, out, err = officina("inspect", "step=2", corpus / "run", "--rows", "2")
+    assert (status, err) == (0, "")
+    for shown in ("words/s0", "words/s1", "fin_Latn", "swe_Latn", "CC-BY-4.0", "Secret number", "shards/train-00000.dls:"):
+        assert shown in out
+    status, out, _ = officina("inspect", corpus / "set", "--document", "1")
+    assert "id " in out and "own_filter:keep" in out and "language" in out and "Secret number" in out
+
+
+def test_stage_remove_export_index(corpus: Path, tmp_path: Path) -> None:
+    status, out, _ = officina("stage", corpus / "set", tmp_path / "fast", "--budget", "1G")
+    assert status == 0 and "Staged" in out and officina("verify", tmp_path / "fast")[0] == 0
+    status, _, err = officina("stage", corpus / "set", tmp_path / "other", "--budget", "1k")
+    assert status == 2 and "more than --budget 1,000" in err
+    (tmp_path / "ids.txt").write_text("d0\nd2\nno such\n")
+    status, out, _ = officina("remove", tmp_path / "fast", tmp_path / "ids.txt")
+    assert status == 0 and "Removed 2 documents" in out and "not found    1 of 3: no such" in out
+    status, out, _ = officina("inspect", tmp_path / "fast")
+    assert status == 0 and "removed on request: not shown" in out and "2 documents removed on request" in out
+    status, out, _ = officina("export", tmp_path / "fast", "--to", "megatron", "--out", tmp_path / "meg")
+    assert status == 0 and (tmp_path / "meg" / "train.idx").exists()
+    status, out, err = officina("index", tmp_path / "meg", "--tokenizer", tmp_path / "fast" / "tokenizer.json",
+                                "--validation", "valid*", "--licence", "CC-BY-4.0")
+    assert (status, err) == (0, "") and "fingerprint" in out and officina("verify", tmp_path / "meg")[0] == 0
+
+
+def test_no_text_of_personal_data_is_shown_for_a_step(corpus: Path, tmp_path: Path) -> None:
+    values = json.loads((corpus / "set" / "dataset.json").read_text())
+    (corpus / "set" / "dataset.json").write_text(json.dumps(values | {"personal_data": "present"}))
+    try:
+        for words in (["inspect", "step=2", corpus / "run"], ["inspect", corpus / "set"]):
+            status, out, _ = officina(*words)
+            assert status == 0 and "personal or sensitive: not shown" in out and "Secret" not in out and "CC-BY-4.0" in out
+    finally:
+        (corpus / "set" / "dataset.json").write_text(json.dumps(values))

@@ -107,8 +107,9 @@ def _files(dataset: Dataset) -> list[dict[str, Any]]:
 
 def _shards(dataset: Dataset) -> dict[str, Any]:
     unit = "token ids" if dataset.manifest.kind == "tokens" else "records"
+    files = "shards/*.dls" if all(shard.kind == "dls" for shard in dataset.shards) else "**/*.bin"
     return {"@type": "cr:FileSet", "@id": "shards", "name": "shards", "encodingFormat": "application/octet-stream",
-            "includes": "shards/*.dls", "description": f"{len(dataset.shards)} shards of {unit}; {SHARDS} lists each with its "
+            "includes": files, "description": f"{len(dataset.shards)} shards of {unit}; {SHARDS} lists each with its "
             "sha256, and dataset.json binds that list."}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from officina.trainer.data.croissant import write_croissant
 from officina.trainer.data.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -72,12 +73,16 @@ def index_folder(folder: str | Path, tokenizer: str | Path, *, eos: str = "", va
     write_whole(folder / TOKENIZER, text.encode())
     entries.sort(key=lambda entry: entry.split)
     stats = {split: {"documents": sum(e.documents for e in entries if e.split == split),
-                     "tokens": sum(e.tokens for e in entries if e.split == split)} for split in {e.split for e in entries}}
-    provenance = {"tool": "officina data index", "officina": metadata.version("officina"), "format": "Megatron-LM .bin and .idx"}
+                     "tokens": sum(e.tokens for e in entries if e.split == split)}
+             for split in sorted({e.split for e in entries})}
+    provenance = {"tool": "officina data index", "officina": metadata.version("officina"),
+                  "format": "Megatron-LM .bin and .idx"}
     about = {"name": folder.resolve().name} | about
-    return write_manifest(folder, entries, stats, kind="tokens", dtype=next(iter(dtypes)), tokenizer=info,
-                          sources=[path.relative_to(folder).with_suffix("").as_posix() for path in paths],
-                          provenance=provenance, **about)
+    manifest = write_manifest(folder, entries, stats, kind="tokens", dtype=next(iter(dtypes)), tokenizer=info,
+                              sources=[path.relative_to(folder).with_suffix("").as_posix() for path in paths],
+                              provenance=provenance, **about)
+    write_croissant(folder)
+    return manifest
 
 
 def _index(folder: Path, path: Path, split: str, source_id: int, info: TokenizerInfo,
@@ -136,6 +141,13 @@ def read_index(path: Path) -> tuple[str, np.ndarray]:
 
 
 # ---- export ----------------------------------------------------------------------------------------------------------
+def write_megatron(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write every split to OUT (default: DATASET/megatron), see `export_megatron`; returns OUT."""
+    out = Path(out) if out else Path(folder) / "megatron"
+    export_megatron(folder, out)
+    return out
+
+
 def export_megatron(dataset_folder: str | Path, out: str | Path,
                     progress: Progress = lambda done_bytes: None) -> dict[str, tuple[Path, int, int]]:
     """Write each split as OUT/SPLIT.bin and OUT/SPLIT.idx, a sequence per document; removed documents are left out.

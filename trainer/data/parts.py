@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,7 @@ def draw(digest: bytes) -> tuple[float, float]:
 
 def _tokenised(job: Job, writing: Writing, first: int, report: Report) -> Iterator[_Item]:
     """Items with their tokens; one batch is tokenised in a thread while the one before is written and the next is read."""
-    encoder = Encoder(writing.tokenizer, writing.info)
+    encoder = _encoder(writing.tokenizer, writing.info)
     batches = _batches(_items(job, writing, first))
     with ThreadPoolExecutor(1) as thread:
         batch = next(batches, None)
@@ -265,6 +266,12 @@ def _tokenised(job: Job, writing: Writing, first: int, report: Report) -> Iterat
                 yield from _with_tokens(*waiting, encoder)
                 report(sum(item.bytes for item in waiting[0]))
             waiting, batch = submitted, next(batches, None) if batch is not None else None
+
+
+@lru_cache(maxsize=1)
+def _encoder(text: str, info: TokenizerInfo) -> Encoder:
+    """One for all parts of a process: a large vocabulary takes a second to load."""
+    return Encoder(text, info)
 
 
 def _with_tokens(batch: list[_Item], encodings: Any, encoder: Encoder) -> Iterator[_Item]:

@@ -28,7 +28,7 @@ def write_pair(path: Path, sequences: list[np.ndarray], documents: list[int], co
     path.with_suffix(".bin").write_bytes(b"".join(s.tobytes() for s in sequences))
     begins = np.concatenate(([0], np.cumsum([s.nbytes for s in sequences])))[:-1].astype("<i8")
     path.with_suffix(".idx").write_bytes(
-        b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code) + struct.pack("<QQ", len(lengths), len(documents))
+        b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(lengths), len(documents))
         + lengths.tobytes() + begins.tobytes() + np.asarray(documents, "<i8").tobytes())
 
 
@@ -44,7 +44,8 @@ def read_pair(path: Path) -> tuple[list[np.ndarray], list[int]]:
     assert len(documents) == listed
     data = path.with_suffix(".bin").read_bytes()
     assert sum(lengths) * np.dtype(dtype).itemsize == len(data)
-    return [np.frombuffer(data, dtype, length, begin) for length, begin in zip(lengths, begins, strict=True)], documents.tolist()
+    found = [np.frombuffer(data, dtype, length, begin) for length, begin in zip(lengths, begins, strict=True)]
+    return found, documents.tolist()
 
 
 @pytest.fixture()
@@ -109,8 +110,9 @@ def test_damage_is_found(tmp_path: Path, tokenizer: Path) -> None:
     [fault] = verify(tmp_path / "meg").faults
     assert f"{path}: bytes {GRANULE_BYTES} to {len(content)} do not match" in fault
     path.write_bytes(content[:-2])
+    run = make_run({"m": (tmp_path / "meg", 1)}, seq_len=512, shuffle=False)
     with (pytest.raises(DataError, match=r"a_text_document\.bin: has \d+ bytes, but its index a_text_document\.dli says"),
-          Loader(make_run({"m": (tmp_path / "meg", 1)}, seq_len=512, shuffle=False), rank=0, world_size=1, position=0) as loader):
+          Loader(run, rank=0, world_size=1, position=0) as loader):
         loader.next_step()
 
 

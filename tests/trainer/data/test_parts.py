@@ -146,7 +146,8 @@ def test_bad_rows_within_the_budget_are_counted_and_beyond_it_stop(tmp_path: Pat
 
 def test_too_many_sources_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("officina.trainer.data.build._MOST_NAMES", 3)
-    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": f"x{i}", "from": str(i), "lang": str(i)}) for i in range(4)))
+    rows = [{"text": f"x{i}", "from": str(i), "lang": str(i)} for i in range(4)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(DataError, match=r"--source-field from: gives 4 sources, at most 3 are possible"):
         build(tmp_path / "out", BuildOptions(inputs=[tmp_path / "in.jsonl"], vocab_size=300, fields=Fields(source="from")))
     with pytest.raises(DataError, match=r"the language field gives 4 languages, at most 3.*--language-field NAME"):

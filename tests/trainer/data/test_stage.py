@@ -91,7 +91,8 @@ def test_a_kill_leaves_no_data_set_and_the_copy_goes_on(tmp_path: Path) -> None:
     write_tokens(tmp_path / "d", {"train": [np.int64(2_000_000)] * 6}, shard_bytes=8_000_000)
     script = ("import sys; from officina.trainer.data.stage import stage; "
               "stage(sys.argv[1], sys.argv[2], None, lambda done, total: print(done, flush=True))")
-    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "d", tmp_path / "fast"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", script, tmp_path / "d", tmp_path / "fast"], stdout=subprocess.PIPE,
+                               text=True)
     assert any(int(line) > 20_000_000 for line in process.stdout)
     process.send_signal(signal.SIGKILL)
     process.communicate()

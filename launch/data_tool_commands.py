@@ -1,0 +1,158 @@
+"""`officina data stats | stage | index | remove`. No torch."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from officina.launch.data_terminal import add_parser, console, count, progress, size, table
+from officina.trainer.errors import EXIT_DONE, DataError
+
+if TYPE_CHECKING:
+    from officina.trainer.data.stats import Counts
+
+_STATS_EXAMPLES = """examples:
+  officina data stats demo/data
+  officina data stats demo/data --picture lengths.png
+  officina data stats wiki laws maps                       several data sets, summed by licence
+"""
+_STAGE_EXAMPLES = """examples:
+  officina data stage /project/data/wiki /scratch/wiki
+  officina data stage /project/data/wiki /dev/shm/wiki --budget 200G
+The copy is a data set of its own: officina train data.sources.main.path=/dev/shm/wiki. Stopped, it goes on where it was.
+"""
+_INDEX_EXAMPLES = """examples:
+  officina data index megatron/ --tokenizer base/tokenizer.json --validation '*valid*'
+The folder with X.bin and X.idx is then a data set: X.dli is written beside them, no token is copied.
+"""
+_REMOVE_EXAMPLES = """examples:
+  officina data remove wiki ids.txt
+A line of the file is a document's id as the inputs gave it, its 32 hexadecimal digits, or SHARD:NUMBER, all of which
+`officina data inspect` shows. The order of every run stays; the documents give no loss and are not read from its next start on.
+"""
+
+
+def add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The parsers of the four commands."""
+    parser = add_parser(commands, "stats", "tokens by source, language and licence, and the lengths of documents",
+                        _STATS_EXAMPLES)
+    option = parser.add_argument
+    option("folders", metavar="DATASET", nargs="+")
+    option("--split", default="train", help="split to count (default: train)")
+    option("--picture", metavar="FILE", help="PNG of the lengths of documents (of one data set)")
+    parser.set_defaults(run=stats)
+
+    parser = add_parser(commands, "stage", "copy a data set to a faster place, verified, within a budget", _STAGE_EXAMPLES)
+    option = parser.add_argument
+    option("folder", metavar="DATASET")
+    option("out", metavar="DIR", help="folder that becomes the copy")
+    option("--budget", type=count, default=None, metavar="BYTES", help="refuse to copy more, such as 200G")
+    parser.set_defaults(run=stage)
+
+    parser = add_parser(commands, "index", "make Megatron's .bin and .idx a data set where they lie", _INDEX_EXAMPLES)
+    option = parser.add_argument
+    option("folder", metavar="DIR", help="folder with pairs of X.bin and X.idx")
+    option("--tokenizer", required=True, metavar="FILE", help="tokenizer.json that made the tokens")
+    option("--eos", default="", metavar="TOKEN", help="token that ends a document (default: found by name)")
+    option("--validation", action="append", default=[], metavar="PATTERN", help="names of the files that are held out")
+    option("--name", default="", help="name of the data set (default: the folder's)")
+    option("--licence", default="", help="SPDX expression, e.g. CC-BY-4.0")
+    parser.set_defaults(run=index)
+
+    parser = add_parser(commands, "remove", "remove documents on request, without changing the order of any run",
+                        _REMOVE_EXAMPLES)
+    option = parser.add_argument
+    option("folder", metavar="DATASET")
+    option("file", metavar="IDS", help="text file, a document per line")
+    parser.set_defaults(run=remove)
+
+
+# ---- stats -----------------------------------------------------------------------------------------------------------
+def stats(args: argparse.Namespace) -> int:
+    """Tables by source, language and licence; the picture."""
+    from officina.trainer.data.stats import Counts, draw_lengths, statistics
+
+    if args.picture and len(args.folders) > 1:
+        raise DataError(f"--picture {args.picture}: shows one data set, not {len(args.folders)}. "
+                        f"Try: officina data stats {args.folders[0]} --picture {args.picture}")
+    screen, by_licence = console(), {}
+    for folder in args.folders:
+        found = statistics(folder, args.split)
+        manifest = found.dataset.manifest
+        screen.print(f"{manifest.name} {manifest.version}, {args.split}", markup=False)
+        for title, key in (("source", 0), ("language", 1)):
+            screen.print(_shares(title, found.by(key)))
+        total = by_licence.setdefault(manifest.licence or "not stated", Counts())
+        for counts in found.groups.values():
+            total.documents, total.tokens = total.documents + counts.documents, total.tokens + counts.tokens
+            total.text_bytes, total.words = total.text_bytes + counts.text_bytes, total.words + counts.words
+        lengths = ", ".join(f"{share:.0%} up to {found.quantile_tokens(share):,.0f}" for share in (0.1, 0.5, 0.9, 0.99))
+        screen.print(f"lengths in tokens  {lengths}")
+        if found.removed:
+            screen.print(f"removed            {found.removed:,} documents, counted above; they give no loss")
+        if args.picture:
+            try:
+                draw_lengths(found, args.picture)
+            except OSError as exc:
+                raise DataError(f"--picture {args.picture}: {exc.strerror}. Name a file that you may write.") from exc
+            screen.print(f"Wrote {args.picture}", markup=False)
+    screen.print(_shares("licence", by_licence))
+    return EXIT_DONE
+
+
+def _shares(title: str, counts: dict[str, "Counts"]):
+    shown, total = table(title, "documents", "tokens", "share", "bytes/token", "tokens/word"), sum(
+        c.tokens for c in counts.values())
+    for name, found in counts.items():
+        ratios = [f"{value:.3f}" if value else "-" for value in (found.bytes_per_token, found.tokens_per_word)]
+        shown.add_row(name, f"{found.documents:,}", f"{found.tokens:,}", f"{found.tokens / total:.2%}", *ratios)
+    return shown
+
+
+# ---- stage, index, remove --------------------------------------------------------------------------------------------
+def stage(args: argparse.Namespace) -> int:
+    """Copy, and say how much."""
+    from officina.trainer.data import stage as staging
+
+    screen, begun = console(), time.monotonic()
+    with progress(screen, {"copy": "copying and comparing sha256"}) as report:
+        found = staging.stage(args.folder, args.out, args.budget, lambda done, total: report("copy", done, total))
+    kept = f", {size(found.kept_bytes)} were there already" if found.kept_bytes else ""
+    screen.print(f"Staged {args.folder} to {args.out}: {found.files} files, {size(found.copied_bytes)} copied{kept}, each as "
+                 f"in the manifest ({time.monotonic() - begun:.1f} s).", markup=False)
+    return EXIT_DONE
+
+
+def index(args: argparse.Namespace) -> int:
+    """Write the index files and the manifest."""
+    from officina.trainer.data.megatron import index_folder
+
+    total = sum(path.stat().st_size for path in Path(args.folder).rglob("*.bin"))
+    said = {key: getattr(args, key) for key in ("name", "licence") if getattr(args, key)}
+    screen = console()
+    with progress(screen, {"index": "hashing tokens where they lie"}) as report:
+        manifest = index_folder(args.folder, args.tokenizer, eos=args.eos, validation=args.validation,
+                                progress=lambda done: report("index", done, total), **said)
+    for name, totals in manifest.splits.items():
+        screen.print(f"{name:<12} {totals.documents:,} documents, {totals.tokens:,} tokens in {totals.shards} files",
+                     markup=False)
+    screen.print(f"fingerprint  {manifest.fingerprint}")
+    return EXIT_DONE
+
+
+def remove(args: argparse.Namespace) -> int:
+    """Remove the documents of the file."""
+    from officina.trainer.data import removal
+
+    try:
+        names = Path(args.file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"{args.file}: cannot be read ({exc}). Name a text file with a document's id per line.") from exc
+    found, screen = removal.remove(args.folder, names), console()
+    screen.print(f"Removed {found.documents:,} documents with {found.tokens:,} tokens from {args.folder}; {found.before:,} had "
+                 "been removed before. Order and fingerprint are as they were.", markup=False)
+    if found.missing:
+        shown = ", ".join(found.missing[:5]) + (", ..." if len(found.missing) > 5 else "")
+        screen.print(f"not found    {len(found.missing):,} of {len(names):,}: {shown}", markup=False)
+    screen.print("Runs heed it from their next start on: officina resume RUN", markup=False)
+    return EXIT_DONE
