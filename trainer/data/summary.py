@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from officina.trainer.data.ledger import Entry, read_ledger
 from officina.trainer.data.manifest import Manifest
 from officina.trainer.data.policy import policy_of
 from officina.trainer.data.reader import RowReader, Stream
+from officina.trainer.data.removal import removed_documents
 from officina.trainer.errors import DataError
 from officina.trainer.metrics import read_metrics
 from officina.trainer.run_dir import LEDGER, load_config, read_run_id
@@ -40,7 +42,7 @@ class Consumed:
     personal_data: str
     rows: int
     tokens: int
-    """Or records, see `Summary.unit`."""
+    """Or records, see `Summary.unit`; those of documents that were removed on request are not read and do not count."""
     passes: float
     """Over the rows of the split."""
     contributors: list[str]
@@ -86,18 +88,22 @@ def summarise(run_dir: str | Path, progress: Callable[[int, int], None] = lambda
     if not entries:
         raise DataError(f"{run_dir / LEDGER}: has no step yet, so nothing was consumed. Ask again after the run's first step.")
     reader = RowReader(run, entries[0].first_sample)
-    spans = cursor_spans(reader, entries)
-    total_rows = sum(b - a for span in spans.values() for a, b in span)
-    done, sources = 0, {}
-    for name, span in spans.items():
-        stream = reader.streams[name]
-        counts = _Counts(stream, reader.records, reader.seq_len)
-        for a, b in span:
-            for rows, times in _rows_of(reader, name, a, b):
-                counts.add(rows, times)
-                done += reader.rows[name] * times if rows is None else len(rows)
-                progress(done, total_rows)
-        sources[name] = _consumed(stream, counts, sum(b - a for a, b in span), reader.rows[name])
+    parts = [(dict(heeded), cursor_spans(reader, list(part)))
+             for heeded, part in groupby(entries, lambda entry: sorted(entry.removals.items()))]
+    total_rows = sum(b - a for _, spans in parts for span in spans.values() for a, b in span)
+    done, counts = 0, {}
+    for heeded, spans in parts:
+        for name, span in spans.items():
+            lists = heeded.get(name, 0)
+            if (name, lists) not in counts:
+                counts[name, lists] = _Counts(reader.streams[name], lists, reader.records, reader.seq_len)
+            for a, b in span:
+                for rows, times in _rows_of(reader, name, a, b):
+                    counts[name, lists].add(rows, times)
+                    done += reader.rows[name] * times if rows is None else len(rows)
+                    progress(done, total_rows)
+    sources = {name: _consumed(reader.streams[name], [c for (of, _), c in counts.items() if of == name], reader.rows[name])
+               for name in sorted({name for name, _ in counts})}
     return _summary(run_dir, run, entries, starts, sources)
 
 
@@ -148,45 +154,55 @@ def _rows_of(reader: RowReader, name: str, first: int, stop: int) -> Iterator[tu
 
 
 class _Counts:
-    """Tokens (or records) by the document's source and language."""
+    """Tokens (or records) by the document's source and language; lists: lists of removed documents that were heeded."""
 
-    def __init__(self, stream: Stream, records: bool, seq_len: int) -> None:
-        self._stream, self._records, self._seq_len = stream, records, seq_len
+    def __init__(self, stream: Stream, lists: int, records: bool, seq_len: int) -> None:
+        self._stream, self._length = stream, 1 if records else seq_len
+        self._split_rows = int(stream.document_starts[-1]) if records else stream.rows(seq_len)
         manifest = stream.dataset.manifest
-        self._rows = int(stream.document_starts[-1]) if records else stream.rows(seq_len)
-        self._labels = {"source": manifest.sources, "language": manifest.languages}
-        self._ids = {kind: np.zeros(0, np.int64) for kind in self._labels}
-        self.found = {kind: Counter[str]() for kind in self._labels}
-        self._ends = self._read_labels()
+        self._names = {"source": manifest.sources or [NOT_STATED], "language": manifest.languages or [NOT_STATED]}
+        self.found = {kind: Counter[str]() for kind in self._names}
+        self.rows = 0
+        gone = removed_documents(stream.dataset, lists)
+        self._ids: dict[str, np.ndarray] = {}
+        """(documents,) number of each document's name, or one beyond the last for a removed one; only where it matters."""
+        self._ends = np.zeros(0, np.int64)
+        if any(len(names) > 1 for names in self._names.values()) or gone:
+            self._read_documents(gone, records)
 
-    def _read_labels(self) -> np.ndarray:
-        """Document ends in the stream, (documents,) int64, and the ids beside them; empty where nothing is to be told apart."""
-        wanted = {kind for kind, names in self._labels.items() if len(names) > 1}
-        if not wanted:
-            return np.zeros(0, np.int64)
+    def _read_documents(self, gone: dict[str, np.ndarray], records: bool) -> None:
         shards = [self._stream.shard(i) for i in range(len(self._stream.entries))]
-        for kind in wanted:
-            parts = [shard.source_ids if kind == "source" else shard.language_ids for shard in shards]
-            self._ids[kind] = np.concatenate(parts).astype(np.int64)
-        if self._records:
-            return np.arange(1, int(self._stream.document_starts[-1]) + 1)
-        return np.concatenate([shard.ends + start for shard, start in zip(shards, self._stream.token_starts[:-1], strict=True)])
+        if records:
+            self._ends = np.arange(1, int(self._stream.document_starts[-1]) + 1)
+        else:
+            self._ends = np.concatenate([shard.ends + start for shard, start in
+                                         zip(shards, self._stream.token_starts[:-1], strict=True)])
+        for kind, names in self._names.items():
+            known = [shard.source_ids if kind == "source" else shard.language_ids for shard in shards]
+            ids = np.concatenate(known).astype(np.int64)
+            if len(names) == 1 or len(ids) != len(self._ends):
+                ids = np.zeros(len(self._ends), np.int64)
+            for entry, start in zip(self._stream.entries, self._stream.document_starts[:-1], strict=True):
+                if entry.path in gone:
+                    ids[gone[entry.path] + start] = len(names)
+            self._ids[kind] = ids
 
     def add(self, rows: np.ndarray | None, times: int = 1) -> None:
         """Count some rows, or all of them so many times (None)."""
-        length = 1 if self._records else self._seq_len
         if rows is None:
-            starts, stops = np.zeros(1, np.int64), np.asarray([self._rows * length])
+            starts, stops = np.zeros(1, np.int64), np.asarray([self._split_rows * self._length])
         else:
-            starts, stops = rows * length, (rows + 1) * length
-        for kind, names in self._labels.items():
-            if len(names) <= 1 or len(self._ids[kind]) != len(self._ends):
-                name = names[0] if len(names) == 1 else NOT_STATED
-                self.found[kind][name] += int((stops - starts).sum()) * times
+            starts, stops = rows * self._length, (rows + 1) * self._length
+        everything = int((stops - starts).sum())
+        self.rows += everything // self._length * times
+        for kind, names in self._names.items():
+            if kind not in self._ids:
+                self.found[kind][names[0]] += everything * times
                 continue
-            for number, tokens in enumerate(_tokens_by(self._ids[kind], self._ends, starts, stops, len(names))):
+            for name, tokens in zip(names, _tokens_by(self._ids[kind], self._ends, starts, stops, len(names) + 1)[:-1],
+                                    strict=True):
                 if tokens:
-                    self.found[kind][names[number]] += int(tokens) * times
+                    self.found[kind][name] += int(tokens) * times
 
 
 def _tokens_by(ids: np.ndarray, ends: np.ndarray, starts: np.ndarray, stops: np.ndarray, n: int) -> np.ndarray:
@@ -208,13 +224,15 @@ def _tokens_by(ids: np.ndarray, ends: np.ndarray, starts: np.ndarray, stops: np.
 
 
 # ---- telling -------------------------------------------------------------------------------------------------------
-def _consumed(stream: Stream, counts: _Counts, rows: int, of: int) -> Consumed:
+def _consumed(stream: Stream, parts: list[_Counts], of: int) -> Consumed:
     manifest, policy = stream.dataset.manifest, policy_of(stream.dataset)
-    by_source, by_language = (dict(counts.found[kind].most_common()) for kind in ("source", "language"))
+    by_source, by_language = (dict(sum((part.found[kind] for part in parts), Counter()).most_common())
+                              for kind in ("source", "language"))
+    rows, tokens = sum(part.rows for part in parts), sum(by_source.values())
     return Consumed(
         f"{manifest.name} {manifest.version}", manifest.fingerprint, manifest.policy_sha256,
-        " AND ".join(policy.licence) or NOT_STATED, policy.personal_data, rows, sum(by_source.values()), rows / of,
-        list(manifest.creators), policy.attribution or _attribution(manifest), by_source, by_language)
+        " AND ".join(policy.licence) or NOT_STATED, policy.personal_data, rows, tokens, rows / of, list(manifest.creators),
+        policy.attribution or _attribution(manifest), by_source, by_language)
 
 
 def _attribution(manifest: Manifest) -> str:

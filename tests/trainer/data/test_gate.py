@@ -14,6 +14,7 @@ from officina.trainer.data.gate import Judged, deadline, explained, judge, judge
 from officina.trainer.data.licences import choices, options, share_alike_conflict, terms
 from officina.trainer.data.odrl import read_odrl
 from officina.trainer.data.policy import ACTIONS, Policy, write_policy
+from officina.trainer.data.reader import validation_streams
 
 NOW, NOTHING = datetime(2026, 11, 23, 12, tzinfo=UTC), UseConfig()
 
@@ -298,6 +299,7 @@ def test_sources_that_left_the_mixture_are_not_judged(tmp_path: Path) -> None:
     stages = [TimelineStage(from_sample=0, weights={"old": 1.0}), TimelineStage(from_sample=8, weights={"new": 1.0})]
     run = make_run({"old": (old, 1), "new": (new, 1)}, timeline=stages)
     assert not use_problems(run) and deadline(run) is None
+    assert set(validation_streams(run)) == {"new"}, "nor read for held-out loss"
     run = make_run({"old": (old, 1), "new": (new, 1)})
     assert "may be used until 2020-01-01" in str(use_problems(run)[0])
     assert deadline(run) == (datetime(2020, 1, 2, tzinfo=UTC), "old")

@@ -18,6 +18,7 @@ from officina.trainer.data.manifest import open_dataset, write_manifest
 from officina.trainer.data.order import extend_timeline
 from officina.trainer.data.policy import Policy
 from officina.trainer.data.reader import RowReader
+from officina.trainer.data.removal import remove
 from officina.trainer.data.shards import Shard, SplitWriter, write_records
 from officina.trainer.data.summary import receipt, summarise
 from officina.trainer.errors import DataError
@@ -161,6 +162,23 @@ def test_contributors_licences_and_the_receipt(tmp_path: Path) -> None:
     assert [(item["dataset"], item["tokens"], item["contributors"]) for item in slip["items"]] == [
         ("a 1.0.0", 96, ["ACME"]), ("b 1.0.0", 32, ["Lab", "ACME"])]
     assert str(tmp_path) not in json.dumps(slip)
+
+
+def test_removed_documents_are_not_consumed(tmp_path: Path) -> None:
+    """From the start on that heeds a list; steps before it have read the documents."""
+    a = write_labelled(tmp_path / "a", [(24, 0, 0), (16, 1, 1), (24, 0, 1)], n_sources=2)  # 7 rows of 8, and 8 tokens over
+    run = make_run({"a": (a, 1)}, rows=7, shuffle=False)
+    position = read_steps(tmp_path, run, 0, 0, 2)
+    remove(a, [f"{open_dataset(a).shards[1].path}:0"])
+    assert summarise(tmp_path).sources["a"].by_source == {"a-0": 2 * 40, "a-1": 2 * 16}
+    content = (tmp_path / "ledger.jsonl").read_text()
+    read_steps(tmp_path, run, 2, position, 3)
+    later = (tmp_path / "ledger.jsonl").read_text()[len(content):].replace('{"start": 2}', '{"start":2,"removals":{"a":1}}')
+    (tmp_path / "ledger.jsonl").write_text(content + later)
+    found = summarise(tmp_path).sources["a"]
+    assert found.by_source == {"a-0": 5 * 40, "a-1": 2 * 16} and found.by_language == {"fin_Latn": 5 * 24,
+                                                                                      "swe_Latn": 5 * 16 + 2 * 16}
+    assert (found.rows, found.tokens) == (35, 5 * 40 + 2 * 16)
 
 
 def test_nothing_consumed(tmp_path: Path) -> None:
