@@ -22,7 +22,7 @@ _COMMANDS = {
     "resume": "go on with a run from its newest checkpoint, also with other ranks, engine, rate, length or mixture",
     "check": "every problem of a configuration at once, else what the run would be",
     "generate": "text from a run's checkpoint",
-    "data": "build, verify, inspect and audit data sets",
+    "data": "build, check, describe, stage and audit data sets",
     "report": "report.html and report.json of a run",
     "sites": "the supercomputers officina knows: shape, limits and rules of each, and where every value comes from",
     "demo": "the whole way of a run in four minutes on two cores",
