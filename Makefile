@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+EXTRAS := test,deepspeed,kernels,mpi,data,datasets,wandb,mlflow
 export PYTHONSAFEPATH = 1
 
-.PHONY: help demo test test-full lint bench gpu venv clean
+.PHONY: help demo test test-full test-floor lint bench gpu venv clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -16,6 +17,13 @@ test: venv lint ## everything but the full counts and what needs a GPU
 
 test-full: venv lint ## also the full counts (hours)
 	$(BIN)/python -m pytest
+
+test-floor: ## the tests on the oldest torch that pyproject.toml allows, in .venv-floor
+	$(PYTHON) -m venv .venv-floor
+	grep -v -e ^torch -e ^triton constraints.txt >.venv-floor/constraints.txt
+	DS_BUILD_OPS=0 .venv-floor/bin/python -m pip install --quiet --constraint .venv-floor/constraints.txt \
+	  'torch==2.9.*' --editable '.[$(EXTRAS)]'
+	.venv-floor/bin/python -m pytest -m "not slow"
 
 lint: venv ## style and imports; changes nothing
 	$(BIN)/ruff check .
@@ -33,7 +41,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --constraint constraints.txt \
-	  --editable '.[test,deepspeed,kernels,mpi,datasets,wandb,mlflow]' >$(VENV)/install.log 2>&1 || { tail -30 $(VENV)/install.log; exit 1; }
+	  --editable '.[$(EXTRAS)]' >$(VENV)/install.log 2>&1 || { tail -30 $(VENV)/install.log; exit 1; }
 	@touch $@
 
 clean: ## remove .venv and what the demo made
