@@ -24,6 +24,7 @@ from officina.trainer.config import (
 from officina.trainer.data.gate import use_problems
 from officina.trainer.data.manifest import MANIFEST, open_dataset
 from officina.trainer.data.odrl import purpose_word
+from officina.trainer.data.policy import AREAS
 from officina.trainer.data.policy import country as known_country
 from officina.trainer.data.register import Going
 from officina.trainer.errors import DataError, Problem
@@ -31,8 +32,8 @@ from officina.trainer.schema import dump_run
 
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_FLEX_HEAD_DIM = 16
-"""Narrowest head that flex attention takes."""
+_FLEX_HEAD_DIM, _FLASH_HEAD_DIM = 16, 256
+"""Narrowest head that flex attention takes, and widest that our own kernels take."""
 
 
 def problems(run: RunConfig, world_size: int | None = None, *, devices: int | None = None,
@@ -128,6 +129,8 @@ def _model(run: RunConfig) -> Iterator[Problem]:
     if model.embed_scale <= 0:
         yield Problem("model.embed_scale", model.embed_scale, "must be greater than 0", "model.embed_scale=1")
     yield from _attention_impl(run, model)
+    if model.kernels == "triton" and run.device == "cpu":
+        yield Problem("model.kernels", "triton", "needs a GPU, and device=cpu", "model.kernels=auto")
 
 
 def _rope(key: str, rope: RopeConfig) -> Iterator[Problem]:
@@ -153,6 +156,10 @@ def _attention_impl(run: RunConfig, model: DecoderConfig) -> Iterator[Problem]:
     why = None
     if model.attention_impl == "sdpa" and model.attn_softcap:
         why = f"has no softcap, and model.attn_softcap={model.attn_softcap}"
+    elif model.attention_impl == "triton" and run.device == "cpu":
+        why = "needs a GPU, and device=cpu"
+    elif model.attention_impl == "triton" and model.head_size > _FLASH_HEAD_DIM:
+        why = f"takes heads up to {_FLASH_HEAD_DIM} wide, and these are {model.head_size}"
     elif model.attention_impl == "flex" and run.device == "cpu":
         why = "has no backward on the CPU"
     elif model.attention_impl == "flex" and model.head_size < _FLEX_HEAD_DIM:
@@ -293,8 +300,8 @@ def _data(run: RunConfig) -> Iterator[Problem]:
 def _use(run: RunConfig) -> Iterator[Problem]:
     """What is declared must be readable; whether it suffices is decided by `officina.trainer.data.gate`."""
     country = run.use.country
-    if country and (len(country) != 2 or known_country(country) != country):
-        yield Problem("use.country", country, "is no ISO 3166-1 alpha-2 code", "use.country=FI")
+    if country and (country in AREAS or known_country(country) != country):
+        yield Problem("use.country", country, "is no ISO 3166-1 alpha-2 code of a country", "use.country=FI")
     purpose, word = run.use.purpose, purpose_word(run.use.purpose)
     if purpose != word:
         yield Problem("use.purpose", purpose, "must be one lower-case word, with hyphens", f"use.purpose={word}")

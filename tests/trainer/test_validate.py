@@ -215,6 +215,8 @@ COMBINATIONS = [
     ("held out is trained on", ["data.validation_split=train"], None, "data.validation_split"),
     ("other held out is trained on", ["data.split=validation"], None, "data.validation_split"),
     ("no such split", ["data.split=test"], None, "data.split"),
+    *((f"country {name}", [f"use.country={name}"], None, "use.country") for name in ("Finland", "EU", "fi", "1A")),
+    *((f"purpose {words}", [f"use.purpose={words}"], None, "use.purpose") for words in ("Basic Research", "dpv:Research")),
     ("no data set", ["data.sources.extra.path=nowhere"], None, "data.sources.extra.path"),
     ("small vocabulary", ["model.vocab_size=1000"], None, "model.vocab_size"),
     ("space", ["steps 5"], None, "steps 5"),
