@@ -17,12 +17,14 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from officina.benchmarks.kernel_timing import Work
 from officina.kernels.activations import swiglu, swiglu_reference
+from officina.kernels.adamw import adamw_step_
 from officina.kernels.cross_entropy import cross_entropy, cross_entropy_
 from officina.kernels.flash_attention import flash_attention, flash_attention_reference
 from officina.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from officina.kernels.masks import dense_mask, document_spans
 from officina.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from officina.kernels.rope import rope, rope_reference
+from officina.kernels.symmetric import symmetric_product, symmetric_product_reference
 
 OURS, PLAIN, COMPILED, LIGER = "officina", "eager torch", "torch.compile", "Liger"
 DETERMINISTIC, IN_PLACE = "officina, deterministic", "officina, in place"
@@ -62,7 +64,7 @@ class Case:
 def cases(tiny: bool) -> list[Case]:
     """All cases. tiny: shapes that a processor does in milliseconds."""
     return [*_attention(tiny), *_documents(tiny), *_norms(tiny), *_rope(tiny), *_swiglu(tiny), *_cross_entropy(tiny),
-            *_linear_cross_entropy(tiny)]
+            *_linear_cross_entropy(tiny), *_adamw(tiny), *_symmetric(tiny)]
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------
@@ -183,11 +185,11 @@ def _rope(tiny: bool) -> Iterator[Case]:
     for T, H in ((16, 4),) if tiny else ((8192, 16), (8192, 32), (8192, 64)):
         K = 16 if tiny else 128
         moved = 2 * 2 * T * (H + H // 4) * K
-        yield Case("RoPE", f"{T} x {H} heads", _row_floors(moved, moved), functools.partial(_build_rope, T, H, K),
+        yield Case("RoPE", f"{T} x {H} heads", _row_floors(moved, moved), functools.partial(build_rope, T, H, K),
                    tiny or H == 32, {"T": T, "H": H, "G": H // 4, "K": K})
 
 
-def _build_rope(T: int, H: int, K: int, device: torch.device, phase: str, kernels: bool) -> dict[str, Work]:
+def build_rope(T: int, H: int, K: int, device: torch.device, phase: str, kernels: bool) -> dict[str, Work]:
     q, k = (_random(device, 1, T, heads, K).requires_grad_() for heads in (H, H // 4))
     angles = torch.outer(torch.arange(T, device=device), 10_000 ** -torch.linspace(0, 1, K // 2, device=device))[None]
     cos, sin = angles.cos(), angles.sin()
@@ -263,6 +265,51 @@ def _build_linear_cross_entropy(N: int, D: int, V: int, device: torch.device, ph
     if phase == "forward":  # of an evaluation; in training ours makes the gradients in the forward pass
         return {name: Work(functools.partial(_without_gradient, run, (x, weight))) for name, run in entrants.items()}
     return _phase(entrants, (x, weight), phase)
+
+
+# ---- the optimizer -------------------------------------------------------------------------------------------------
+def _adamw(tiny: bool) -> Iterator[Case]:
+    """1.0e9 parameters: bf16 gradient read, fp32 master and two moments read and written, bf16 copy written."""
+    tensors, side = (3, 16) if tiny else (60, 4096)
+    yield Case("AdamW", f"{tensors} x {side} x {side}", {"step": Floor(28 * tensors * side * side)},
+               functools.partial(build_adamw, tensors, side), True)
+
+
+def build_adamw(tensors: int, side: int, device: torch.device, phase: str, kernels: bool) -> dict[str, Work]:
+    params, exp_avgs, exp_avg_sqs = ([torch.rand(side, side, device=device) for _ in range(tensors)] for _ in range(3))
+    grads, copies = ([_random(device, side, side) for _ in range(tensors)] for _ in range(2))
+    step = torch.zeros((), device=device)
+    settings = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+    def ours(impl: str) -> None:
+        adamw_step_(params, grads, exp_avgs, exp_avg_sqs, step, copies=copies, impl=impl, **settings)
+
+    @functools.cache
+    def optimizer() -> torch.optim.Optimizer:
+        for param in params:
+            param.grad = torch.empty_like(param)
+        return torch.optim.AdamW(params, 1e-4, (0.9, 0.95), 1e-8, 0.1, fused=True)
+
+    def fused() -> None:
+        optimizer()
+        torch._foreach_copy_([param.grad for param in params], grads)
+        optimizer().step()
+        torch._foreach_copy_(copies, params)
+
+    return {OURS: Work(lambda: ours(_impl(kernels))), "torch fused": Work(fused), PLAIN: Work(lambda: ours("reference"))}
+
+
+def _symmetric(tiny: bool) -> Iterator[Case]:
+    """The floor has half the operations of a general product."""
+    for N, M in ((32, 64),) if tiny else ((2048, 2048), (4096, 4096), (4096, 16_384), (8192, 8192)):
+        yield Case("X X^T", f"{N} x {M}", {"forward": Floor(2 * N * (N + M), N * N * M)},
+                   functools.partial(build_symmetric, N, M), tiny or (N, M) == (4096, 4096))
+
+
+def build_symmetric(N: int, M: int, device: torch.device, phase: str, kernels: bool) -> dict[str, Work]:
+    x = _random(device, N, M)
+    return _phase({OURS: functools.partial(symmetric_product, impl=_impl(kernels)), PLAIN: symmetric_product_reference},
+                  (x,), phase)
 
 
 # ---- parts of all --------------------------------------------------------------------------------------------------

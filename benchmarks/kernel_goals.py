@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from officina.benchmarks.kernel_cases import DETERMINISTIC, FLASH, IN_PLACE, LIGER, OURS
+from officina.benchmarks.kernel_cases import DETERMINISTIC, FLASH, IN_PLACE, LIGER, OURS, PLAIN
 
 Measure = Literal["TFLOP/s", "TB/s", "ms", "times the speed of", "times the rate of", "GB beyond the gradients"]
 AT_MOST = ("ms", "GB beyond the gradients")
@@ -50,6 +50,8 @@ GOALS: tuple[Goal, ...] = (
     Goal("cross-entropy", "8192 x 131072", "both", "ms", 1.4, 1.15, IN_PLACE),
     Goal("linear cross-entropy", "8192 x 4096 x 131072", "both", "ms", 45, 40),
     Goal("linear cross-entropy", "8192 x 4096 x 131072", "both", "GB beyond the gradients", 1.2),
+    Goal("X X^T", "4096 x 4096", "forward", "times the speed of", 1.4, 1.7, against=PLAIN),
+    Goal("AdamW", "60 x 4096 x 4096", "step", "ms", 8, 7),
 )
 
 

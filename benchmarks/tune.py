@@ -21,10 +21,19 @@ from typing import Any
 
 import torch
 
-from officina.benchmarks.kernel_cases import DETERMINISTIC, OURS, build_attention, build_norm, build_swiglu
+from officina.benchmarks.kernel_cases import (
+    DETERMINISTIC,
+    OURS,
+    build_adamw,
+    build_attention,
+    build_norm,
+    build_rope,
+    build_swiglu,
+    build_symmetric,
+)
 from officina.benchmarks.kernel_timing import Timing, Work, measure
 from officina.benchmarks.record import record, write_record
-from officina.kernels import activations, cross_entropy, flash_attention_tables, rms_norm
+from officina.kernels import activations, adamw, cross_entropy, flash_attention_tables, rms_norm, rope, symmetric
 from officina.kernels.tables import SAFE, Config, arch_of, is_amd
 from officina.trainer.errors import EXIT_DONE, EXIT_USER
 
@@ -48,7 +57,7 @@ class Sweep:
 
 def sweeps(arch: str) -> list[Sweep]:
     """All of them, for shapes of training."""
-    return [*_attention(arch), *_cross_entropy(8192, 131_072, torch.bfloat16), *_norm(), *_swiglu()]
+    return [*_attention(arch), *_cross_entropy(8192, 131_072, torch.bfloat16), *_norm(), *_elementwise(), *_symmetric(arch)]
 
 
 def tune(sweep: Sweep, device: torch.device, *, round_s: float = 0.03) -> dict[str, Any]:
@@ -143,17 +152,28 @@ def _norm() -> Iterator[Sweep]:
                         lambda device, width=width, phase=phase: build_norm(8192, width, device, phase, True)[OURS])
 
 
-def _swiglu() -> Iterator[Sweep]:
+def _elementwise() -> Iterator[Sweep]:
     tried = [Config(1, n, warps, 1) for n, warps in itertools.product((512, 1024, 2048, 4096), (2, 4, 8))]
     yield Sweep("activations", "TABLE", activations.TABLE, "any", tried,
                 lambda device: build_swiglu(8192, 14_336, device, "both", True)[OURS])
+    yield Sweep("adamw", "TABLE", adamw.TABLE, "any", tried, lambda device: build_adamw(60, 4096, device, "step", True)[OURS])
+    tried = [Config(m, 64, warps, 1) for m, warps in itertools.product((4, 8, 16, 32, 64), (2, 4, 8))]
+    yield Sweep("rope", "TABLE", rope.TABLE, ("forward", 64), tried,
+                lambda device: build_rope(8192, 32, 128, device, "both", True)[OURS])
+
+
+def _symmetric(arch: str) -> Iterator[Sweep]:
+    stages = (1,) if is_amd(arch) else (2, 3, 4)
+    tried = [Config(*values) for values in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), stages)]
+    yield Sweep("symmetric", "TABLE", symmetric.TABLE, torch.bfloat16, tried,
+                lambda device: build_symmetric(4096, 4096, device, "forward", True)[OURS])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Sweep, write tune.json and tables.txt. Returns 0, or 2 where there is no GPU or no such kernel."""
     parser = argparse.ArgumentParser(prog="python -m officina.benchmarks.tune", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernel", help="attention, cross_entropy, rms_norm, activations, or all")
+    parser.add_argument("kernel", help="attention, cross_entropy, rms_norm, activations, adamw, rope, symmetric, or all")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no sweep after this time (default: all)")
     parser.add_argument("--out", type=Path, default=Path("tune-results"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -15,13 +15,9 @@ _IGNORE = tl.constexpr(-100) if tl else None
 
 @jit
 def _tanh(x):
+    # The interpreter knows no tanh. Off by 4e-8 at most: 2e-6 of a logit at a softcap of 50, where bf16 holds 8e-3 of it.
     e = tl.exp2(-2 * _LOG2E * tl.abs(x))
-    found = tl.where(x < 0, -1.0, 1.0) * (1 - e) / (1 + e)
-    if x.dtype == tl.float32:  # this loses digits near 0, where the first terms of the series have all that fp32 holds
-        y = x * x
-        near = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
-        found = tl.where(tl.abs(x) < 0.25, near, found)
-    return found
+    return tl.where(x < 0, -1.0, 1.0) * (1 - e) / (1 + e)
 
 
 @jit

@@ -15,6 +15,7 @@ from officina.trainer.errors import EXIT_BUG, EXIT_DONE, EXIT_USER
 from tests.kernels.interpreter import Interpreter
 
 CPU = torch.device("cpu")
+ONE_PHASE = {"AdamW", "X X^T"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_every_phase_of_every_case_is_measured(tiny):
     found = tiny[0]["results"]["cases"]
     assert [(case["kernel"], case["shape"]) for case in found] == [(case.kernel, case.shape) for case in cases(True)]
     for case in found:
-        assert {"forward", "both"} <= set(case["phases"])
+        assert {"forward", "both"} <= set(case["phases"]) or case["kernel"] in ONE_PHASE
         for phase, value in case["phases"].items():
             ours, plain = value["entrants"][OURS], value["entrants"][PLAIN]
             assert 0 < ours["p20_s"] <= ours["median_s"] <= ours["p80_s"] and ours["calls"] >= 2 * ROUNDS
@@ -133,7 +134,7 @@ def test_goals_are_judged_by_what_they_measure():
     shapes = {(goal.kernel, shape) for goal in GOALS for shape in (goal.shape, goal.against)}
     found = [{"kernel": kernel, "shape": shape, "facts": {"gradient_bytes": 1.1e9},
               "phases": {phase: {"entrants": {name: entrant(2.0, 400.0) for name in names}}
-                         for phase in ("forward", "backward", "both")}} for kernel, shape in shapes]
+                         for phase in ("forward", "backward", "both", "step")}} for kernel, shape in shapes]
     by_measure = {goal.measure: value for goal, value in zip(GOALS, judged(found), strict=True)}
     assert {measure: value["found"] for measure, value in by_measure.items()} == {
         "TFLOP/s": 400.0, "TB/s": 400.0, "ms": 2.0, "times the speed of": 1.0, "times the rate of": 1.0,
