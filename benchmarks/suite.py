@@ -30,6 +30,8 @@ BENCHMARKS = {
     "engines": Benchmark("tokens per second of every engine on 2 ranks, and of plain DDP and FSDP2 loops", "4",
                          ("--blocks", "1", "--steps", "1", "--precision", "fp32")),
     "start": Benchmark("time from the command to the first step", "2", ("--repeats", "1")),
+    "data_build": Benchmark("building shards against the tokenizer alone on the same texts", "3",
+                            ("--megabytes", "2", "--repeats", "1")),
     "checkpoint": Benchmark("saving and loading against torch.save and torch.distributed.checkpoint", "2",
                             ("--gib", "0.1", "--repeats", "1")),
     "checkpoint_faults": Benchmark("damaged checkpoints: which are noticed, by officina and by others", "16",

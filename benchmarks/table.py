@@ -139,9 +139,15 @@ def _kernels(results: Record) -> str:
     return _table(["kernel", "entrant", "measure", "goal", "hoped for", "found"], rows, words=3) + "\n\n" + said
 
 
-_TABLES = {"step": _step, "engines": _engines, "start": _start, "checkpoint": _checkpoint,
-           "checkpoint_faults": _checkpoint_faults, "gpu": _gpu,
-           "kernels": _kernels}
+def _data_build(results: Record) -> str:
+    rows = [[name, f"{r['bytes_per_s']['median'] / 1e6:.2f}", f"{r['time_s']['median']:.1f}"] for name, r in results.items()]
+    share = results["build"]["share_of_tokenizer_rate"]["median"]
+    return (_table(["", "MB/s of text", "seconds"], rows) +
+            f"\n\nThe build keeps {share:.0%} of its tokenizer's rate.")
+
+
+_TABLES = {"step": _step, "engines": _engines, "start": _start, "data_build": _data_build,
+           "checkpoint": _checkpoint, "checkpoint_faults": _checkpoint_faults, "gpu": _gpu, "kernels": _kernels}
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:

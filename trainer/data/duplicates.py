@@ -9,17 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
+from officina.trainer.data.manifest import write_whole
+
 RANGE_DOCUMENTS = 1 << 24
 """Documents compared at once: about a GiB with its sorting."""
 _DIGEST = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u8")])
 
 
 def write_run(path: Path, digests: bytes, first: int) -> None:
-    """Write the 16-byte digests of documents number `first` and on of a part, sorted by digest. Not atomic."""
+    """Write the 16-byte digests of documents number `first` and on of a part, sorted by digest."""
     halves = np.frombuffer(digests, ">u8").reshape(-1, 2)
     out = np.empty(len(halves), _DIGEST)
     out["high"], out["low"], out["number"] = halves[:, 0], halves[:, 1], np.arange(first, first + len(halves))
-    out[np.lexsort((out["low"], out["high"]))].tofile(path)
+    write_whole(path, out[np.lexsort((out["low"], out["high"]))].tobytes())
 
 
 def find_duplicates(runs: Sequence[tuple[int, Path]], drops: Sequence[Path]) -> int:
