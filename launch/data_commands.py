@@ -73,6 +73,9 @@ def audit(args: argparse.Namespace) -> int:
         more = f"\n  and {len(found.faults) - 20} more" if len(found.faults) > 20 else ""
         print(f"{args.folder}: {len(found.faults)} faults; the data was not read as planned:\n{shown}{more}", file=sys.stderr)
         return EXIT_USER
+    for step, lists in found.removals:
+        told = ", ".join(f"{name} by {n} {'list' if n == 1 else 'lists'}" for name, n in lists.items()) or "none"
+        screen.print(f"removed on request from step {step} on: {told}", markup=False)
     begun = "started once" if found.starts == 1 else f"started {found.starts} times"
     screen.print(f"Proved: {found.steps:,} steps ({begun}) read samples {found.first_sample:,} to "
                   f"{found.stop_sample:,}, each exactly once and in order; none twice, none missing; "

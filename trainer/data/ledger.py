@@ -154,6 +154,8 @@ class AuditReport:
     skipped: list[list[int]]
     starts: int
     sources: dict[str, SourceUse]
+    removals: list[tuple[int, dict[str, int]]]
+    """(first step, lists of removed documents by source) wherever another number of lists was heeded than before."""
     faults: list[str]
     """What is not as planned; empty is the proof."""
 
@@ -189,7 +191,12 @@ def audit(run_dir: str | Path,
         progress(done, len(entries))
     faults += coverage.finish()
     return AuditReport(len(entries), first, stop, sum(len(e.samples()) for e in entries),
-                       [r for e in entries for r in e.skipped], starts, coverage.report(), faults)
+                       [r for e in entries for r in e.skipped], starts, coverage.report(), _changes(entries), faults)
+
+
+def _changes(entries: list[Entry]) -> list[tuple[int, dict[str, int]]]:
+    before = [{}, *(entry.removals for entry in entries)]
+    return [(entry.step, entry.removals) for entry, last in zip(entries, before, strict=False) if entry.removals != last]
 
 
 def _each(values: Iterable[dict[str, int]]) -> list[dict[str, int]]:

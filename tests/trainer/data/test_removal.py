@@ -130,7 +130,7 @@ def test_steps_before_and_after_a_request_are_both_audited(tmp_path: Path) -> No
     assert [line for line in lines if "start" in line] == [
         {"start": 0}, {"start": 3, "removals": {"a": 1}}, {"start": 7, "removals": {"a": 2}},
         {"start": 11, "removals": {"a": 3}}]
-    assert audit(folder).faults == []
+    assert audit(folder).faults == [] and audit(folder).removals == [(4, {"a": 1}), (8, {"a": 2}), (12, {"a": 3})]
     text = (folder / "ledger.jsonl").read_text()
     (folder / "ledger.jsonl").write_text(text.replace('{"a":2}', '{"a":1}').replace('{"a":3}', '{"a":0}'))
     assert any("digest" in fault for fault in audit(folder).faults)  # it did read without the documents
