@@ -36,15 +36,22 @@ def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-def why_not_triton(*tensors: Tensor | None) -> str | None:
-    """Why kernels cannot take these tensors, or None if they can; None among the tensors is skipped."""
+def why_not_triton_on(device: torch.device) -> str | None:
+    """Why kernels cannot run on the device, or None if they can."""
     if triton is None:
         return "triton is not installed (pip install 'officina[kernels]')"
+    if device.type != "cuda" and not INTERPRETED:
+        return f"the tensors are on the {device.type}, kernels need a GPU"
+    return None
+
+
+def why_not_triton(*tensors: Tensor | None) -> str | None:
+    """Why kernels cannot take these tensors, or None if they can; None among the tensors is skipped."""
     for tensor in tensors:
         if tensor is None:
             continue
-        if not tensor.is_cuda and not INTERPRETED:
-            return f"the tensors are on the {tensor.device.type}, kernels need a GPU"
+        if why := why_not_triton_on(tensor.device):
+            return why
         if INTERPRETED and tensor.dtype == torch.bfloat16:
             # Triton's interpreter adds and multiplies the raw bits of bf16, without an error.
             return "Triton's interpreter computes bf16 wrongly; use fp32 or fp16"

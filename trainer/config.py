@@ -97,8 +97,11 @@ class DecoderConfig:
     """tanh cap on attention logits; 0 = none (Gemma 2: 50)."""
     logit_softcap: Annotated[float, Field(ge=0)] = 0.0
     """tanh cap on output logits; 0 = none (Gemma 2: 30)."""
-    attention_impl: Literal["auto", "reference", "sdpa", "flex"] = "auto"
+    attention_impl: Literal["auto", "triton", "reference", "sdpa", "flex"] = "auto"
     """`auto` takes the fastest that can do the case and logs which once; a named one never falls back."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Norms, RoPE, activations, the loss and Muon's products as Triton kernels or in plain torch. `auto` takes the kernels
+    where they can run and says once where not; `triton` never falls back."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the initial matrices; output projections get init_std / sqrt(2 n_layers)."""
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from officina.kernels.dispatch import Impl
+from officina.kernels.symmetric import symmetric_product
 from officina.trainer.config import MuonConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -31,7 +33,7 @@ class Split:
     """rows: from a sharded tensor to this rank's rows of it."""
 
 
-def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype, impl: Impl = "auto") -> Tensor:
     """Nearly the orthogonal factor of a (n, m) matrix, singular values between about 0.7 and 1.2; in `dtype`."""
     a, b, c = NEWTON_SCHULZ
     x = matrix.to(dtype)
@@ -39,16 +41,16 @@ def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     x = x.T if tall else x
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = symmetric_product(x, impl=impl)
+        x = torch.addmm(x, symmetric_product(gram, alpha=c, beta=b, addend_NN=gram, impl=impl), x, beta=a)
     return x.T if tall else x
 
 
 class Muon:
     """Momentum and update of a set of matrices; gradients are read from `.grad`."""
 
-    def __init__(self, config: MuonConfig, params: Mapping[str, nn.Parameter], split: Split) -> None:
-        self._config, self._params, self._split = config, params, split
+    def __init__(self, config: MuonConfig, params: Mapping[str, nn.Parameter], split: Split, impl: Impl = "auto") -> None:
+        self._config, self._params, self._split, self._impl = config, params, split, impl
         self._dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.newton_schulz_dtype]
         self._rank = dist.get_rank(split.group) if split.group else 0
         self._ranks = dist.get_world_size(split.group) if split.group else 1
@@ -107,7 +109,7 @@ class Muon:
         return gradient.lerp(momentum, beta) if self._config.nesterov else momentum
 
     def _direction(self, matrix: Tensor) -> Tensor:
-        return orthogonalize(matrix, self._config.newton_schulz_steps, self._dtype)
+        return orthogonalize(matrix, self._config.newton_schulz_steps, self._dtype, self._impl)
 
     def _apply(self, parameter: Tensor, update: Tensor, shape: tuple[int, ...], lr_factor: float) -> None:
         lr = self._config.muon_lr * lr_factor

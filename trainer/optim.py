@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from officina.kernels.dispatch import Impl
 from officina.trainer.config import AdamWConfig, MuonConfig
 from officina.trainer.muon import Muon, Split
 from officina.trainer.state import EXP_AVG, EXP_AVG_SQ, MOMENTUM
@@ -72,13 +73,14 @@ def new_adamw_state(tensor: Tensor, steps: int = 0) -> dict[str, Tensor]:
 class Optimizer:
     """AdamW, and Muon where the configuration asks for it. State exists from the beginning, so memory does not grow later."""
 
-    def __init__(self, config: AdamWConfig, groups: Groups, params: Mapping[str, nn.Parameter], split: Split) -> None:
+    def __init__(self, config: AdamWConfig, groups: Groups, params: Mapping[str, nn.Parameter], split: Split,
+                 impl: Impl = "auto") -> None:
         self._params = {name: params[name] for name in (*groups.decayed, *groups.plain)}
         self._adamw = new_adamw(config, groups, params) if self._params else None
         self._lr = config.lr
         self._muon = None
         if isinstance(config, MuonConfig):
-            self._muon = Muon(config, {name: params[name] for name in groups.muon}, split)
+            self._muon = Muon(config, {name: params[name] for name in groups.muon}, split, impl)
         self.reset(0)
 
     def reset(self, steps: int) -> None:

@@ -51,6 +51,7 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("seed", "refused", "the order of past samples rests on it"),
     # the model
     ("model.attention_impl", "free", "the same mathematics"),
+    ("model.kernels", "free", "the same mathematics"),
     ("model.init_std", "refused", "is of the first step only"),
     ("model.rope.*", "force", "the weights were trained with other positions; meant for extending the context"),
     ("model.local_rope", "force", "the weights were trained with other positions; meant for extending the context"),

@@ -131,6 +131,9 @@ def _model(run: RunConfig) -> Iterator[Problem]:
     yield from _attention_impl(run, model)
     if model.kernels == "triton" and run.device == "cpu":
         yield Problem("model.kernels", "triton", "needs a GPU, and device=cpu", "model.kernels=auto")
+    elif model.kernels == "triton" and run.optim.kind == "muon" and getattr(run.engine, "cpu_offload", False):
+        yield Problem("model.kernels", "triton", "needs a GPU, and engine.cpu_offload=true has Muon work on the CPU",
+                      "model.kernels=auto")
 
 
 def _rope(key: str, rope: RopeConfig) -> Iterator[Problem]:

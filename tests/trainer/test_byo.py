@@ -12,7 +12,7 @@ import torch
 
 from officina.trainer.config import CustomModelConfig, DecoderConfig, RunConfig
 from officina.trainer.errors import ConfigError, OfficinaError
-from officina.trainer.model.build import build_model, check_attention, resolve
+from officina.trainer.model.build import build_model, check_attention, check_kernels, resolve
 from officina.trainer.objective import next_token_loss, record_loss
 from officina.trainer.parallel.tensors import materialize
 from officina.trainer.state import PARAM
@@ -166,6 +166,13 @@ def test_a_named_attention_that_cannot_do_the_model_is_refused():
     with pytest.raises(ConfigError, match=r"model.attention_impl=flex: cannot run here.*model.attention_impl=auto"):
         check_attention(DecoderConfig(attention_impl="flex"), "cpu")
     check_attention(DecoderConfig(attention_impl="flex", head_dim=64), "cuda")
+
+
+def test_kernels_by_name_that_cannot_run_are_refused():
+    with pytest.raises(ConfigError, match=r"model.kernels=triton: cannot run here: .*need a GPU.*model.kernels=auto"):
+        check_kernels(DecoderConfig(kernels="triton"), "cpu")
+    check_kernels(DecoderConfig(kernels="triton"), "cuda")
+    check_kernels(DecoderConfig(), "cpu")
 
 
 def test_evaluation_leaves_the_z_loss_out():

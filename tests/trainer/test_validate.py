@@ -179,6 +179,9 @@ COMBINATIONS = [
     ("embed_scale", ["model.embed_scale=0"], None, "model.embed_scale"),
     ("softcap by sdpa", ["model.attention_impl=sdpa", "model.attn_softcap=50"], None, "model.attention_impl"),
     ("flex on the CPU", ["model.attention_impl=flex", "device=cpu"], None, "model.attention_impl"),
+    ("kernels on the CPU", ["model.kernels=triton", "device=cpu"], None, "model.kernels"),
+    ("kernels for what is offloaded", ["model.kernels=triton", "optim=muon", "engine=fsdp2", "engine.cpu_offload=true"], None,
+     "model.kernels"),
     ("flex on narrow heads", ["model.attention_impl=flex", "model.head_dim=8"], None, "model.attention_impl"),
     *((f"{key} {value}", [f"{key}={value}"], None, key) for value in ("nan", "inf") for key in (
         "optim.lr", "optim.weight_decay", "model.embed_scale", "model.rope.theta", "objective.z_loss", "site.grace",

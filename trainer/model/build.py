@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from officina.kernels.attention import flex_missing
+from officina.kernels.dispatch import why_not_triton_on
+from officina.kernels.flash_attention import why_not_flash
 from officina.trainer.batch import LossFn
 from officina.trainer.config import CustomModelConfig, DecoderConfig, RunConfig
 from officina.trainer.errors import ConfigError, Problem
@@ -39,6 +41,7 @@ def build_model(run: RunConfig) -> Built:
     if isinstance(run.model, CustomModelConfig):
         return _build_custom(run.model, run.seed)
     check_attention(run.model, run.device)
+    check_kernels(run.model, run.device)
     module = build_transformer(run.model)
     return Built(module, InitSource(module, run.model, run.seed), next_token_loss(run.objective.z_loss), None)
 
@@ -55,10 +58,20 @@ def check_attention(config: DecoderConfig, device: str) -> None:
     if config.attention_impl == "sdpa" and config.attn_softcap:
         rule = f"has no softcap, and model.attn_softcap={config.attn_softcap}"
         raise ConfigError([Problem(key, "sdpa", rule, remedy)])
-    if config.attention_impl == "flex":
-        kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if why := flex_missing(torch.device(kind), config.head_size):
-            raise ConfigError([Problem(key, "flex", f"cannot run here: {why}", remedy)])
+    if config.attention_impl == "flex" and (why := flex_missing(_device(device), config.head_size)):
+        raise ConfigError([Problem(key, "flex", f"cannot run here: {why}", remedy)])
+    if config.attention_impl == "triton" and (why := why_not_flash(config.head_size, torch.float32, _kind(device))):
+        raise ConfigError([Problem(key, "triton", f"cannot run here: {why}", remedy)])
+
+
+def check_kernels(config: DecoderConfig, device: str) -> None:
+    """Refuse Triton kernels by name where they cannot run on `device` (auto, cpu or cuda)."""
+    if config.kernels == "triton" and (why := why_not_triton_on(_device(device))):
+        raise ConfigError([Problem("model.kernels", "triton", f"cannot run here: {why}", "model.kernels=auto")])
+
+
+def _device(device: str) -> torch.device:
+    return torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def resolve(path: str, key: str) -> Callable[..., Any]:

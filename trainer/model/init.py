@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from officina.kernels.activations import XIELU_BETA
 from officina.trainer.config import DecoderConfig
-from officina.trainer.model.layers import XIELU_BETA
 from officina.trainer.state import PARAM
 
 BLOCK = 2**18

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from officina.kernels.activations import geglu, swiglu, xielu
 from officina.kernels.linear_cross_entropy import linear_cross_entropy
+from officina.kernels.rms_norm import add_rms_norm, rms_norm
 from officina.trainer.config import DecoderConfig
 from officina.trainer.model.rope import at_least_fp32
-
-XIELU_BETA, XIELU_EPS = 0.5, -1e-6
-"""Constants of xIELU (arXiv:2411.13010, section 3)."""
 
 
 class Linear(nn.Module):
@@ -36,17 +35,14 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, config: DecoderConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps = config.norm_eps
-        self.zero_centred = config.norm_weight == "zero_centred"
-        self.cast_first = config.norm_cast == "before"
+        self._options = {"eps": config.norm_eps, "zero_centred": config.norm_weight == "zero_centred",
+                         "cast_first": config.norm_cast == "before", "impl": config.kernels}
 
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(at_least_fp32(x), x.shape[-1:], None, self.eps)
-        weight = self.weight.to(x.dtype)
-        if self.cast_first:
-            return normed.to(x.dtype) * (1 + weight if self.zero_centred else weight)
-        weight = at_least_fp32(weight)
-        return (normed * (1 + weight if self.zero_centred else weight)).to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x; with a residual the norm of their sum, and the sum, in one pass over memory."""
+        if residual is None:
+            return rms_norm(x, self.weight, **self._options)
+        return add_rms_norm(x, residual, self.weight, **self._options)
 
 
 class MLP(nn.Module):
@@ -54,7 +50,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.kind = config.mlp
+        self.kind, self.impl = config.mlp, config.kernels
         if self.kind == "xielu":
             self.alpha_p = nn.Parameter(torch.empty(1))
             self.alpha_n = nn.Parameter(torch.empty(1))
@@ -64,24 +60,10 @@ class MLP(nn.Module):
         self.down = Linear(config.d_ff, config.d_model, config.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if self.kind == "swiglu":
-            return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
-        if self.kind == "geglu":
-            return self.down(F.gelu(self.gate(x_BTD), approximate="tanh") * self.up(x_BTD))
-        inner = self.up(x_BTD)
-        return self.down(xielu(inner, self.alpha_p.to(inner.dtype), self.alpha_n.to(inner.dtype)))
-
-
-def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor) -> Tensor:
-    """Trainable activation whose slope rises linearly for x > 0 (arXiv:2411.13010); x's dtype, fp32 inside.
-
-    In bf16, exp(x) - 1 - x would lose all its digits near 0.
-    """
-    wide = at_least_fp32(x)
-    rising = F.softplus(at_least_fp32(alpha_p)) * wide.square()
-    bend = XIELU_BETA + F.softplus(at_least_fp32(alpha_n))
-    falling = bend * (torch.expm1(wide.clamp(max=XIELU_EPS)) - wide)
-    return (torch.where(wide > 0, rising, falling) + XIELU_BETA * wide).to(x.dtype)
+        if self.kind == "xielu":
+            return self.down(xielu(self.up(x_BTD), self.alpha_p, self.alpha_n, impl=self.impl))
+        activation = swiglu if self.kind == "swiglu" else geglu
+        return self.down(activation(self.gate(x_BTD), self.up(x_BTD), impl=self.impl))
 
 
 class Vocabulary(nn.Module):
@@ -94,7 +76,7 @@ class Vocabulary(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.softcap = config.logit_softcap
+        self.softcap, self.impl = config.logit_softcap, config.kernels
 
     def forward(self, x: Tensor, use: str, labels_BT: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
         """`embed`: (B, T) -> (B, T, D). `logits`: (B, T, D) -> (B, T, V) fp32. `loss`: -> 0-dim fp32 sum."""
@@ -102,6 +84,7 @@ class Vocabulary(nn.Module):
             return F.embedding(x, self.weight)
         weight = self.weight.to(x.dtype)
         if use == "loss":
-            return linear_cross_entropy(x.flatten(0, -2), weight, labels_BT.flatten(), z_loss=z_loss, softcap=self.softcap)
+            return linear_cross_entropy(x.flatten(0, -2), weight, labels_BT.flatten(), z_loss=z_loss, softcap=self.softcap,
+                                        impl=self.impl)
         logits = at_least_fp32(F.linear(x, weight))
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits

@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies as plain numbers, and the rotation.
+"""Rotary position embedding: frequencies as plain numbers, and the tables of angles. The rotation is `kernels.rope`.
 
 Sources: Su et al., arXiv:2104.09864; yarn arXiv:2309.00071; llama3 scaling arXiv:2407.21783 section 3.4.3.
 The frequencies agree with those of transformers, whose conventions the published models were trained with.
@@ -33,14 +33,6 @@ def rope_tables(frequencies: Tensor, factor: float, positions_BT: Tensor) -> tup
     """cos and sin of every pair's angle at every position: (B, 1, T, head_dim / 2) each, fp32."""
     angles = positions_BT[:, None, :, None].float() * frequencies
     return angles.cos() * factor, angles.sin() * factor
-
-
-def rotate(x_BHTD: Tensor, cos_B1TP: Tensor, sin_B1TP: Tensor) -> Tensor:
-    """Turn pair p = (x[p], x[p + D / 2]) by its angle, in fp32; x's dtype."""
-    first, second = at_least_fp32(x_BHTD).chunk(2, dim=-1)
-    turned = torch.cat((torch.addcmul(first * cos_B1TP, second, sin_B1TP, value=-1),
-                        torch.addcmul(second * cos_B1TP, first, sin_B1TP)), dim=-1)
-    return turned.to(x_BHTD.dtype)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from officina.kernels.attention import AttentionPlan, attention, plan_attention
+from officina.kernels.rope import rope
 from officina.trainer.config import DecoderConfig, RopeConfig
 from officina.trainer.model.cache import KVCache, LayerCache
 from officina.trainer.model.layers import MLP, Linear, RMSNorm, Vocabulary
-from officina.trainer.model.rope import rope_frequencies, rope_tables, rotate
+from officina.trainer.model.rope import rope_frequencies, rope_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +35,12 @@ class Attention(nn.Module):
         super().__init__()
         heads, kv_heads, head = config.n_heads, config.kv_heads, config.head_size
         self.head_size = head
-        rope = rope_of_layer(config, layer)
-        self.rope = None if rope is None else _ropes(config).index(rope)
+        own_rope = rope_of_layer(config, layer)
+        self.rope = None if own_rope is None else _ropes(config).index(own_rope)
         self.window = window_of_layer(config, layer)
         self.scale = head**-0.5 if config.attn_scale is None else config.attn_scale
         self.softcap = config.attn_softcap
-        self.qk_norm = config.qk_norm
+        self.qk_norm, self.impl = config.qk_norm, config.kernels
         self.q = Linear(config.d_model, heads * head, config.qkv_bias)
         self.k = Linear(config.d_model, kv_heads * head, config.qkv_bias)
         self.v = Linear(config.d_model, kv_heads * head, config.qkv_bias)
@@ -53,12 +54,12 @@ class Attention(nn.Module):
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.unflatten(-1, (-1, self.head_size)) for x in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if self.rope is not None:
-            cos, sin = shared.ropes[self.rope]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = rope(q, k, *shared.ropes[self.rope], impl=self.impl)
         if cache is not None:
             k, v = cache.append(k, v)
         out_BHTK = attention(q, k, v, scale=self.scale, window=self.window, softcap=self.softcap,
@@ -84,6 +85,9 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, *, shared: Shared, cache: LayerCache | None = None) -> Tensor:
         h = self.attn(self.attn_norm(x_BTD) if self.before else x_BTD, shared, cache)
+        if self.before and not self.after:
+            h, x_BTD = self.mlp_norm(h, x_BTD)
+            return x_BTD + self.mlp(h)
         x_BTD = x_BTD + (self.attn_post_norm(h) if self.after else h)
         h = self.mlp(self.mlp_norm(x_BTD) if self.before else x_BTD)
         return x_BTD + (self.mlp_post_norm(h) if self.after else h)
@@ -131,7 +135,7 @@ class Transformer(nn.Module):
         if self.config.embed_scale != 1:
             # The factor is rounded to the dtype of the activations, as Gemma's is.
             x_BTD = x_BTD * x_BTD.new_full((), self.config.embed_scale)
-        shared = self._share(tokens_BT, documents_BT, positions_BT, cache)
+        shared = self._share(tokens_BT, documents_BT, positions_BT, cache, x_BTD.dtype)
         for layer, block in enumerate(self.blocks):
             # x is the one positional argument: DeepSpeed and checkpointing watch the positional ones.
             x_BTD = block(x_BTD, shared=shared, cache=None if cache is None else cache.layers[layer])
@@ -148,7 +152,7 @@ class Transformer(nn.Module):
         return KVCache([LayerCache(window_of_layer(self.config, i)) for i in range(self.config.n_layers)])
 
     def _share(self, tokens_BT: Tensor, documents_BT: Tensor | None, positions_BT: Tensor | None,
-               cache: KVCache | None) -> Shared:
+               cache: KVCache | None, dtype: torch.dtype) -> Shared:
         device, T = tokens_BT.device, tokens_BT.shape[1]
         past = 0 if cache is None else cache.length
         if positions_BT is None:
@@ -161,7 +165,7 @@ class Transformer(nn.Module):
             n_keys = T + (min(past, window - 1) if window else past)
             plans[window] = plan_attention(
                 T, n_keys, window=window, softcap=self.config.attn_softcap, documents_BS=documents_BT,
-                impl=self.config.attention_impl, device=device, head_dim=self.config.head_size)
+                impl=self.config.attention_impl, device=device, head_dim=self.config.head_size, dtype=dtype)
         return Shared(ropes, plans)
 
     def _frequencies_on(self, rope: RopeConfig, device: torch.device) -> Tensor:

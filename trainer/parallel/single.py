@@ -51,7 +51,8 @@ class TorchEngine:
                                        parts.ranks.device, bf16_weights=parts.precision == "bf16_pure")
         self._params = dict(parts.module.named_parameters())
         self._buffers = persistent_buffers(parts.module)
-        self._optimizer = Optimizer(parts.run.optim, groups, self._params, split)
+        kernels = getattr(parts.run.model, "kernels", "auto")  # a user's own model has no such key
+        self._optimizer = Optimizer(parts.run.optim, groups, self._params, split, kernels)
 
     def forward_backward(self, batch: Batch, *, step_tokens: int, last: bool) -> Tensor:
         with self._autocast():
