@@ -60,7 +60,7 @@ def check_attention(config: DecoderConfig, device: str) -> None:
         raise ConfigError([Problem(key, "sdpa", rule, remedy)])
     if config.attention_impl == "flex" and (why := flex_missing(_device(device), config.head_size)):
         raise ConfigError([Problem(key, "flex", f"cannot run here: {why}", remedy)])
-    if config.attention_impl == "triton" and (why := why_not_flash(config.head_size, torch.float32, _kind(device))):
+    if config.attention_impl == "triton" and (why := why_not_flash(config.head_size, torch.float32, _device(device))):
         raise ConfigError([Problem(key, "triton", f"cannot run here: {why}", remedy)])
 
 
