@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("officina", "torch", "numpy", "xxhash", "safetensors", "deepspeed", "triton", "transformers", "accelerate")
+PACKAGES = ("officina", "torch", "numpy", "xxhash", "safetensors", "deepspeed", "triton", "liger-kernel", "transformers",
+            "accelerate")
 RESULTS = Path(__file__).parent / "results"
 """Where committed records lie."""
 
