@@ -91,10 +91,17 @@ def _activation(gate, GELU: tl.constexpr):
 
 
 @jit
+def _block(task, F, BLOCK: tl.constexpr):
+    """Row and features of a task, where each row is cut into blocks."""
+    blocks = tl.cdiv(F, BLOCK)
+    row, start = task // blocks, task % blocks
+    zero = tl.full((), 0, tl.int64)
+    return row + zero, (start + zero) * BLOCK + tl.arange(0, BLOCK)
+
+
+@jit
 def gated_forward_kernel(gate, up, out, gate_stride, up_stride, F, GELU: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (n, b) makes block b of row n."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, column = _block(tl.program_id(0), F, BLOCK)
     mask = column < F
     value, _ = _activation(tl.load(gate + row * gate_stride + column, mask=mask).to(WIDE), GELU)
     value *= tl.load(up + row * up_stride + column, mask=mask).to(WIDE)
@@ -104,8 +111,7 @@ def gated_forward_kernel(gate, up, out, gate_stride, up_stride, F, GELU: tl.cons
 @jit
 def gated_backward_kernel(dout, gate, up, dgate, dup, dout_stride, gate_stride, up_stride, F, GELU: tl.constexpr,
                           WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, column = _block(tl.program_id(0), F, BLOCK)
     mask = column < F
     value, slope = _activation(tl.load(gate + row * gate_stride + column, mask=mask).to(WIDE), GELU)
     upper = tl.load(dout + row * dout_stride + column, mask=mask).to(WIDE)
@@ -131,8 +137,7 @@ def _expm1(x):
 @jit
 def xielu_forward_kernel(x, alpha_p, alpha_n, out, x_stride, F, BETA: tl.constexpr, EPS: tl.constexpr, WIDE: tl.constexpr,
                          BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, column = _block(tl.program_id(0), F, BLOCK)
     mask = column < F
     dtype = x.dtype.element_ty
     p = _softplus(tl.load(alpha_p).to(dtype).to(WIDE))
@@ -152,10 +157,8 @@ def xielu_backward_kernel(dout, x, alpha_p, alpha_n, dx, dalphas, dout_stride, x
     raw_n = tl.load(alpha_n).to(dtype).to(WIDE)
     p, n = _softplus(raw_p), BETA + _softplus(raw_n)
     total_p, total_n = tl.zeros((BLOCK,), WIDE), tl.zeros((BLOCK,), WIDE)
-    blocks = tl.cdiv(F, BLOCK)
-    for task in range(program, N * blocks, tl.num_programs(0)):
-        row = task // blocks + tl.full((), 0, tl.int64)
-        column = task % blocks * BLOCK + tl.arange(0, BLOCK)
+    for task in range(program, N * tl.cdiv(F, BLOCK), tl.num_programs(0)):
+        row, column = _block(task, F, BLOCK)
         mask = column < F
         value = tl.load(x + row * x_stride + column, mask=mask, other=0).to(WIDE)
         upper = tl.load(dout + row * dout_stride + column, mask=mask, other=0).to(WIDE)
@@ -199,30 +202,31 @@ def compilations(arch: str) -> Iterator[tuple[str, Any, dict[str, Any], Config]]
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
-    return [t if t.stride(1) == 1 else t.contiguous() for t in tensors]
+    """With features beside each other; as one long row where all tensors have no gaps, so that no block is cut short."""
+    tensors = [t if t.stride(1) == 1 else t.contiguous() for t in tensors]
+    return [t.view(1, -1) for t in tensors] if all(t.is_contiguous() for t in tensors) else tensors
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], strided: int, constants: tuple[Any, ...]) -> None:
-    """One program for each row and block; the first `strided` tensors are inputs with a stride of their own."""
-    N, width = tensors[0].shape
-    if not tensors[0].numel():
-        return
-    arch = arch_of(tensors[0].device)
-    config = config_for(arch)
-    kernel[(N, triton.cdiv(width, config.block_n))](
-        *tensors, *(t.stride(0) for t in tensors[:strided]), width, *constants, wide_type(tensors[0].dtype), config.block_n,
-        **config.options(arch))
+def _launch(kernel: Any, inputs: list[Tensor], others: tuple[Tensor, ...], constants: tuple[Any, ...]) -> None:
+    """A program for each block of each row of `inputs`, which come with their strides."""
+    N, width = inputs[0].shape
+    if inputs[0].numel():
+        arch = arch_of(inputs[0].device)
+        config = config_for(arch)
+        kernel[(N * triton.cdiv(width, config.block_n),)](
+            *inputs, *others, *(t.stride(0) for t in inputs), width, *constants, wide_type(inputs[0].dtype), config.block_n,
+            **config.options(arch))
 
 
 def _gated_forward(gate, up, gelu):
     out = gate.new_empty(gate.shape)
-    _launch(gated_forward_kernel, (*_rows(gate, up), out), 2, (gelu,))
+    _launch(gated_forward_kernel, _rows(gate, up), (out,), (gelu,))
     return out
 
 
 def _gated_backward(dout, gate, up, gelu):
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    _launch(gated_backward_kernel, (*_rows(dout, gate, up), dgate, dup), 3, (gelu,))
+    _launch(gated_backward_kernel, _rows(dout, gate, up), (dgate, dup), (gelu,))
     return dgate, dup
 
 
@@ -236,23 +240,18 @@ def _gated_grads(ctx, dout):
 
 
 def _xielu_forward(x, alpha_p, alpha_n):
-    (x,), out = _rows(x), x.new_empty(x.shape)
-    if x.numel():
-        arch = arch_of(x.device)
-        config = config_for(arch)
-        xielu_forward_kernel[(x.shape[0], triton.cdiv(x.shape[1], config.block_n))](
-            x, alpha_p, alpha_n, out, x.stride(0), x.shape[1], XIELU_BETA, XIELU_EPS, wide_type(x.dtype), config.block_n,
-            **config.options(arch))
+    out = x.new_empty(x.shape)
+    _launch(xielu_forward_kernel, _rows(x), (alpha_p, alpha_n, out), (XIELU_BETA, XIELU_EPS))
     return out
 
 
 def _xielu_backward(dout, x, alpha_p, alpha_n):
+    dx = x.new_empty(x.shape)
     dout, x = _rows(dout, x)
     N, width = x.shape
     arch = arch_of(x.device)
     config = config_for(arch)
     programs = min(N * triton.cdiv(width, config.block_n), _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device))
-    dx = x.new_empty(x.shape)
     dalphas = x.new_empty(programs, 2, dtype=wide_dtype(x.dtype))
     if programs:
         xielu_backward_kernel[(programs,)](

@@ -1,10 +1,13 @@
 """Activation kernels, in Triton's interpreter, against the plain-torch references."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
 from officina.kernels import activations
 from officina.kernels.activations import geglu, geglu_reference, swiglu, swiglu_reference, xielu, xielu_reference
+from officina.kernels.dispatch import jit, tl
 from tests.kernels.interpreter import interpreted
 from tests.kernels.rules import assert_same_bits, assert_twice_as_good
 
@@ -74,6 +77,23 @@ def test_halves_of_one_product_need_no_copy():
     torch.testing.assert_close(swiglu(gate, up, impl="triton"), swiglu_reference(gate, up))
     torch.testing.assert_close(swiglu(gate.T, up.T, impl="triton"), swiglu_reference(gate, up).T)
     assert all(rows is half for rows, half in zip(activations._rows(gate, up), (gate, up), strict=True))
+    assert activations._rows(both)[0].shape == (1, 480)
+
+
+@jit
+def block_kernel(out, task, F, BLOCK: tl.constexpr):
+    row, column = activations._block(task, F, BLOCK)
+    tl.store(out + tl.arange(0, BLOCK), row)
+    tl.store(out + BLOCK + tl.arange(0, BLOCK), column)
+
+
+@interpreted
+def test_long_rows_have_offsets_beyond_32_bits():
+    for task, F in ((3 * 2**20 + 1, 2**33), (7, 3 * 1024)):
+        out = torch.empty(2, 1024, dtype=torch.int64)
+        block_kernel[(1,)](out, task, F, 1024)
+        row, block = divmod(task, F // 1024)
+        assert (out[0] == row).all() and torch.equal(out[1], block * 1024 + torch.arange(1024))
 
 
 @interpreted
