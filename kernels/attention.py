@@ -8,7 +8,6 @@ Shapes: B rows, H query heads, G key and value heads (H a multiple of G), T quer
 """
 
 import functools
-import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -18,16 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-Impl = Literal["auto", "reference", "sdpa", "flex"]
+from officina.kernels.dispatch import log_once
+from officina.kernels.flash_attention import flash_attention, flash_attention_reference, why_not_flash
+from officina.kernels.masks import dense_mask, document_spans
 
-_log = logging.getLogger(__name__)
-
+Impl = Literal["auto", "triton", "reference", "sdpa", "flex"]
+Chosen = Literal["triton", "reference", "sdpa", "flex"]
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """What a call needs besides q, k and v: built once per forward, shared by layers with the same window."""
 
-    impl: Literal["reference", "sdpa", "flex"]
+    impl: Chosen
     is_causal: bool
     """The mask is the plain causal triangle over T = S, which kernels know without a mask tensor."""
     mask: Tensor | None
@@ -36,6 +37,8 @@ class AttentionPlan:
     """flex: the same as a BlockMask."""
     score_mod: Any = None
     """flex: the softcap as a function of a score."""
+    spans_B2S: Tensor | None = None
+    """triton: the documents (masks.document_spans); window and triangle the kernels know from the call."""
 
 
 def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = True, scale: float | None = None,
@@ -47,7 +50,7 @@ def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = 
         scale: factor on q k^T; None = D ** -0.5.
         window: a query sees this many keys, its own included; 0 = all. Needs causal.
         softcap: tanh cap on the scaled scores; 0 = none.
-        documents_BS: a number per document; queries see keys of their own document only.
+        documents_BS: a number per document, each a run of neighbouring tokens; queries see keys of their own document only.
         impl: `auto` takes the fastest that can do the case and logs which once; a named one never falls back.
         plan: what `plan_attention` gave for the same arguments; saves building it again.
     Raises ValueError for shapes or switches that do not fit, and where a named impl cannot do the case.
@@ -58,8 +61,12 @@ def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = 
         raise ValueError(f"attention: {shapes} do not fit; need q (B, H, T, D) and k, v (B, G, S, D) with H a multiple of G")
     if plan is None:
         plan = plan_attention(T, k_BGSD.shape[2], causal=causal, window=window, softcap=softcap,
-                              documents_BS=documents_BS, impl=impl, device=q_BHTD.device, head_dim=D)
+                              documents_BS=documents_BS, impl=impl, device=q_BHTD.device, head_dim=D, dtype=q_BHTD.dtype)
     scale = D**-0.5 if scale is None else scale
+    if plan.impl == "triton":
+        return flash_attention(q_BHTD, k_BGSD, v_BGSD, causal=causal, scale=scale, window=window, softcap=softcap,
+                               spans_B2S=plan.spans_B2S, impl="triton",
+                               deterministic=torch.are_deterministic_algorithms_enabled())[0]
     if plan.impl == "flex":
         return _flex(q_BHTD, k_BGSD, v_BGSD, plan, scale)
     if plan.impl == "sdpa":
@@ -70,22 +77,16 @@ def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = 
 def attention_reference(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, mask: Tensor | None, scale: float,
                         softcap: float = 0.0) -> Tensor:
     """Same contract in plain torch, fp32 inside (fp64 for fp64): the oracle for tests and benchmarks."""
-    repeats = q_BHTD.shape[1] // k_BGSD.shape[1]
-    wide = torch.promote_types(q_BHTD.dtype, torch.float32)
-    k_BHSD = k_BGSD.to(wide).repeat_interleave(repeats, dim=1)
-    v_BHSD = v_BGSD.to(wide).repeat_interleave(repeats, dim=1)
-    scores = q_BHTD.to(wide) @ k_BHSD.transpose(-1, -2) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return (scores.softmax(dim=-1) @ v_BHSD).to(q_BHTD.dtype)
+    return flash_attention_reference(q_BHTD, k_BGSD, v_BGSD, mask=mask, scale=scale, softcap=softcap)[0]
 
 
 def plan_attention(n_queries: int, n_keys: int, *, causal: bool = True, window: int = 0, softcap: float = 0.0,
-                   documents_BS: Tensor | None = None, impl: Impl = "auto", device: torch.device,
-                   head_dim: int) -> AttentionPlan:
-    """Choose the implementation and build its mask; ValueError where a named impl cannot do the case."""
+                   documents_BS: Tensor | None = None, impl: Impl = "auto", device: torch.device, head_dim: int,
+                   dtype: torch.dtype = torch.float32) -> AttentionPlan:
+    """Choose the implementation and build its mask, on the device and without waiting for it.
+
+    Raises ValueError where a named impl cannot do the case.
+    """
     if window and not causal:
         raise ValueError(f"attention: window={window} needs causal=True")
     if n_keys < n_queries:
@@ -94,31 +95,19 @@ def plan_attention(n_queries: int, n_keys: int, *, causal: bool = True, window: 
         raise ValueError(f"attention: documents have {documents_BS.shape[1]} places, but there are {n_keys} keys")
     window = window if causal and window < n_keys else 0
     masked = documents_BS is not None or bool(window)
-    chosen = _choose(impl, masked=masked, softcap=softcap, square=n_queries == n_keys, device=device, head_dim=head_dim)
+    chosen = _choose(impl, masked=masked, softcap=softcap, n_queries=n_queries, n_keys=n_keys, device=device,
+                     head_dim=head_dim, dtype=dtype)
+    spans_B2S = None if documents_BS is None else document_spans(documents_BS)
+    if chosen == "triton":
+        return AttentionPlan("triton", False, None, spans_B2S=spans_B2S)
     if chosen == "flex":
-        block_mask = _block_mask(n_queries, n_keys, causal, window, documents_BS, device)
+        block_mask = _block_mask(n_queries, n_keys, causal, window, spans_B2S, device)
         return AttentionPlan("flex", False, None, block_mask, _softcap_mod(softcap) if softcap else None)
     if not masked and (not causal or n_queries == 1):
         return AttentionPlan(chosen, False, None)
     if not masked and n_queries == n_keys:
         return AttentionPlan(chosen, True, None)
-    return AttentionPlan(chosen, False, dense_mask(n_queries, n_keys, causal, window, documents_BS, device))
-
-
-def dense_mask(n_queries: int, n_keys: int, causal: bool, window: int, documents_BS: Tensor | None,
-               device: torch.device) -> Tensor:
-    """(T, S) bool, or (B, 1, T, S) with documents: true where a query may see a key."""
-    key_S = torch.arange(n_keys, device=device)
-    query_T = key_S[n_keys - n_queries:]
-    mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-    if causal:
-        mask = key_S[None, :] <= query_T[:, None]
-    if window:
-        mask = mask & (query_T[:, None] - key_S[None, :] < window)
-    if documents_BS is not None:
-        own_B1TS = documents_BS[:, None, n_keys - n_queries:, None] == documents_BS[:, None, None, :]
-        mask = mask & own_B1TS
-    return mask
+    return AttentionPlan(chosen, False, dense_mask(n_queries, n_keys, causal, window, spans_B2S, device))
 
 
 def flex_missing(device: torch.device, head_dim: int) -> str | None:
@@ -130,11 +119,16 @@ def flex_missing(device: torch.device, head_dim: int) -> str | None:
     return None if find_spec("triton") else "flex attention needs triton (pip install 'officina[kernels]')"
 
 
-def _choose(impl: Impl, *, masked: bool, softcap: float, square: bool, device: torch.device,
-            head_dim: int) -> Literal["reference", "sdpa", "flex"]:
+def _choose(impl: Impl, *, masked: bool, softcap: float, n_queries: int, n_keys: int, device: torch.device, head_dim: int,
+            dtype: torch.dtype) -> Chosen:
     if impl == "reference":
         return "reference"
-    no_flex = flex_missing(device, head_dim)
+    no_triton = why_not_flash(head_dim, dtype, device)
+    if impl == "triton":
+        if no_triton:
+            raise ValueError(f"attention: impl=triton cannot run: {no_triton}. Use impl=auto")
+        return "triton"
+    square, no_flex = n_queries == n_keys, flex_missing(device, head_dim)
     if impl == "flex":
         if no_flex:
             raise ValueError(f"attention: impl=flex cannot run: {no_flex}. Use impl=auto")
@@ -143,15 +137,18 @@ def _choose(impl: Impl, *, masked: bool, softcap: float, square: bool, device: t
         if softcap:
             raise ValueError(f"attention: impl=sdpa has no softcap (softcap={softcap}). Use impl=auto")
         return "sdpa"
+    # In fp32 the kernels have no tensor cores to use, and for one query no rows to share the keys.
+    if device.type == "cuda" and not no_triton and dtype != torch.float32 and n_queries > 1:
+        return "triton"
     if softcap:
         if square and not no_flex:
             return "flex"
-        _log_once(f"attention: auto takes the reference: sdpa has no softcap, {no_flex or 'decoding'}")
+        log_once(f"attention: auto takes the reference: sdpa has no softcap, {no_flex or 'decoding'}")
         return "reference"
     if masked and square and device.type == "cuda":
         if not no_flex:
             return "flex"
-        _log_once(f"attention: auto takes sdpa with a dense mask: {no_flex}")
+        log_once(f"attention: auto takes sdpa with a dense mask: {no_flex}")
     return "sdpa"
 
 
@@ -176,19 +173,20 @@ def _full_mask(plan: AttentionPlan, n_queries: int, device: torch.device) -> Ten
     return dense_mask(n_queries, n_queries, True, 0, None, device) if plan.is_causal else plan.mask
 
 
-def _block_mask(n_queries: int, n_keys: int, causal: bool, window: int, documents_BS: Tensor | None,
+def _block_mask(n_queries: int, n_keys: int, causal: bool, window: int, spans_B2S: Tensor | None,
                 device: torch.device) -> Any:
     offset = n_keys - n_queries
+    starts_BS = None if spans_B2S is None else spans_B2S[:, 0].contiguous()
 
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = j <= i + offset if causal else j >= 0
         if window:
             seen = seen & (i + offset - j < window)
-        if documents_BS is not None:
-            seen = seen & (documents_BS[b, i + offset] == documents_BS[b, j])
+        if starts_BS is not None:
+            seen = seen & (starts_BS[b, i + offset] == starts_BS[b, j])
         return seen
 
-    rows = None if documents_BS is None else documents_BS.shape[0]
+    rows = None if starts_BS is None else starts_BS.shape[0]
     # Compiled, the mask is reduced to blocks on the fly; else all B x T x S entries exist for a moment.
     create = _compiled_block_mask() if device.type == "cuda" else create_block_mask
     return create(sees, rows, None, n_queries, n_keys, device=device)
@@ -208,8 +206,3 @@ def _compiled_block_mask() -> Any:
 def _softcap_mod(softcap: float) -> Any:
     """Cached: torch.compile recognises a score function by its identity."""
     return lambda score, b, h, i, j: softcap * torch.tanh(score / softcap)
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    _log.info(message)

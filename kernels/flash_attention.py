@@ -47,7 +47,7 @@ def flash_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: b
     scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
     if not scale or not math.isfinite(scale):
         raise ValueError(f"flash_attention: scale={scale} must be a finite number other than 0; None is head_dim ** -0.5")
-    if choose_impl("flash_attention", impl, why_not_flash(q_BHTD, k_BGSD, v_BGSD)) == "reference":
+    if choose_impl("flash_attention", impl, why_not_flash(q_BHTD.shape[-1], q_BHTD.dtype, q_BHTD.device)) == "reference":
         T, S = q_BHTD.shape[2], k_BGSD.shape[2]
         mask = dense_mask(T, S, causal, window, spans_B2S, q_BHTD.device)
         return flash_attention_reference(q_BHTD, k_BGSD, v_BGSD, mask=mask, scale=scale, softcap=softcap)
@@ -79,13 +79,13 @@ def flash_attention_reference(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *,
     return (weights @ v_BHSD).to(q_BHTD.dtype), lse_BHT
 
 
-def why_not_flash(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> str | None:
-    """Why the kernels cannot take these tensors, or None if they can."""
-    if q_BHTD.shape[-1] > MAX_HEAD_DIM:
-        return f"heads are {q_BHTD.shape[-1]} wide, the kernels take {MAX_HEAD_DIM} at most"
-    if q_BHTD.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"the kernels compute in bf16, fp16 and fp32, not {q_BHTD.dtype}"
-    return why_not_triton(q_BHTD, k_BGSD, v_BGSD)
+def why_not_flash(head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernels cannot take such tensors, or None if they can."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"heads are {head_dim} wide, the kernels take {MAX_HEAD_DIM} at most"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the kernels compute in bf16, fp16 and fp32, not {dtype}"
+    return why_not_triton(torch.empty(0, dtype=dtype, device=device))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, spans: Tensor | None) -> None:
@@ -151,3 +151,5 @@ _ARGUMENTS = ("Tensor q, Tensor k, Tensor v, Tensor? spans, bool causal, float s
 define_op(f"flash_attention({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _forward_fake, _differentiate, _save)
 define_op(f"flash_attention_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, {_ARGUMENTS}) "
           "-> (Tensor, Tensor, Tensor)", _backward, _backward_fake)
+OPERATOR = torch.ops.officina.flash_attention.default
+"""What stands in graphs and is seen by torch's dispatch modes."""

@@ -56,8 +56,8 @@ BACKWARD_FUSED: Table = _table(
 """A program's block_n keys against block_m queries at a time; dq by atomic additions."""
 
 BACKWARD_KEYS: Table = _table(
-    sm_80={64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
-    sm_90={64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2), 256: Config(64, 32, 8, 1)},
+    sm_80={64: Config(64, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(64, 32, 8, 1)},
+    sm_90={64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
     gfx90a={64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 32, 4, 1)},
     gfx942={64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 32, 4, 1)},
     safe={64: Config(32, 64, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
@@ -67,7 +67,7 @@ BACKWARD_KEYS: Table = _table(
 
 BACKWARD_QUERIES: Table = _table(
     sm_80={64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
-    sm_90={64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(32, 64, 8, 1)},
+    sm_90={64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     gfx90a={64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
     gfx942={64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
     safe={64: Config(64, 32, 4, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 16, 8, 1)},

@@ -140,15 +140,15 @@ def forward_kernel(q, k, v, out, lse, spans,
     first_key, first_end = _keys_seen(place, spans, window, S, CAUSAL)
     last_first, end_key = _keys_seen(last, spans, window, S, CAUSAL)
     begin, before, full_begin, full_end, masked = _blocks(first_key, last_first, first_end, end_key, N)
-    first, end = _keys_seen(place + tl.arange(0, M), spans, window, S, CAUSAL)
 
     q_MD = _load(q, begin_row, stride_qt, T, True, M, D, HEAD_DIM)
     acc = tl.zeros((M, D), tl.float32)
     norm = tl.zeros((M,), tl.float32)
     top = tl.full((M,), float("-inf"), tl.float32)
     for block in tl.range(full_begin, full_end):
-        acc, norm, top = _attend(acc, norm, top, q_MD, k, v, block * N, first, end, stride_ks, stride_vs, S,
+        acc, norm, top = _attend(acc, norm, top, q_MD, k, v, block * N, None, None, stride_ks, stride_vs, S,
                                  scale, cap, False, SOFTCAP, N, D, HEAD_DIM)
+    first, end = _keys_seen(place + tl.arange(0, M), spans, window, S, CAUSAL)
     for i in tl.range(0, masked):
         block = tl.where(i < before, begin + i, full_end + i - before)
         acc, norm, top = _attend(acc, norm, top, q_MD, k, v, block * N, first, end, stride_ks, stride_vs, S,
@@ -246,8 +246,6 @@ def backward_keys_kernel(q, k, v, dout, lse, delta, dq, dk, dv, spans,
     begin, before, full_begin, full_end, masked = _blocks(
         tl.maximum(first_place - (S - T), 0), tl.maximum(last_first - (S - T), 0),
         tl.maximum(whole_end - (S - T), 0), tl.maximum(end_place - (S - T), 0), M)
-    first, end = _places_seeing(keys, spans, window, T, S, CAUSAL)
-    end = tl.where(keys < S, end, S - T)
 
     k_ND = _load(k + b * stride_kb + g * stride_kh, begin_key, stride_ks, S, True, N, D, HEAD_DIM)
     v_ND = _load(v + b * stride_vb + g * stride_vh, begin_key, stride_vs, S, True, N, D, HEAD_DIM)
@@ -262,12 +260,14 @@ def backward_keys_kernel(q, k, v, dout, lse, delta, dq, dk, dv, spans,
         dq += first_row * HEAD_DIM
     # One loop over the blocks of all heads of the group, so that loads are under way across heads too.
     full = full_end - full_begin
-    for i in tl.range(0, GROUP * full):
+    for i in tl.range(0, GROUP * full, disable_licm=True):
         head, block = i // full, full_begin + i % full
-        dk_ND, dv_ND = _key_gradients(dk_ND, dv_ND, q, dout, lse, delta, dq, k_ND, v_ND, head, block * M, first, end,
+        dk_ND, dv_ND = _key_gradients(dk_ND, dv_ND, q, dout, lse, delta, dq, k_ND, v_ND, head, block * M, None, None,
                                       stride_qh, stride_qt, stride_dh, stride_dt, T, S, scale, cap, dscale,
                                       False, FUSED, SOFTCAP, M, D, HEAD_DIM)
-    for i in tl.range(0, GROUP * masked):
+    first, end = _places_seeing(keys, spans, window, T, S, CAUSAL)
+    end = tl.where(keys < S, end, S - T)
+    for i in tl.range(0, GROUP * masked, disable_licm=True):
         head, block = i // masked, i % masked
         block = tl.where(block < before, begin + block, full_end + block - before)
         dk_ND, dv_ND = _key_gradients(dk_ND, dv_ND, q, dout, lse, delta, dq, k_ND, v_ND, head, block * M, first, end,
@@ -327,7 +327,6 @@ def backward_queries_kernel(q, k, v, dout, lse, delta, dq, spans,
     first_key, first_end = _keys_seen(place, spans, window, S, CAUSAL)
     last_first, end_key = _keys_seen(last, spans, window, S, CAUSAL)
     begin, before, full_begin, full_end, masked = _blocks(first_key, last_first, first_end, end_key, N)
-    first, end = _keys_seen(place + tl.arange(0, M), spans, window, S, CAUSAL)
 
     rows = begin_row + tl.arange(0, M)
     q_MD = _load(q + b * stride_qb + h * stride_qh, begin_row, stride_qt, T, True, M, D, HEAD_DIM)
@@ -336,8 +335,9 @@ def backward_queries_kernel(q, k, v, dout, lse, delta, dq, spans,
     delta_M = tl.load(delta + (b * H + h) * T + rows, mask=rows < T, other=0.0)
     acc = tl.zeros((M, D), tl.float32)
     for block in tl.range(full_begin, full_end):
-        acc = _query_gradient(acc, q_MD, dout_MD, k, v, top_M, delta_M, block * N, first, end, stride_ks, stride_vs, S,
+        acc = _query_gradient(acc, q_MD, dout_MD, k, v, top_M, delta_M, block * N, None, None, stride_ks, stride_vs, S,
                               scale, cap, False, SOFTCAP, N, D, HEAD_DIM)
+    first, end = _keys_seen(place + tl.arange(0, M), spans, window, S, CAUSAL)
     for i in tl.range(0, masked):
         block = tl.where(i < before, begin + i, full_end + i - before)
         acc = _query_gradient(acc, q_MD, dout_MD, k, v, top_M, delta_M, block * N, first, end, stride_ks, stride_vs, S,

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from officina.kernels.attention import attention, attention_reference, dense_mask
+from officina.kernels.attention import attention, attention_reference
 from officina.kernels.cross_entropy import IGNORE
 from officina.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from officina.kernels.masks import dense_mask, document_spans
 
 pytestmark = pytest.mark.gpu
 
@@ -25,10 +26,10 @@ def documents(B: int, T: int, device: torch.device) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize("impl", ["sdpa", "flex", "auto"])
+@pytest.mark.parametrize("impl", ["sdpa", "flex", "triton", "auto"])
 def test_attention_and_its_gradients(device, impl, window, packed, dtype):
-    if impl == "flex" and device.type != "cuda":
-        pytest.skip("flex attention needs a GPU")
+    if impl in ("flex", "triton") and device.type != "cuda":
+        pytest.skip(f"{impl} attention needs a GPU")
     B, H, G, T, D = 2, 8, 2, 384, 64
     torch.manual_seed(0)
     inputs = [torch.randn(B, heads, T, D, device=device, dtype=dtype).requires_grad_() for heads in (H, G, G)]
@@ -38,7 +39,7 @@ def test_attention_and_its_gradients(device, impl, window, packed, dtype):
     grads = torch.autograd.grad(found, inputs, direction)
 
     wide = [x.detach().double().requires_grad_() for x in inputs]
-    mask = dense_mask(T, T, True, window, docs, device)
+    mask = dense_mask(T, T, True, window, None if docs is None else document_spans(docs), device)
     wanted = attention_reference(*wide, mask=mask, scale=D**-0.5, softcap=0.0)
     wanted_grads = torch.autograd.grad(wanted, wide, direction.double())
     assert found.dtype == dtype and relative(found, wanted) < BOUND[dtype]

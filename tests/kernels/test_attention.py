@@ -1,7 +1,9 @@
 """Every implementation against the plain-torch reference, and the reference against the definition."""
 
+import functools
 import logging
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from officina.kernels import attention as module
-from officina.kernels.attention import attention, attention_reference, dense_mask, plan_attention
+from officina.kernels import dispatch
+from officina.kernels.attention import attention, attention_reference, plan_attention
+from officina.kernels.masks import dense_mask, document_spans
+from tests.kernels.interpreter import interpreted
 
 CPU = torch.device("cpu")
 
@@ -79,6 +84,45 @@ def test_a_document_is_untouched_by_what_stands_before_it():
     torch.testing.assert_close(attention(q, k2, v, documents_BS=documents)[:, :, 5:], packed[:, :, 5:], atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("window", [0, 6])
+@interpreted
+def test_triton_equals_the_reference_forward_and_backward(window, softcap):
+    documents = torch.tensor([[0] * 4 + [1] * 14, [0] * 18])
+    results = []
+    for impl in ("triton", "reference"):
+        inputs = qkv(T=18, grad=True)
+        out = attention(*inputs, window=window, softcap=softcap, documents_BS=documents, impl=impl)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@interpreted
+def test_triton_follows_torchs_switch_for_deterministic_algorithms():
+    with mock.patch.object(module, "flash_attention", return_value=(None, None)) as kernel:
+        for wanted in (True, False):
+            torch.use_deterministic_algorithms(wanted)
+            attention(*qkv(T=3), impl="triton")
+    assert [call.kwargs["deterministic"] for call in kernel.call_args_list] == [True, False]
+
+
+def test_a_number_that_comes_back_is_another_document():
+    q, k, v = qkv(B=1, T=6)
+    documents = torch.tensor([[0, 0, 1, 1, 0, 0]])
+    for impl in ("auto", "reference"):
+        got = attention(q, k, v, documents_BS=documents, impl=impl)
+        torch.testing.assert_close(got, attention(q, k, v, documents_BS=torch.tensor([[0, 0, 1, 1, 2, 2]])), atol=1e-6, rtol=0)
+
+
+def test_auto_takes_the_kernels_on_a_gpu_in_16_bits(monkeypatch):
+    monkeypatch.setattr(module, "why_not_flash", lambda *_: None)
+    choose = functools.partial(module._choose, "auto", masked=False, softcap=0.0, n_queries=8, n_keys=8,
+                               device=torch.device("cuda"), head_dim=64, dtype=torch.bfloat16)
+    assert choose() == choose(masked=True) == choose(softcap=5.0) == choose(n_keys=20) == "triton"
+    assert choose(n_queries=1) == choose(dtype=torch.float32) == choose(device=CPU) == "sdpa"
+
+
 def test_plain_causal_needs_no_mask_tensor():
     plan = plan_attention(8, 8, device=CPU, head_dim=16)
     assert plan.impl == "sdpa" and plan.is_causal and plan.mask is None
@@ -92,10 +136,11 @@ def test_flex_forward_equals_the_reference():
     documents = torch.tensor([[0] * 60 + [1] * 68, [0] * 128], dtype=torch.int32)
     q, k, v = qkv(T=128)
     for window, softcap, docs in [(0, 0.0, documents), (17, 0.0, None), (9, 5.0, documents), (0, 5.0, None)]:
-        plan = module.AttentionPlan("flex", False, None, module._block_mask(128, 128, True, window, docs, CPU),
+        spans = None if docs is None else document_spans(docs)
+        plan = module.AttentionPlan("flex", False, None, module._block_mask(128, 128, True, window, spans, CPU),
                                     module._softcap_mod(softcap) if softcap else None)
         got = module._flex(q, k, v, plan, 0.25)
-        want = attention_reference(q, k, v, mask=dense_mask(128, 128, True, window, docs, CPU), scale=0.25, softcap=softcap)
+        want = attention_reference(q, k, v, mask=dense_mask(128, 128, True, window, spans, CPU), scale=0.25, softcap=softcap)
         torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
 
 
@@ -128,12 +173,14 @@ def test_errors_say_what_does_not_fit():
         attention(q, k, v, softcap=5.0, impl="sdpa")
     with pytest.raises(ValueError, match="impl=flex cannot run: flex attention has no backward on the cpu"):
         attention(q, k, v, impl="flex")
+    with pytest.raises(ValueError, match="impl=triton cannot run: the tensors are on the cpu"):
+        attention(q, k, v, impl="triton")
     assert "head_dim of at least 16" in module.flex_missing(torch.device("cuda"), 8)
 
 
 def test_auto_says_once_why_it_falls_back(caplog):
-    module._log_once.cache_clear()
-    with caplog.at_level(logging.INFO, "officina.kernels.attention"):
+    dispatch._log_new.cache_clear()
+    with caplog.at_level(logging.INFO, "officina.kernels"):
         for _ in range(3):
             attention(*qkv(), softcap=5.0)
     assert [r.getMessage() for r in caplog.records] == [

@@ -165,7 +165,10 @@ def test_a_named_attention_that_cannot_do_the_model_is_refused():
         check_attention(DecoderConfig(attention_impl="sdpa", attn_softcap=50), "cpu")
     with pytest.raises(ConfigError, match=r"model.attention_impl=flex: cannot run here.*model.attention_impl=auto"):
         check_attention(DecoderConfig(attention_impl="flex"), "cpu")
-    check_attention(DecoderConfig(attention_impl="flex", head_dim=64), "cuda")
+    with pytest.raises(ConfigError, match=r"model.attention_impl=triton: cannot run here.*model.attention_impl=auto"):
+        check_attention(DecoderConfig(attention_impl="triton"), "cpu")
+    for impl in ("flex", "triton"):
+        check_attention(DecoderConfig(attention_impl=impl, head_dim=64), "cuda")
 
 
 def test_kernels_by_name_that_cannot_run_are_refused():

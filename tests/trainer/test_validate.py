@@ -178,6 +178,8 @@ COMBINATIONS = [
     ("attn_scale", ["model.attn_scale=-1"], None, "model.attn_scale"),
     ("embed_scale", ["model.embed_scale=0"], None, "model.embed_scale"),
     ("softcap by sdpa", ["model.attention_impl=sdpa", "model.attn_softcap=50"], None, "model.attention_impl"),
+    ("own kernels on the CPU", ["model.attention_impl=triton", "device=cpu"], None, "model.attention_impl"),
+    ("own kernels on wide heads", ["model.attention_impl=triton", "model.head_dim=512"], None, "model.attention_impl"),
     ("flex on the CPU", ["model.attention_impl=flex", "device=cpu"], None, "model.attention_impl"),
     ("kernels on the CPU", ["model.kernels=triton", "device=cpu"], None, "model.kernels"),
     ("kernels for what is offloaded", ["model.kernels=triton", "optim=muon", "engine=fsdp2", "engine.cpu_offload=true"], None,

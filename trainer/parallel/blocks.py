@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from officina.kernels.flash_attention import OPERATOR
 from officina.trainer.config import CustomModelConfig, RunConfig
 from officina.trainer.errors import ConfigError, Problem
 
@@ -20,7 +21,7 @@ _KEPT = {
                  "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
                  "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable")
     if hasattr(_ATEN, name)
-} | {torch.ops.higher_order.flex_attention}
+} | {torch.ops.higher_order.flex_attention, OPERATOR}
 """Products, whose recomputation costs most of a forward pass; all else is cheap per byte it would keep."""
 
 
