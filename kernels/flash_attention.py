@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from officina.kernels import flash_attention_launch as launch
-from officina.kernels.dispatch import Impl, choose_impl, why_not_triton
+from officina.kernels.dispatch import INTERPRETED, Impl, choose_impl, why_not_triton, why_not_triton_on
 from officina.kernels.masks import dense_mask
 from officina.kernels.ops import define_op
 
@@ -85,7 +85,7 @@ def why_not_flash(head_dim: int, dtype: torch.dtype, device: torch.device) -> st
         return f"heads are {head_dim} wide, the kernels take {MAX_HEAD_DIM} at most"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernels compute in bf16, fp16 and fp32, not {dtype}"
-    return why_not_triton(torch.empty(0, dtype=dtype, device=device))
+    return why_not_triton(torch.empty(0, dtype=dtype)) if INTERPRETED else why_not_triton_on(device)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, spans: Tensor | None) -> None:

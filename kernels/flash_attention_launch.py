@@ -11,7 +11,7 @@ from torch import Tensor
 
 from officina.kernels import flash_attention_triton as kernels
 from officina.kernels.flash_attention_tables import BACKWARD_FUSED, BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD, key_of, padded
-from officina.kernels.tables import Config, Table, arch_of, look_up
+from officina.kernels.tables import Config, Table, arch_of, is_amd, look_up
 
 LOG2_E = 1.4426950408889634
 CACHE_BYTES = 24 * 2**20
@@ -52,7 +52,7 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Ten
          *_strides(out, dout), *((0, 0, 0) if dlse is None else dlse.stride()), H, T, M=DELTA.block_m, **_widths(D))
     switches = {"GROUP": H // G, "CAUSAL": causal, "SOFTCAP": softcap > 0, **_widths(D)}
     numbers = window or T + S, *_units(scale, softcap), scale
-    fused = not deterministic
+    fused = not deterministic and adds_atomically(arch)
     arch, config = _configure("backward", BACKWARD_FUSED if fused else BACKWARD_KEYS, q, causal)
     total = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device) if fused else dq
     _run(kernels.backward_keys_kernel, B * G * -(-S // config.block_n), config, arch, q, k, v, dout, lse, delta, total, dk, dv,
@@ -66,6 +66,11 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Ten
          M=split.block_m, N=split.block_n, **switches)
 
 
+def adds_atomically(arch: str) -> bool:
+    """Whether the architecture adds floats in memory by one instruction; of AMD's only those in the table are known to."""
+    return not is_amd(arch) or arch in BACKWARD_FUSED
+
+
 def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes: Iterable[str] = ("bf16",),
                  causal: Iterable[bool] = (True, False), packed: bool = False, softcap: bool = False,
                  group: int = 4) -> Iterator[tuple[str, Any, dict[str, Any], Config]]:
@@ -73,6 +78,8 @@ def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes
     tables = {"forward": (kernels.forward_kernel, FORWARD), "backward_fused": (kernels.backward_keys_kernel, BACKWARD_FUSED),
               "backward_keys": (kernels.backward_keys_kernel, BACKWARD_KEYS),
               "backward_queries": (kernels.backward_queries_kernel, BACKWARD_QUERIES)}
+    if not adds_atomically(arch):
+        del tables["backward_fused"]
     for (name, (kernel, table)), dtype, head_dim, triangle in itertools.product(tables.items(), dtypes, head_dims, causal):
         config = look_up(f"flash_attention_{name}", table, arch, key_of(head_dim, triangle, 32 if dtype == "fp32" else 16))
         fused = name == "backward_fused"

@@ -37,7 +37,7 @@ def _table(safe: Mapping[int, Config], fp32: Mapping[int, Config], interpreter: 
 
 FORWARD: Table = _table(
     sm_80={64: Config(128, 64, 4, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 64, 8, 2)},
-    sm_90={64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
+    sm_90={64: Config(128, 128, 8, 3), 128: Config(128, 128, 8, 2), 256: Config(128, 32, 8, 2)},
     gfx90a={64: Config(128, 64, 4, 1, {"waves_per_eu": 2}), 128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
     gfx942={64: Config(128, 64, 4, 1, {"waves_per_eu": 2}), 128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
     safe={64: Config(64, 64, 4, 1), 128: Config(64, 32, 4, 1), 256: Config(64, 32, 8, 1)},
@@ -48,12 +48,14 @@ FORWARD: Table = _table(
 BACKWARD_FUSED: Table = _table(
     sm_80={64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     sm_90={64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
-    gfx90a={64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 32, 4, 1)},
     gfx942={64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 32, 4, 1)},
     safe={64: Config(32, 64, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1)},
     fp32={64: Config(16, 32, 4, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     interpreter=Config(16, 32, 4, 1))
-"""A program's block_n keys against block_m queries at a time; dq by atomic additions."""
+"""A program's block_n keys against block_m queries at a time; dq by atomic additions.
+
+Not on gfx90a: Triton makes a compare-and-swap loop of each addition there (gfx942 has an instruction), so it takes the two
+deterministic kernels."""
 
 BACKWARD_KEYS: Table = _table(
     sm_80={64: Config(64, 128, 8, 2), 128: Config(32, 64, 8, 2), 256: Config(64, 32, 8, 1)},
@@ -67,10 +69,10 @@ BACKWARD_KEYS: Table = _table(
 
 BACKWARD_QUERIES: Table = _table(
     sm_80={64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 1)},
-    sm_90={64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    sm_90={64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 2), 256: Config(16, 64, 8, 1)},
     gfx90a={64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
     gfx942={64: Config(64, 64, 4, 1), 128: Config(64, 64, 4, 1), 256: Config(64, 32, 4, 1)},
-    safe={64: Config(64, 32, 4, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 16, 8, 1)},
+    safe={64: Config(64, 32, 4, 1), 128: Config(64, 32, 8, 1), 256: Config(16, 32, 4, 1)},
     fp32={64: Config(32, 16, 4, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
     interpreter=Config(32, 16, 4, 1))
 """A program's block_m queries against block_n keys at a time: dq in a fixed order."""
