@@ -91,12 +91,17 @@ def _activation(gate, GELU: tl.constexpr):
 
 
 @jit
+def _blocks(F, BLOCK: tl.constexpr):
+    """Blocks of a row; unlike tl.cdiv without overflow for F just below 2^31."""
+    return (F - 1) // BLOCK + 1
+
+
+@jit
 def _block(task, F, BLOCK: tl.constexpr):
     """Row and features of a task, where each row is cut into blocks."""
-    blocks = tl.cdiv(F, BLOCK)
-    row, start = task // blocks, task % blocks
-    zero = tl.full((), 0, tl.int64)
-    return row + zero, (start + zero) * BLOCK + tl.arange(0, BLOCK)
+    blocks = _blocks(F, BLOCK)
+    row, block = (task // blocks).to(tl.int64), (task % blocks).to(tl.int64)
+    return row, block * BLOCK + tl.arange(0, BLOCK)
 
 
 @jit
@@ -157,7 +162,7 @@ def xielu_backward_kernel(dout, x, alpha_p, alpha_n, dx, dalphas, dout_stride, x
     raw_n = tl.load(alpha_n).to(dtype).to(WIDE)
     p, n = _softplus(raw_p), BETA + _softplus(raw_n)
     total_p, total_n = tl.zeros((BLOCK,), WIDE), tl.zeros((BLOCK,), WIDE)
-    for task in range(program, N * tl.cdiv(F, BLOCK), tl.num_programs(0)):
+    for task in range(program, N * _blocks(F, BLOCK), tl.num_programs(0)):
         row, column = _block(task, F, BLOCK)
         mask = column < F
         value = tl.load(x + row * x_stride + column, mask=mask, other=0).to(WIDE)

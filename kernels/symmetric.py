@@ -56,8 +56,8 @@ def symmetric_product_reference(x_NM: Tensor, *, alpha: float = 1.0, beta: float
 def _place_in_triangle(p):
     """(i, j) with j <= i and p = i (i + 1) / 2 + j."""
     i = ((tl.sqrt(8.0 * p + 1.0) - 1.0) / 2.0).to(tl.int32)
-    i -= (i * (i + 1) // 2 > p).to(tl.int32)  # the root in fp32 may be one off, either way
-    i += ((i + 1) * (i + 2) // 2 <= p).to(tl.int32)
+    i -= (i * (i + 1) // 2 > p).to(tl.int32)  # the root in fp32 rounds up for large p,
+    i += ((i + 1) * (i + 2) // 2 <= p).to(tl.int32)  # and a GPU's, which is approximate, may be just below
     return i, p - i * (i + 1) // 2
 
 

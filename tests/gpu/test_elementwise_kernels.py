@@ -9,6 +9,7 @@ from officina.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_
 from officina.kernels.rope import rope, rope_reference
 from officina.kernels.symmetric import symmetric_product, symmetric_product_reference
 from tests.kernels.rules import assert_same_bits, assert_twice_as_good
+from tests.kernels.test_symmetric import check_places_in_triangle
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +61,7 @@ def test_symmetric_product_is_as_exact_as_plain_torch(cuda, N, M, dtype):
     c = c + c.T
     assert_twice_as_good(lambda x, c: symmetric_product(x, alpha=2.0, beta=0.5, addend_NN=c, impl="triton"),
                          lambda x, c: symmetric_product_reference(x, alpha=2.0, beta=0.5, addend_NN=c), [x, c])
+    check_places_in_triangle(cuda)
     found = symmetric_product(x, addend_NN=c, beta=0.5, impl="triton")
     assert torch.equal(found, found.T)
 

@@ -89,10 +89,10 @@ def block_kernel(out, task, F, BLOCK: tl.constexpr):
 
 @interpreted
 def test_long_rows_have_offsets_beyond_32_bits():
-    for task, F in ((3 * 2**20 + 1, 2**33), (7, 3 * 1024)):
+    for task, F in ((2**21 - 1, 2**31 - 8), (3 * 2**20 + 1, 2**33), (7, 3 * 1024)):
         out = torch.empty(2, 1024, dtype=torch.int64)
         block_kernel[(1,)](out, task, F, 1024)
-        row, block = divmod(task, F // 1024)
+        row, block = divmod(task, -(-F // 1024))
         assert (out[0] == row).all() and torch.equal(out[1], block * 1024 + torch.arange(1024))
 
 
