@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from officina.kernels import flash_attention_launch as launch
+from officina.kernels.compiling import ARCHS
 from officina.kernels.flash_attention import flash_attention, flash_attention_reference
 from officina.kernels.masks import dense_mask, document_spans, length_spans
 from officina.trainer.parallel.blocks import _keep_products
@@ -176,6 +177,21 @@ def test_gradients_into_rows_that_see_nothing_vanish_even_as_nan():
 
 
 @interpreted
+def test_keys_past_the_last_have_no_part_however_low_the_scores():
+    """The last tile of keys is padded with zeros, whose score of 0 would be exp(1000) times that of any true key."""
+    q, k, v = qkv(T=40, S=45)
+    leaves = [x.requires_grad_() for x in (q + 8, k - 8, v)]
+    mask = torch.ones(40, 45, dtype=torch.bool)
+    want = flash_attention_reference(*leaves, mask=mask, scale=1.0)
+    assert want[1].max() < -500
+    for deterministic in (False, True):
+        got = flash_attention(*leaves, causal=False, scale=1.0, deterministic=deterministic, impl="triton")
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(got[0].sum(), leaves), torch.autograd.grad(
+            want[0].sum(), leaves, retain_graph=True), atol=1e-2, rtol=1e-3)
+
+
+@interpreted
 def test_each_output_can_be_differentiated_alone():
     q, k, v = qkv(T=20)
     mask = dense_mask(20, 20, True, 0, None, CPU)
@@ -206,8 +222,30 @@ def test_blocks_that_nobody_sees_are_not_visited(deterministic):
 
 
 @interpreted
-def test_deterministic_gradients_have_the_same_bits():
-    assert_same_bits(lambda *x: flash_attention(*x, deterministic=True, impl="triton"), qkv(H=4, G=2, T=40))
+def test_deterministic_gradients_have_the_same_bits_because_nothing_is_added_atomically():
+    """What the kernels compile to is looked at in test_flash_attention_compiled.py."""
+    for deterministic, kernels in ((True, ["delta", "backward_keys", "backward_queries"]), (False, ["delta", "backward_keys"])):
+        leaves = [x.requires_grad_() for x in qkv(T=20)]
+        out, _ = flash_attention(*leaves, deterministic=deterministic, impl="triton")
+        with mock.patch.object(launch, "_run", wraps=launch._run) as run:
+            torch.autograd.grad(out.sum(), leaves)
+        assert [call.args[0].__name__.removesuffix("_kernel") for call in run.call_args_list] == kernels
+        assert run.call_args_list[1].kwargs["FUSED"] is not deterministic
+    assert_same_bits(lambda *x: flash_attention(*x, deterministic=True, impl="triton"), qkv(H=4, G=2, T=20))
+
+
+def test_gfx90a_which_would_add_floats_by_compare_and_swap_has_the_split_backward_only():
+    assert [arch for arch in (*ARCHS, "sm_120", "gfx1100") if not launch.adds_atomically(arch)] == ["gfx90a", "gfx1100"]
+
+
+@interpreted
+def test_heads_in_waves_through_the_cache():
+    """Two of three heads fit: a wave of two, then one of one."""
+    inputs = qkv(B=1, H=3, G=3, T=40)
+    with mock.patch.object(launch, "CACHE_BYTES", 2 * 2 * 40 * 16 * 4):
+        assert launch._wave(40, inputs[1]) == 2
+        for deterministic in (False, True):
+            compare(inputs, deterministic=deterministic)
 
 
 @interpreted
