@@ -72,22 +72,27 @@ def adds_atomically(arch: str) -> bool:
 
 
 def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes: Iterable[str] = ("bf16",),
-                 causal: Iterable[bool] = (True, False), packed: bool = False, softcap: bool = False,
-                 group: int = 4) -> Iterator[tuple[str, Any, dict[str, Any], Config]]:
-    """(name, kernel, arguments, configuration) of what `arch` runs, for compiling.compile_for; SAFE's on an unknown one."""
+                 causal: Iterable[bool] = (True, False), packed: bool = False, softcap: bool = False, group: int = 4,
+                 single: bool = False) -> Iterator[tuple[str, Any, dict[str, Any], Config]]:
+    """(name, kernel, arguments, configuration) of what `arch` runs, for compiling.compile_for.
+
+    SAFE's configurations where that is named or the architecture is unknown. `single`: one row, head, query and key, which
+    Triton compiles as constants.
+    """
     tables = {"forward": (kernels.forward_kernel, FORWARD), "backward_fused": (kernels.backward_keys_kernel, BACKWARD_FUSED),
               "backward_keys": (kernels.backward_keys_kernel, BACKWARD_KEYS),
-              "backward_queries": (kernels.backward_queries_kernel, BACKWARD_QUERIES)}
+              "backward_queries": (kernels.backward_queries_kernel, BACKWARD_QUERIES), "delta": (kernels.delta_kernel, None)}
     if not adds_atomically(arch):
         del tables["backward_fused"]
     for (name, (kernel, table)), dtype, head_dim, triangle in itertools.product(tables.items(), dtypes, head_dims, causal):
-        config = look_up(f"flash_attention_{name}", table, arch, key_of(head_dim, triangle, 32 if dtype == "fp32" else 16))
-        fused = name == "backward_fused"
-        constants = {"GROUP": group, "CAUSAL": triangle, "SOFTCAP": softcap, "FUSED": fused, "M": config.block_m,
-                     "N": config.block_n, **_widths(head_dim)}
-        types = {**dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{dtype}"), "lse": "*fp32",
-                 "delta": "*fp32", "spans": "*i32" if packed else None, **dict.fromkeys(("scale", "cap", "dscale"), "fp32")}
-        if fused:
+        key = key_of(head_dim, triangle, 32 if dtype == "fp32" else 16)
+        config = look_up(f"flash_attention_{name}", table, arch, key) if table else DELTA
+        constants = {"GROUP": group, "CAUSAL": triangle, "SOFTCAP": softcap, "FUSED": name == "backward_fused",
+                     "M": config.block_m, "N": config.block_n, **_widths(head_dim), **dict.fromkeys("BHTS" * single, 1)}
+        types = {**dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{dtype}"),
+                 **dict.fromkeys(("lse", "dlse", "delta"), "*fp32"), **dict.fromkeys(("scale", "cap", "dscale"), "fp32"),
+                 "spans": "*i32" if packed else None}
+        if name == "backward_fused":
             types["dq"] = "*fp32"
         arguments = {parameter: "i32:16" if parameter.startswith("stride") else {**types, **constants}.get(parameter, "i32")
                      for parameter in kernel.arg_names}

@@ -20,46 +20,12 @@ from officina.kernels.compiling import ARCHS
 from officina.kernels.flash_attention import flash_attention, flash_attention_reference
 from officina.kernels.masks import dense_mask, document_spans, length_spans
 from officina.trainer.parallel.blocks import _keep_products
+from tests.kernels.attention_cases import FEW_KEYS_ULP, INF, compare, documents, qkv
 from tests.kernels.interpreter import interpreted
 from tests.kernels.rules import assert_same_bits, assert_twice_as_good
 
 CPU = torch.device("cpu")
-INF = float("inf")
-FEW_KEYS_ULP = 24.0
-"""Allowance where a query may see one key only: plain torch's weight is then exactly 1 and the gradient of its score exactly
-0, where the kernels take exp(s - lse) and the difference of two sums of D products."""
 FP16, FP32 = torch.float16, torch.float32
-
-
-def qkv(B=1, H=2, G=1, T=50, S=None, D=16, dtype=FP32):
-    generator = torch.Generator().manual_seed(B + 10 * T + D)
-    shapes = ((B, H, T, D), (B, G, T if S is None else S, D), (B, G, T if S is None else S, D))
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-
-
-def documents(B, S, mean):
-    """Numbers of documents of `mean` tokens or so, other ones in each row."""
-    return (torch.rand(B, S, generator=torch.Generator().manual_seed(S)) < 1 / mean).int().cumsum(1)
-
-
-def compare(inputs, *, causal=True, window=0, softcap=0.0, scale=None, spans=None, deterministic=False, floor_ulp=4.0):
-    """Two-times rule for out, lse and all gradients; rows that see nothing are 0 and -inf to the letter."""
-    q, k = inputs[:2]
-    mask = dense_mask(q.shape[2], k.shape[2], causal, window, spans, CPU)
-    switches = dict(causal=causal, window=window, softcap=softcap, scale=scale, spans_B2S=spans, deterministic=deterministic)
-
-    def kernel(q, k, v):
-        out, lse = flash_attention(q, k, v, impl="triton", **switches)
-        blind = ~mask.any(-1).expand(lse.shape)
-        assert torch.equal(lse == -INF, blind) and not out[blind].any()
-        return out, lse.masked_fill(blind, 0)
-
-    def plain(q, k, v):
-        out, lse = flash_attention_reference(q, k, v, mask=mask, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-                                             softcap=softcap, compute_dtype=q.dtype)
-        return out, lse.masked_fill(lse == -INF, 0)
-
-    assert_twice_as_good(kernel, plain, inputs, floor_ulp=floor_ulp)
 
 
 CASES = {
