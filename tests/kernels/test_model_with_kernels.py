@@ -59,7 +59,7 @@ def interpreted_ranks():
 
 
 @pytest.mark.parametrize("engine,model,steps", [
-    ("fsdp2", replace(MODEL, n_layers=1), 2), ("zero3", replace(MODEL, n_layers=1), 1),
+    ("fsdp2", replace(MODEL, n_layers=1), 1), ("zero3", replace(MODEL, n_layers=1), 1),
     *(pytest.param(engine, model, 20, marks=pytest.mark.slow) for engine in ("ddp", "fsdp2", "zero2", "zero3")
       for model in (MODEL, OTHER))])
 def test_two_ranks_with_kernels_are_one_process_in_plain_torch(interpreted_ranks, engine, model, steps):

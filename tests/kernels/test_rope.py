@@ -74,9 +74,7 @@ def test_gradients_are_those_of_the_function():
     cos, sin = tables(2, 2, rows=2)
     q, k = (x.detach().requires_grad_() for x in inputs(2, 2, 1, 2, 6, torch.float64))
     weights = [w.requires_grad_() for w in norm_weights(6, torch.float64)]
-    for interleaved in (False, True):
-        torch.autograd.gradcheck(lambda *x: rope(*x, cos, sin, interleaved=interleaved, impl="triton"),  # noqa: B023
-                                 (q, k), fast_mode=True)
+    torch.autograd.gradcheck(lambda *x: rope(*x, cos, sin, interleaved=True, impl="triton"), (q, k), fast_mode=True)
     torch.autograd.gradcheck(lambda q, k, *w: rope(q, k, cos, sin, q_weight_K=w[0], k_weight_K=w[1], impl="triton"),
                              (q, k, *weights), fast_mode=True)
 
