@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from officina.trainer.config import AdamWConfig, FSDP2Config, MuonConfig, RunConfig, ZeroConfig
@@ -31,6 +31,7 @@ START = Start(run_id="abc", action="start", words=["seed=1"], step=0, world_size
 
 
 @settings(max_examples=50, deadline=None)
+@example(lr=1e-3, eps=1e-8, seed=0, account="\x85 \u2028", engine=FSDP2Config(), limit=None)
 @given(lr=st.floats(1e-12, 1.0), eps=st.floats(1e-300, 1e-3), seed=st.integers(0, 2**63), account=st.text(max_size=12),
        engine=st.sampled_from([FSDP2Config(), ZeroConfig(stage=3)]), limit=st.none() | st.floats(0, 1e9))
 def test_a_run_comes_back_as_it_was(tmp_path_factory, lr, eps, seed, account, engine, limit):
