@@ -45,7 +45,7 @@ def main() -> int:
         console.print(f"{data} is there already: not built again.")
     else:
         step("1. Shards from the Python standard library's own sources", "data", "build", str(data), "--vocab-size", "2048")
-    step("2. Train with 2 ranks under FSDP2, and be told to stop halfway, as Slurm does before a time limit",
+    step("2. Train with 2 ranks under FSDP2; a signal stops it halfway, as Slurm would",
          "train", "experiment=demo", "name=first-run", "--runs-dir", str(FOLDER), stop_after=STOP_AFTER_STEPS)
     step("3. Resume with 3 ranks under " + ("DeepSpeed ZeRO-2" if zero else "DDP"), "resume", str(run), "ranks=3",
          "engine=zero2" if zero else "engine=ddp")
