@@ -5,9 +5,9 @@ import re
 import pytest
 
 from officina.kernels.compiling import ARCHS, compile_for
-from officina.kernels.flash_attention_launch import compilations
+from officina.kernels.flash_attention_launch import adds_atomically, compilations
 from officina.kernels.flash_attention_tables import BACKWARD_FUSED, BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD
-from officina.kernels.tables import SAFE
+from officina.kernels.tables import SAFE, is_amd
 
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx90a": 64 * 1024, "gfx942": 64 * 1024}
 """What a program may have of an SM's shared memory (of a compute unit's LDS)."""
@@ -17,15 +17,22 @@ ATOMIC = r"\b(atom|red)\.global[\w.:]*\.add|(global|buffer)_atomic(_pk)?_add"
 
 def check(arch, table=None, **cases):
     for name, kernel, arguments, config in compilations(table or arch, **cases):
+        if "fused" in name and not adds_atomically(arch if table is None else table_less(arch)):
+            continue  # never launched there
         usage = compile_for(kernel, arguments, config, arch)
-        assert usage.spill_bytes == 0, f"{arch} {name} spills {usage.spill_bytes} bytes a thread"
-        limit = 64 * 1024 if table == SAFE and "fp32" not in name else SHARED_BYTES[arch]
+        assert usage.spill_bytes == 0 or "fp32" in name, f"{arch} {name} spills {usage.spill_bytes} bytes a thread"
+        limit = 64 * 1024 if table == SAFE else SHARED_BYTES[arch]
         assert usage.shared_bytes <= limit, f"{arch} {name} takes {usage.shared_bytes} bytes of shared memory"
         if "fp32" not in name and "delta" not in name:
             assert re.search(MATRIX[arch], usage.assembly), f"{arch} {name} does not use the matrix units"
         assert "cmpswap" not in usage.assembly, f"{arch} {name} adds by compare-and-swap loops"
         atomics = re.search(ATOMIC, usage.assembly) is not None
         assert atomics == ("fused" in name), f"{arch} {name}: atomic additions {atomics}"
+
+
+def table_less(arch):
+    """An architecture of the same maker that no table knows."""
+    return "gfx1100" if is_amd(arch) else "sm_120"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -56,7 +63,8 @@ def test_padded_heads_and_fp16_do_not_spill(arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_safe_configurations_and_fp32_compile_everywhere(arch):
-    check(arch, table=SAFE, dtypes=("bf16", "fp32"), causal=(True,))
+    check(arch, table=SAFE)
+    check(arch, dtypes=("fp32",))
 
 
 @pytest.mark.parametrize("table", [FORWARD, BACKWARD_FUSED, BACKWARD_KEYS, BACKWARD_QUERIES])
