@@ -34,6 +34,7 @@ from officina.benchmarks.kernel_cases import (
 from officina.benchmarks.kernel_timing import Timing, Work, measure
 from officina.benchmarks.record import record, write_record
 from officina.kernels import activations, adamw, cross_entropy, flash_attention_tables, rms_norm, rope, symmetric
+from officina.kernels.flash_attention_launch import adds_atomically
 from officina.kernels.tables import SAFE, Config, arch_of, is_amd
 from officina.trainer.errors import EXIT_DONE, EXIT_USER
 
@@ -116,6 +117,8 @@ def _attention(arch: str) -> Iterator[Sweep]:
     tables = (("FORWARD", "forward", OURS), ("BACKWARD_FUSED", "backward", OURS),
               ("BACKWARD_KEYS", "backward", DETERMINISTIC), ("BACKWARD_QUERIES", "backward", DETERMINISTIC))
     for D, causal, (name, phase, entrant) in itertools.product((64, 128), (True, False), tables):
+        if name == "BACKWARD_FUSED" and not adds_atomically(arch):
+            continue
         yield Sweep("attention", name, getattr(flash_attention_tables, name), (D, causal, 16), tried,
                     functools.partial(_attention_work, D, causal, phase, entrant))
 

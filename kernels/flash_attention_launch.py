@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def adds_atomically(arch: str) -> bool:
 
 
 def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes: Iterable[str] = ("bf16",),
-                 causal: Iterable[bool] = (True, False), packed: bool = False, softcap: bool = False, group: int = 4,
+                 causal: Sequence[bool] = (True, False), packed: bool = False, softcap: bool = False, group: int = 4,
                  single: bool = False) -> Iterator[tuple[str, Any, dict[str, Any], Config]]:
     """(name, kernel, arguments, configuration) of what `arch` runs, for compiling.compile_for.
 
@@ -85,6 +85,8 @@ def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes
     if not adds_atomically(arch):
         del tables["backward_fused"]
     for (name, (kernel, table)), dtype, head_dim, triangle in itertools.product(tables.items(), dtypes, head_dims, causal):
+        if table is None and triangle is not causal[0]:
+            continue  # it knows no masks: once is enough
         key = key_of(head_dim, triangle, 32 if dtype == "fp32" else 16)
         config = look_up(f"flash_attention_{name}", table, arch, key) if table else DELTA
         constants = {"GROUP": group, "CAUSAL": triangle, "SOFTCAP": softcap, "FUSED": name == "backward_fused",
@@ -96,7 +98,7 @@ def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes
             types["dq"] = "*fp32"
         arguments = {parameter: "i32:16" if parameter.startswith("stride") else {**types, **constants}.get(parameter, "i32")
                      for parameter in kernel.arg_names}
-        switches = "".join((" causal" * triangle, " packed" * packed, " softcap" * softcap))
+        switches = "".join((" causal" * triangle, " packed" * packed, " softcap" * softcap)) if table else ""
         yield f"{name} {dtype} head_dim={head_dim}{switches}", kernel, arguments, config
 
 
