@@ -5,7 +5,6 @@ what an engine computes on its ranks.
 """
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -337,13 +336,14 @@ def _fault(case: Case, ranks) -> Iterator[None]:
     if case.fault == "positions" and ranks.rank == ranks.world_size - 1:
         from officina.trainer.model import transformer
 
-        right, calls = transformer.rotate, itertools.count()
+        right = transformer.rope
 
-        def keys_off_by_one(x, cos, sin):
-            is_key = next(calls) % 2 == 1
-            return right(x, cos.roll(1, -2), sin.roll(1, -2)) if is_key else right(x, cos, sin)
+        def keys_off_by_one(q, k, cos, sin, **options):
+            queries, _ = right(q, k, cos, sin, **options)
+            _, keys = right(q, k, cos.roll(1, -2), sin.roll(1, -2), **options)
+            return queries, keys
 
-        patches.append((transformer, "rotate", keys_off_by_one))
+        patches.append((transformer, "rope", keys_off_by_one))
     if case.fault == "missing_reduce" and ranks.rank == ranks.world_size - 1:
         for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter_single"):
             if hasattr(torch.distributed, name):
