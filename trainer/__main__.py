@@ -65,6 +65,7 @@ def _run(run_dir: Path, env: RankEnv, start_timeout_s: float) -> int:
         from officina.trainer.loop import train
 
         status = train(run_dir, ranks)
+        ranks.barrier()  # leave together: srun --kill-on-bad-exit kills the others when the first one leaves with 75
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
