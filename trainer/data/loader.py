@@ -17,6 +17,7 @@ import torch
 
 from officina.trainer.batch import IGNORE, Batch
 from officina.trainer.config import RunConfig
+from officina.trainer.data.buffers import Buffers
 from officina.trainer.data.reader import RowReader, Rows, Stream, validation_streams
 from officina.trainer.errors import DataError
 
@@ -47,6 +48,22 @@ class StepData:
     """Time for which the step had to wait for its data."""
 
 
+class Memory:
+    """Where batches lie: for a GPU in pinned memory, which torch hands out again when a copy from it has ended."""
+
+    def __init__(self, pinned: bool) -> None:
+        self.pinned, self._buffers = pinned, Buffers()
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of whatever was there before."""
+        if self.pinned:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return torch.from_numpy(self._buffers.take(shape, _NUMPY[dtype]))
+
+
+_NUMPY = {torch.int64: np.int64, torch.int32: np.int32}
+
+
 class Loader:
     """Steps of one rank from `position` on, without end. Close it, or use it as a context manager."""
 
@@ -56,7 +73,7 @@ class Loader:
         self._run, self._rank, self._world_size = run, rank, world_size
         self._reader = RowReader(run, position)
         self._decode = _decoder(run)
-        self._pin = torch.device(device).type == "cuda"
+        self._memory = Memory(torch.device(device).type == "cuda")
         self._position = position
         self._earlier: dict[str, str] = {}  # fingerprints of sources that no longer give rows
         self._stopping = threading.Event()
@@ -152,11 +169,11 @@ class Loader:
         if reader.records:
             records, digest = reader.read_records(own)
             padding = records[0] if records else reader.read_records(samples[:1])[0][0]
-            micros = _record_batches(records, padding, sizes, self._decode, self._pin)
+            micros = _record_batches(records, padding, sizes, self._decode, self._memory)
         else:
             rows = reader.read(own)
             digest = rows.digest
-            micros = _token_batches(rows, sizes, self._run.data.mask_documents, self._pin)
+            micros = _token_batches(rows, sizes, self._run.data.mask_documents, self._memory)
         return StepData(micros, position, stop, sum(m.loss_tokens for m in micros), digest,
                         reader.skips.within(position, stop), reader.source_rows(samples), reader.removals)
 
@@ -172,14 +189,14 @@ def validation_rows(run: RunConfig, rank: int, world_size: int, source: str | No
 
     The same rows on any number of ranks, and the same number of batches on every rank (padded by rows without loss).
     """
-    decode, pin = _decoder(run), torch.device(device).type == "cuda"
+    decode, memory = _decoder(run), Memory(torch.device(device).type == "cuda")
     for name, stream in validation_streams(run).items():
         if source in (None, name):
-            yield from _validation_batches(run, stream, rank, world_size, decode, pin)
+            yield from _validation_batches(run, stream, rank, world_size, decode, memory)
 
 
 def _validation_batches(run: RunConfig, stream: Stream, rank: int, world_size: int, decode: Decode | None,
-                        pin: bool) -> Iterator[Batch]:
+                        memory: Memory) -> Iterator[Batch]:
     available = stream.rows(run.batch.seq_len) if decode is None else int(stream.document_starts[-1])
     total = min(available, run.eval.max_rows)
     own = range(rank * total // world_size, (rank + 1) * total // world_size)
@@ -189,10 +206,10 @@ def _validation_batches(run: RunConfig, stream: Stream, rank: int, world_size: i
         here = np.asarray(own[first:first + size], np.int64)
         if decode is None:
             found = stream.gather(here, run.batch.seq_len, borders=run.data.mask_documents)
-            yield _token_batches(found, [size], run.data.mask_documents, pin)[0]
+            yield _token_batches(found, [size], run.data.mask_documents, memory)[0]
         else:
             records = [stream.record(int(i)) for i in here]
-            yield _record_batches(records, stream.record(0), [size], decode, pin)[0]
+            yield _record_batches(records, stream.record(0), [size], decode, memory)[0]
 
 
 def _micro_sizes(run: RunConfig, world_size: int) -> list[int]:
@@ -201,14 +218,14 @@ def _micro_sizes(run: RunConfig, world_size: int) -> list[int]:
     return [min(size, most - first) for first in range(0, most, size)]
 
 
-def _token_batches(rows: Rows, sizes: list[int], documents: bool, pin: bool) -> list[Batch]:
+def _token_batches(rows: Rows, sizes: list[int], documents: bool, memory: Memory) -> list[Batch]:
     """Micro-batches of `sizes` rows from `rows`; rows that are missing at the end carry no loss."""
     have, T = rows.tokens.shape[0], rows.tokens.shape[1] - 1
     batches, first = [], 0
     for size in sizes:
         here = rows.tokens[first:first + size]
         n = len(here)
-        fields = {name: torch.empty((size, T), dtype=torch.int64, pin_memory=pin) for name in ("tokens", "labels")}
+        fields = {name: memory.tensor((size, T), torch.int64) for name in ("tokens", "labels")}
         tokens, labels = fields["tokens"].numpy(), fields["labels"].numpy()
         tokens[:n], labels[:n] = here[:, :-1], here[:, 1:]
         tokens[n:], labels[n:] = 0, IGNORE
@@ -218,7 +235,7 @@ def _token_batches(rows: Rows, sizes: list[int], documents: bool, pin: bool) -> 
             row, column = rows.border_rows[lo:hi] - first, rows.border_columns[lo:hi]
             labels[row, column - 1] = IGNORE  # the last token of a document predicts nothing
             loss_tokens -= len(row)
-            fields["documents"], fields["positions"] = _document_fields(row, column, size, T, pin)
+            fields["documents"], fields["positions"] = _document_fields(row, column, size, T, memory)
         if rows.removed is not None:  # no loss from a removed token, and none for it
             removed = rows.removed[first:first + size]
             labels[:n][removed[:, :-1] | removed[:, 1:]] = IGNORE
@@ -228,30 +245,26 @@ def _token_batches(rows: Rows, sizes: list[int], documents: bool, pin: bool) -> 
     return batches
 
 
-def _document_fields(row: np.ndarray, column: np.ndarray, B: int, T: int, pin: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _document_fields(row: np.ndarray, column: np.ndarray, B: int, T: int,
+                     memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
     """documents (B, T) int32 and positions (B, T) int64 from sorted borders; a border at column T lies outside."""
     inside = column < T
     row, flat_border = row[inside], (row * T + column)[inside]
-    flat_row = np.arange(0, B * T, T)
-    documents = torch.empty((B, T), dtype=torch.int32, pin_memory=pin)
-    positions = torch.empty((B, T), dtype=torch.int64, pin_memory=pin)
-    # Both are running sums in place: of +1 per border, taken back at each row; of +1 per token, taken back at each border.
-    steps = documents.numpy().reshape(-1)
-    steps[:] = 0
-    steps[flat_border] = 1
-    steps[flat_row[1:]] = -np.bincount(row, minlength=B)[:-1]
-    np.cumsum(steps, out=steps)
-    steps = positions.numpy().reshape(-1)
-    starts = np.sort(np.concatenate((flat_row, flat_border)))
-    steps[:] = 1
-    steps[starts[1:]] = 1 - np.diff(starts)
-    steps[0] = 0
-    np.cumsum(steps, out=steps)
+    documents, positions = memory.tensor((B, T), torch.int32), memory.tensor((B, T), torch.int64)
+    in_row = np.bincount(row, minlength=B) + 1  # documents
+    firsts = np.cumsum(in_row) - in_row
+    starts = np.empty(B + len(row), np.int64)
+    starts[firsts] = np.arange(0, B * T, T)
+    starts[np.arange(len(row)) + row + 1] = flat_border
+    lengths = np.diff(starts, append=B * T)
+    numbers = (np.arange(len(starts)) - np.repeat(firsts, in_row)).astype(np.int32)
+    documents.numpy().reshape(-1)[:] = np.repeat(numbers, lengths)
+    np.subtract(np.arange(B * T), np.repeat(starts, lengths), out=positions.numpy().reshape(-1))
     return documents, positions
 
 
 def _record_batches(records: list[tuple[bytes, str]], padding: tuple[bytes, str], sizes: list[int],
-                    decode: Decode, pin: bool) -> list[Batch]:
+                    decode: Decode, memory: Memory) -> list[Batch]:
     """Micro-batches of `sizes` decoded records; missing ones are copies of `padding` with valid = False."""
     batches, first = [], 0
     for size in sizes:
@@ -266,7 +279,7 @@ def _record_batches(records: list[tuple[bytes, str]], padding: tuple[bytes, str]
                                 f"the first of which is {here[0][1] if here else padding[1]} ({type(exc).__name__}). "
                                 "Return the same fields with the same shapes for every record.") from exc
         fields["valid"] = torch.arange(size) < len(here)
-        if pin:
+        if memory.pinned:
             fields = {name: value.pin_memory() for name, value in fields.items()}
         batches.append(Batch(fields, len(here)))
         first += size

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from officina.trainer.config import RunConfig
+from officina.trainer.data.buffers import Buffers
 from officina.trainer.data.manifest import Dataset, ShardEntry, open_dataset
 from officina.trainer.data.order import Mixture, Order, Places, Skips, SourceRows, sources_in_use, timeline_of
 from officina.trainer.data.removal import removed_spans
@@ -38,6 +39,7 @@ class Stream:
         """(shards + 1,) offset of each shard's first token in the stream."""
         self.document_starts = np.cumsum([0, *(e.documents for e in self.entries)])
         self._open: dict[int, Shard] = {}
+        self._buffers = Buffers()
         self._removed_starts, self._removed_stops = removed_spans(dataset, self.entries, removals)
         self._blank = dataset.manifest.tokenizer.eos_id if dataset.manifest.tokenizer else 0
 
@@ -61,7 +63,7 @@ class Stream:
 
     def gather(self, rows: np.ndarray, seq_len: int, *, borders: bool) -> "Rows":
         """Tokens (n, seq_len + 1) of `rows` (n,), verified; and, unless not `borders`, the document borders inside them."""
-        out = np.empty((len(rows), seq_len + 1), DTYPES[self.dataset.manifest.dtype])
+        out = self._buffers.take((len(rows), seq_len + 1), DTYPES[self.dataset.manifest.dtype])
         starts = rows * seq_len
         first = np.searchsorted(self.token_starts, starts, side="right") - 1
         last = np.searchsorted(self.token_starts, starts + seq_len, side="right") - 1
@@ -70,7 +72,8 @@ class Stream:
             here = np.flatnonzero((first == number) & (last == number))
             shard, inside = self.shard(int(number)), starts[here] - self.token_starts[number]
             shard.check(inside, inside + seq_len + 1)
-            _copy_rows(shard.data, inside, seq_len, out, here)
+            for i, start in zip(here.tolist(), inside.tolist(), strict=True):  # beats every gather of numpy and torch
+                out[i] = shard.data[start:start + seq_len + 1]
             if borders:
                 row, column = _borders(shard.ends, inside, seq_len)
                 found.append((here[row], column))
@@ -114,16 +117,6 @@ class Stream:
             filled += len(part)
         column = np.concatenate(columns)
         return np.full(len(column), i), column
-
-
-def _copy_rows(data: np.ndarray, starts: np.ndarray, seq_len: int, out: np.ndarray, here: np.ndarray) -> None:
-    """out[here] = the seq_len + 1 tokens from each of `starts`, which are equal modulo seq_len within a shard."""
-    offset = int(starts[0]) % seq_len
-    blocks = (len(data) - offset) // seq_len
-    grid = data[offset:offset + blocks * seq_len].reshape(blocks, seq_len)
-    block = (starts - offset) // seq_len
-    out[here, :-1] = grid[block]
-    out[here, -1] = data[starts + seq_len]
 
 
 def _borders(ends: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
