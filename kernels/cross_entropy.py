@@ -322,10 +322,6 @@ def _sums_backward(ctx: Any, slopes_3N: Tensor) -> tuple[Tensor, None, None, Non
     return gradient_NV, None, None, None
 
 
-def _once(ctx: Any, *_: Any) -> None:
-    raise RuntimeError("cross_entropy is differentiable once; for second derivatives use impl=reference")
-
-
 def _rows(logits_NV: Tensor) -> Tensor:
     return logits_NV if _neighbouring(logits_NV) else logits_NV.contiguous()
 
@@ -338,7 +334,7 @@ def _neighbouring(logits_NV: Tensor) -> bool:
 define_op("cross_entropy_sums(Tensor logits, Tensor labels, int first, float softcap) -> Tensor", _sums, _empty_sums,
           _sums_backward, _save)
 define_op("cross_entropy_gradient(Tensor logits, Tensor labels, Tensor sums, Tensor slopes, int first, float softcap) "
-          "-> Tensor", _gradient, lambda logits, *_: logits.new_empty(logits.shape), _once)
+          "-> Tensor", _gradient, lambda logits, *_: logits.new_empty(logits.shape))
 define_op("cross_entropy_gradient_(Tensor(a!) logits, Tensor labels, Tensor sums, Tensor slopes, int first, float softcap) "
           "-> ()", _gradient_, lambda *_: None)
 define_op("cross_entropy_(Tensor(a!) logits, Tensor labels, float z_loss, float label_smoothing, float softcap) -> Tensor",

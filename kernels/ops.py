@@ -19,15 +19,20 @@ def define_op(schema: str, implementation: Callable[..., Any], fake: Callable[..
     Args:
         implementation: called with the operator's arguments; may not return its inputs.
         fake: the same with tensors without values; returns empty outputs.
-        backward: (ctx, *gradients of the outputs) -> a gradient or None for each argument; calls operators only.
+        backward: (ctx, *gradients of the outputs) -> a gradient or None for each argument; calls operators only. Without one
+            a derivative raises: torch would take it for zero.
         save: (ctx, inputs, output), as for `torch.library.register_autograd`.
     """
     name = f"officina::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("("):])
     torch.library.impl(name, ("cpu", "cuda"), implementation)
     torch.library.register_fake(name, fake)
-    if backward is not None:
-        torch.library.register_autograd(name, backward, setup_context=save)
+    if "!" not in schema:  # torch takes no derivatives of what writes to its inputs
+        torch.library.register_autograd(name, backward or functools.partial(_refuse, name), setup_context=save)
+
+
+def _refuse(name: str, ctx: Any, *_: Any) -> None:
+    raise RuntimeError(f"{name} has no derivative: kernels are differentiable once; for second derivatives use impl=reference")
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

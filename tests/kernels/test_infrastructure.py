@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from officina.kernels import dispatch
+from officina.kernels.activations import swiglu, xielu
 from officina.kernels.compiling import ARCHS, compile_for
+from officina.kernels.cross_entropy import cross_entropy
 from officina.kernels.dispatch import choose_impl, jit, tl, triton, why_not_triton
+from officina.kernels.flash_attention import flash_attention
+from officina.kernels.rms_norm import add_rms_norm, rms_norm
+from officina.kernels.rope import rope
 from officina.kernels.tables import SAFE, Config, arch_of, look_up
 from tests.distributed import RankFailure
 from tests.kernels.interpreter import interpreted
@@ -117,3 +122,26 @@ def test_a_kernel_compiles_without_a_gpu_and_its_costs_are_read(arch):
 def test_arguments_that_do_not_fit_the_kernel_are_named():
     with pytest.raises(ValueError, match="scale_kernel takes x, y, n, FACTOR, BLOCK; missing or unknown: BLOCK, Z"):
         compile_for(scale_kernel, {"x": "*fp32", "y": None, "n": "i32", "FACTOR": 2, "Z": 1}, Config(1, 1, 4, 1), "sm_80")
+
+
+@interpreted
+def test_second_derivatives_raise_instead_of_coming_out_as_zeros():
+    q, k = (torch.randn(1, 2, 5, 16, requires_grad=True) for _ in range(2))
+    weight, logits = torch.ones(16, requires_grad=True), torch.randn(5, 16, requires_grad=True)
+    cos, sin = torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
+    alphas = [torch.tensor([0.7], requires_grad=True) for _ in range(2)]
+    for name, output, leaf in [
+            ("rms_norm", rms_norm(logits, weight, impl="triton"), logits),
+            ("rms_norm", add_rms_norm(logits, logits, weight, impl="triton")[0], logits),
+            ("rope_norm", rope(q, k, cos, sin, q_weight_K=weight, k_weight_K=weight, impl="triton")[0], q),
+            ("gated", swiglu(logits, logits, impl="triton"), logits),
+            ("xielu", xielu(logits, *alphas, impl="triton"), logits),
+            ("cross_entropy", cross_entropy(logits, torch.arange(5), impl="triton"), logits),
+            ("flash_attention", flash_attention(q, k, k, impl="triton")[0], q)]:
+        [first] = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"{name}_.* has no derivative: kernels are differentiable once"):
+            first.sum().backward()
+    plain, _ = rope(q, k, cos, sin, impl="triton")  # linear, and its backward pass is itself
+    [first] = torch.autograd.grad(plain.square().sum(), q, create_graph=True)
+    [second] = torch.autograd.grad(first.sum(), q)
+    assert second.abs().sum() > 0
