@@ -47,6 +47,7 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("data.split", "refused", "past samples would belong to other data"),
     ("data.validation_split", "free", "changes what is measured"),
     ("data.shuffle", "refused", "the order of past samples rests on it"),
+    ("data.shuffle_block", "refused", "the order of past samples rests on it"),
     ("data.prefetch_batches", "free", "changes no sample"),
     ("seed", "refused", "the order of past samples rests on it"),
     # the model
