@@ -105,7 +105,8 @@ class Loader:
         cursors = order.mixture.cursors(position)
         return {
             "position": position, "seed": self._run.seed, "seq_len": self._reader.seq_len,
-            "shuffle": int(self._run.data.shuffle), "shuffle_block": self._run.data.shuffle_block, "split": self._run.data.split,
+            "shuffle": int(self._run.data.shuffle), "shuffle_block": self._run.data.shuffle_block,
+            "split": self._run.data.split,
             "cursors": {name: int(n) for name, n in zip(order.names, cursors, strict=True)},
             "fingerprints": dict(sorted((self._earlier | self._reader.fingerprints).items())),
         }

@@ -81,7 +81,7 @@ def _feistel(x: np.ndarray, side: np.uint64, keys: tuple[int, ...]) -> np.ndarra
 def permute_blocks(indices: np.ndarray, size: int, block: int, keys: tuple[int, ...]) -> np.ndarray:
     """Like `permute`, but `block` neighbours stay together: blocks in keyed order, each in a keyed order of its own.
 
-    The blocks begin at a keyed place, so that what is left over after whole ones, and comes last, is another part for other keys.
+    The blocks begin at a keyed place: what is left over after whole ones, and comes last, is another part for other keys.
     """
     whole, (number, inside) = size // block, np.divmod(indices, block)
     shift = int(_mix(np.asarray([keys[0] ^ keys[1]], np.uint64))[0]) % size
