@@ -76,6 +76,10 @@ def audit(args: argparse.Namespace) -> int:
     for step, lists in found.removals:
         told = ", ".join(f"{name} by {n} {'list' if n == 1 else 'lists'}" for name, n in lists.items()) or "none"
         screen.print(f"removed on request from step {step} on: {told}", markup=False)
+    for source, shards in found.lost.items():
+        for shard, blocks in shards.items():
+            screen.print(f"damaged, read without loss: {source}, {shard}, block{'s' * (len(blocks) > 1)} "
+                         f"{', '.join(map(str, blocks))}", markup=False)
     begun = "started once" if found.starts == 1 else f"started {found.starts} times"
     screen.print(f"Proved: {found.steps:,} steps ({begun}) read samples {found.first_sample:,} to "
                   f"{found.stop_sample:,}, each exactly once and in order; none twice, none missing; "

@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   officina data inspect step=40 runs/first                  the documents, sources, licences and texts of that batch
 """
 _REMOVED = "(removed on request: not shown)"
+_NOT_READ = "(removed on request or in a damaged block: not read)"
 
 
 def add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -98,7 +99,7 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
     show = _decoder(manifest, tokenizer_file)
     removed = removed_documents(dataset)
     for number in range(document, min(document + 3, total)):
-        content, _ = stream.record(number)
+        content = stream.record(number).content
         of_shard = int(np.searchsorted(stream.document_starts, number, side="right")) - 1
         inside = number - int(stream.document_starts[of_shard])
         name, id, source, language = describe_document(stream, of_shard, stream.shard(of_shard), inside)
@@ -143,6 +144,7 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
                         f"{max(entries, default=0)}. Try: --step {max(entries, default=1)}")
     entry = entries[max(entries) if step is None else step]
     reader = RowReader(run, entry.first_sample, entry.removals)
+    reader.set_aside(entry.lost)
     samples = entry.samples()
     found = reader.digest(samples)
     screen = console()
@@ -151,6 +153,10 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
                  markup=False)
     if entry.skipped:
         screen.print(f"left out by data.skip: {entry.skipped}", markup=False)
+    for source, shards in entry.lost.items():
+        for shard, blocks in shards.items():
+            screen.print(f"damaged, without loss: {source}, {shard}, block{'s' * (len(blocks) > 1)} "
+                         f"{', '.join(map(str, blocks))}", markup=False)
     places = reader.place(samples)
     if not reader.records:
         _tell_documents(screen, reader, places)
@@ -170,7 +176,7 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
         show = _decoder(stream.dataset.manifest, stream.dataset.folder / TOKENIZER)
         screen.rule(f"sample {sample}", align="left")
         if reader.records:
-            screen.print(show(reader.read_records(samples[i:i + 1])[0][0][0]), markup=False, highlight=False)
+            screen.print(show(reader.read_records(samples[i:i + 1])[0][0].content), markup=False, highlight=False)
         else:
             _tell_row(screen, reader, samples[i:i + 1], stream, int(places.row[i]), show)
     return EXIT_DONE
@@ -209,5 +215,5 @@ def _tell_row(screen: "Console", reader: "RowReader", sample: "np.ndarray", stre
             screen.print("──── document border ────", style="cyan")
         screen.print(f"{each.document}, id {each.id or 'none'}, source {each.source}, language {each.language}, licence "
                      f"{stream.dataset.manifest.licence or 'not stated'}", markup=False, style="dim")
-        gone = content.removed is not None and content.removed[0, each.start]
-        screen.print(_REMOVED if gone else show(tokens[each.start:each.stop].tobytes())[:2000], markup=False, highlight=False)
+        gone = content.removed is not None and content.removed[0, each.start:each.stop].all()
+        screen.print(_NOT_READ if gone else show(tokens[each.start:each.stop].tobytes())[:2000], markup=False, highlight=False)

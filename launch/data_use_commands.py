@@ -217,6 +217,9 @@ def _tell(found: "Summary") -> None:
             for inner, tokens in used.by_source.items():
                 shown.add_row(f"  {inner}", "", f"{tokens:,}", f"{tokens / found.total:.2%}", "")
     screen.print(shown)
+    for name, used in found.sources.items():
+        if used.lost:
+            screen.print(f"damaged      {used.lost:,} {found.unit} of {name} lay in damaged blocks: not read, not counted", markup=False)
     by = {"contributor": found.by_contributor, "licence": found.by_licence, "language": found.by_language}
     for title, counts in by.items():
         shown = table("source", found.unit, "share")

@@ -21,7 +21,8 @@ from officina.trainer.checkpoint.write import SaveOutcome, Saver
 from officina.trainer.config import RunConfig
 from officina.trainer.data.gate import deadline
 from officina.trainer.data.ledger import Ledger
-from officina.trainer.data.loader import Loader
+from officina.trainer.data.integrity import Quarantine
+from officina.trainer.data.loader import Loader, StepData
 from officina.trainer.data.register import Uses
 from officina.trainer.environment import describe, device_facts, rank_facts, write_environment
 from officina.trainer.errors import EXIT_DONE, CheckpointError
@@ -62,6 +63,8 @@ class Job:
     ledger: Ledger | None
     uses: Uses | None
     """Registers of data sets with a maximum of use."""
+    quarantine: Quarantine
+    """Damaged blocks of the data that are set aside."""
     deadline: tuple[datetime, str] | None
     """When the use of the data ends, and the source that says so."""
     trackers: Trackers
@@ -131,6 +134,17 @@ class Job:
         return (f"data.sources.{source} may be used until {moment.isoformat()} only. With new conditions from the provider: "
                 f"officina data describe {path} --policy FILE, then officina resume {self.run_dir}. Without the source: "
                 f"officina resume {self.run_dir} '~data.sources.{source}'")
+
+    def know_damage(self, data: StepData, found: float) -> StepData:
+        """`data` with the lost blocks that any rank met in the step; what is new is said once."""
+        data, news = self.quarantine.agree(data, found, self.ranks)
+        for text in news:
+            self.progress.say(text)
+        return data
+
+    def why_damaged(self) -> str:
+        """Which blocks are lost, and how the run could go on."""
+        return self.quarantine.why_over({name: source.path for name, source in self.run.data.sources.items()})
 
     def _count_use(self, *, done: bool = False) -> None:
         if self.uses is not None:
@@ -205,7 +219,8 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
             saver=Saver(run_dir, ranks, run.checkpoint, read_run_id(run_dir), damaged=opened.damaged if opened else ()),
             profiler=stack.enter_context(Profiler(run.profile, run_dir, ranks.rank, say=progress.say)),
             progress=progress, metrics=metrics, ledger=stack.enter_context(Ledger(run_dir)) if rank0 else None,
-            uses=Uses(run, read_run_id(run_dir)) if rank0 else None, deadline=deadline(run),
+            uses=Uses(run, read_run_id(run_dir)) if rank0 else None, quarantine=Quarantine(run.data.max_damaged_blocks),
+            deadline=deadline(run),
             trackers=stack.enter_context(
                 open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),
             loss_spikes=spikes["loss"], norm_spikes=spikes["grad_norm"], flops=_flops(run),

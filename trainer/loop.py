@@ -23,8 +23,8 @@ def train(run_dir: Path, ranks: Ranks) -> int:
     """Train the run in `run_dir` on these ranks, from its newest whole checkpoint or from the start.
 
     Returns EXIT_DONE, or EXIT_CONTINUE when a signal or the time limit stopped it in good order. Raises OfficinaError
-    for what the user can mend (DataError, with a checkpoint, when the conditions of use of the data end) and
-    NoProgressError where going on is useless; the last good checkpoint is intact.
+    for what the user can mend (DataError, with a checkpoint, when the conditions of use of the data end or too much of it is
+    damaged) and NoProgressError where going on is useless; the last good checkpoint is intact.
     """
     began_s = time.monotonic()
     run = load_config(run_dir)
@@ -33,9 +33,11 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             job.progress.say(f"all {run.steps:,} steps are done; to go on: officina resume {run_dir} steps=N")
             return job.finish("done", EXIT_DONE)
         data = job.loader.next_step()
-        step_tokens, stop_votes, over_votes = ranks.sum([data.loss_tokens, stop.wanted, job.use_is_over()])
+        step_tokens, stop_votes, over_votes, damage = ranks.sum([
+            data.loss_tokens, stop.wanted, job.use_is_over(), data.damage])
+        data = job.know_damage(data, damage)
         clock = time.perf_counter()
-        while job.step < run.steps and not stop_votes and not over_votes:
+        while job.step < run.steps and not stop_votes and not over_votes and not job.quarantine.is_over:
             factor = lr_factor(run.lr_schedule, job.step, run.steps)
             torch.manual_seed(_seed(run.seed, job.step, ranks.rank))  # dropout follows from the step, not from history
             before = state_hashes(job.engine.export_state(), slots={PARAM}) if job.unchecked else None
@@ -48,9 +50,10 @@ def train(run_dir: Path, ranks: Ranks) -> int:
 
             # The one collective of a step beyond the engine's own.
             late = run.time_limit is not None and time.monotonic() - began_s > run.time_limit
-            loss_sum, digest, next_tokens, stop_votes, over_votes, save_votes, peak_bytes = ranks.sum([
+            loss_sum, digest, next_tokens, stop_votes, over_votes, save_votes, peak_bytes, damage = ranks.sum([
                 result.loss_sum_nats, data.digest, following.loss_tokens if following else 0, stop.wanted or late,
-                job.use_is_over(), job.saver.pending_vote(), peak_memory_bytes(ranks.device)])
+                job.use_is_over(), job.saver.pending_vote(), peak_memory_bytes(ranks.device),
+                bool(following and following.damage)])
             step_time_s = time.perf_counter() - clock
 
             job.position = data.stop_sample
@@ -63,7 +66,8 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             job.saved(job.saver.settle(save_votes))
 
             last = job.step == run.steps
-            stopping = stop_votes or over_votes
+            following = following and job.know_damage(following, damage)
+            stopping = stop_votes or over_votes or job.quarantine.is_over
             if not stopping and (last or _due(job.step, run.eval.every_steps)):
                 evaluate(job)
             if last or stopping or _due(job.step, run.checkpoint.every_steps):
@@ -76,6 +80,9 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             if over_votes:
                 job.finish("conditions of use", EXIT_USER)
                 raise DataError(f"stopped in good order after step {job.step:,}, with a checkpoint: {job.why_over()}")
+            if job.quarantine.is_over:
+                job.finish("damaged data", EXIT_USER)
+                raise DataError(f"stopped in good order after step {job.step:,}, with a checkpoint: {job.why_damaged()}")
             job.progress.say(f"stopped in good order after step {job.step:,} ({stop.reason or 'time limit'}); "
                              f"to go on: officina resume {run_dir}")
             return job.finish(f"signal {stop.reason}" if stop.reason else "time limit", EXIT_CONTINUE)

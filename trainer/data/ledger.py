@@ -11,7 +11,8 @@ are done again from a checkpoint:
     {"start":40}
 
 A start also says, where documents were removed on request, how many of a source's lists are heeded from then on:
-{"start":40,"removals":{"a":2}}.
+{"start":40,"removals":{"a":2}}. A step that met damaged blocks which could not be had elsewhere names those under its rows, whose
+tokens gave no loss: "lost":{"a":{"shards/train-00003.dls":[17]}}.
 """
 
 import json
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from officina.trainer.data.reader import DIGEST_MODULUS, RowReader
+from officina.trainer.data.shards import DamagedBlock, Lost, merge_lost
 from officina.trainer.errors import DataError
 from officina.trainer.run_dir import LEDGER, load_config, read_history
 
@@ -48,7 +50,7 @@ class Ledger:
         lines = [] if self._started else [start]
         lines.append({"step": step, "first_sample": data.first_sample, "stop_sample": data.stop_sample,
                       "digest": int(digest) % DIGEST_MODULUS, "skipped": data.skipped,
-                      "source_rows": data.source_rows})
+                      "source_rows": data.source_rows} | ({"lost": data.lost} if data.lost else {}))
         self._file.write("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
         self._file.flush()
         self._started = True
@@ -89,6 +91,8 @@ class Entry:
     source_rows: dict[str, int]
     removals: dict[str, int] = field(default_factory=dict)
     """Lists of removed documents that were heeded, by source: those of the start that did the step."""
+    lost: dict[str, Lost] = field(default_factory=dict)
+    """Damaged blocks under the rows, by source, whose tokens gave no loss."""
 
     def samples(self) -> np.ndarray:
         """Global sample indices that were read: (n,) int64."""
@@ -154,6 +158,8 @@ class AuditReport:
     skipped: list[list[int]]
     starts: int
     sources: dict[str, SourceUse]
+    lost: dict[str, Lost]
+    """Damaged blocks, by source, whose tokens gave no loss in at least one step."""
     removals: list[tuple[int, dict[str, int]]]
     """(first step, lists of removed documents by source) wherever another number of lists was heeded than before."""
     faults: list[str]
@@ -183,15 +189,21 @@ def audit(run_dir: str | Path,
     for done, entry in enumerate(entries, 1):
         samples = entry.samples()
         faults += coverage.use(entry)
-        if (found := readers[str(entry.removals)].digest(samples)) != entry.digest:
-            faults.append(f"step {entry.step}: the ledger's digest is {entry.digest}, samples {entry.first_sample} to "
-                          f"{entry.stop_sample} give {found}: it read other rows, or the shards have changed")
+        as_then = readers[str(entry.removals)]
+        as_then.set_aside(entry.lost)
+        try:
+            if (found := as_then.digest(samples)) != entry.digest:
+                faults.append(f"step {entry.step}: the ledger's digest is {entry.digest}, samples {entry.first_sample} to "
+                              f"{entry.stop_sample} give {found}: it read other rows, or the shards have changed")
+        except DamagedBlock as damaged:
+            faults.append(f"step {entry.step}: what it read cannot be read again. {damaged}")
         if (planned := reader.source_rows(samples)) != entry.source_rows:
             faults.append(f"step {entry.step}: read rows {entry.source_rows}, planned {planned}")
         progress(done, len(entries))
     faults += coverage.finish()
     return AuditReport(len(entries), first, stop, sum(len(e.samples()) for e in entries),
-                       [r for e in entries for r in e.skipped], starts, coverage.report(), _changes(entries), faults)
+                       [r for e in entries for r in e.skipped], starts, coverage.report(), merge_lost(*(e.lost for e in entries)),
+                       _changes(entries), faults)
 
 
 def _changes(entries: list[Entry]) -> list[tuple[int, dict[str, int]]]:

@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ import torch
 from officina.trainer.batch import IGNORE, Batch
 from officina.trainer.config import RunConfig
 from officina.trainer.data.buffers import Buffers
-from officina.trainer.data.reader import RowReader, Rows, Stream, validation_streams
+from officina.trainer.data.integrity import mend
+from officina.trainer.data.reader import Record, RowReader, Rows, Stream, validation_streams
+from officina.trainer.data.shards import Lost
 from officina.trainer.errors import DataError
 
 Decode = Callable[[bytes], dict[str, torch.Tensor]]
@@ -44,8 +46,17 @@ class StepData:
     """Rows that each source gives to the whole global batch."""
     removals: dict[str, int]
     """Lists of removed documents that are heeded, by source."""
+    lost: dict[str, Lost] = field(default_factory=dict)
+    """Damaged blocks under this rank's rows that are set aside, by source; see `Quarantine.agree`."""
+    mended: tuple[str, ...] = ()
+    """What became of the damaged blocks that this step was the first to meet, in words."""
     wait_s: float = 0.0
     """Time for which the step had to wait for its data."""
+
+    @property
+    def damage(self) -> bool:
+        """Is there something for all ranks to know?"""
+        return bool(self.lost or self.mended)
 
 
 class Memory:
@@ -71,7 +82,8 @@ class Loader:
                  device: torch.device | str = "cpu") -> None:
         """`device` is where the batches will go: for cuda they lie in pinned memory; they stay on the host."""
         self._run, self._rank, self._world_size = run, rank, world_size
-        self._reader = RowReader(run, position)
+        self._mended: list[str] = []
+        self._reader = RowReader(run, position, on_damage=lambda *block: self._mended.append(mend(*block).told()))
         self._decode = _decoder(run)
         self._memory = Memory(torch.device(device).type == "cuda")
         self._position = position
@@ -168,15 +180,25 @@ class Loader:
         own = samples[batch.rows_of_rank(self._rank, self._world_size)]
         sizes = _micro_sizes(self._run, self._world_size)
         if reader.records:
-            records, digest = reader.read_records(own)
-            padding = records[0] if records else reader.read_records(samples[:1])[0][0]
+            records, digest, lost = reader.read_records(own)
+            padding = next((record for record in records if not record.lost), None) or self._sound_record(samples)
             micros = _record_batches(records, padding, sizes, self._decode, self._memory)
         else:
             rows = reader.read(own)
-            digest = rows.digest
+            digest, lost = rows.digest, rows.lost_of
             micros = _token_batches(rows, sizes, self._run.data.mask_documents, self._memory)
+        mended, self._mended[:] = list(self._mended), []
         return StepData(micros, position, stop, sum(m.loss_tokens for m in micros), digest,
-                        reader.skips.within(position, stop), reader.source_rows(samples), reader.removals)
+                        reader.skips.within(position, stop), reader.source_rows(samples), reader.removals, lost, tuple(mended))
+
+    def _sound_record(self, samples: np.ndarray) -> Record:
+        """A record to fill up with, for a rank that has none of its own."""
+        for sample in samples:
+            [record], _, _ = self._reader.read_records(np.asarray([sample]))
+            if not record.lost:
+                return record
+        raise DataError(f"samples {samples[0]} to {samples[-1]}: every record lies in a damaged block. "
+                        "`officina data verify DATASET` lists the damage.")
 
 
 def validation_sources(run: RunConfig) -> list[str]:
@@ -264,25 +286,26 @@ def _document_fields(row: np.ndarray, column: np.ndarray, B: int, T: int,
     return documents, positions
 
 
-def _record_batches(records: list[tuple[bytes, str]], padding: tuple[bytes, str], sizes: list[int],
-                    decode: Decode, memory: Memory) -> list[Batch]:
-    """Micro-batches of `sizes` decoded records; missing ones are copies of `padding` with valid = False."""
+def _record_batches(records: list[Record], padding: Record, sizes: list[int], decode: Decode, memory: Memory) -> list[Batch]:
+    """Micro-batches of `sizes` decoded records; missing and lost ones are copies of `padding` with valid = False."""
     batches, first = [], 0
     for size in sizes:
         here = records[first:first + size]
-        decoded = [_decoded(decode, *record) for record in (here + [padding] * (size - len(here)))]
+        valid = [not record.lost for record in here] + [False] * (size - len(here))
+        taken = [record if good else padding for record, good in zip(here + [padding] * (size - len(here)), valid, strict=True)]
+        decoded = [_decoded(decode, record.content, record.where) for record in taken]
         fields = {}
         for name in decoded[0]:
             try:
                 fields[name] = torch.stack([fields_of_record[name] for fields_of_record in decoded])
             except (RuntimeError, KeyError) as exc:
                 raise DataError(f"model.decoder: field {name} differs in shape or is missing between records, "
-                                f"the first of which is {here[0][1] if here else padding[1]} ({type(exc).__name__}). "
+                                f"the first of which is {taken[0].where} ({type(exc).__name__}). "
                                 "Return the same fields with the same shapes for every record.") from exc
-        fields["valid"] = torch.arange(size) < len(here)
+        fields["valid"] = torch.tensor(valid)
         if memory.pinned:
             fields = {name: value.pin_memory() for name, value in fields.items()}
-        batches.append(Batch(fields, len(here)))
+        batches.append(Batch(fields, sum(valid)))
         first += size
     return batches
 

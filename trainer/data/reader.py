@@ -3,12 +3,13 @@
 A decoder's row r holds tokens [r T, r T + T + 1) of its split's shards laid end to end, so that neighbouring
 rows share one token: the last label of one is the first token of the next. A custom model's row is a record.
 
-Documents that were removed on request keep their places, but every token of theirs is read as the end of a document.
+Documents that were removed on request keep their places, but every token of theirs is read as the end of a document. So is
+every token of a damaged block that is set aside, `officina.trainer.data.integrity`.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,23 @@ from officina.trainer.data.buffers import Buffers
 from officina.trainer.data.manifest import Dataset, ShardEntry, open_dataset
 from officina.trainer.data.order import Mixture, Order, Places, Skips, SourceRows, sources_in_use, timeline_of
 from officina.trainer.data.removal import removed_spans
-from officina.trainer.data.shards import DTYPES, Shard
+from officina.trainer.data.shards import DTYPES, DamagedBlock, Lost, Shard, merge_lost
 from officina.trainer.errors import DataError
 
 DIGEST_MODULUS = 1 << 32
+OnDamage = Callable[[Dataset, ShardEntry, Shard, int], object]
 
 
 class Stream:
     """The shards of one split, opened when they are first needed."""
 
-    def __init__(self, dataset: Dataset, split: str, removals: int | None = None) -> None:
-        """removals: lists of removed documents that are heeded; none = all."""
-        self.dataset, self.split = dataset, split
+    def __init__(self, dataset: Dataset, split: str, removals: int | None = None, on_damage: OnDamage | None = None) -> None:
+        """removals: lists of removed documents that are heeded; none = all.
+
+        on_damage: called for each damaged block with (data set, entry, shard, block), must mend it or set it aside; none =
+        reading one raises DamagedBlock.
+        """
+        self.dataset, self.split, self._on_damage = dataset, split, on_damage
         self.entries: list[ShardEntry] = dataset.of_split(split)
         if not self.entries:
             raise DataError(f"{dataset.folder}: has no split {split}, only {sorted(dataset.manifest.splits)}. "
@@ -54,12 +60,33 @@ class Stream:
         """Rows of `seq_len` tokens with their labels."""
         return max(0, (int(self.token_starts[-1]) - 1) // seq_len)
 
-    def record(self, number: int) -> tuple[bytes, str]:
-        """A record, and the words that name it in an error."""
+    def set_aside(self, lost: Lost) -> None:
+        """These blocks are lost, by shard path, and no others: as a step's line in the ledger says."""
+        for number, entry in enumerate(self.entries):
+            if number in self._open or entry.path in lost:
+                self.shard(number).set_aside(lost.get(entry.path, ()))
+
+    def _check(self, number: int, starts: np.ndarray, stops: np.ndarray) -> Shard:
+        """The shard, with the blocks under token ranges [starts, stops) sound, replaced or set aside."""
+        shard = self.shard(number)
+        while True:
+            try:
+                shard.check(starts, stops)
+                return shard
+            except DamagedBlock as damaged:
+                if self._on_damage is None:
+                    raise
+                self._on_damage(self.dataset, self.entries[number], shard, damaged.block)
+
+    def record(self, number: int) -> "Record":
+        """A record, verified."""
         of_shard = bisect_right(self.document_starts, number) - 1
         inside = number - int(self.document_starts[of_shard])
-        shard = self.shard(of_shard)
-        return shard.document(inside).tobytes(), f"{shard.path} record {inside}"
+        ends = self.shard(of_shard).ends
+        start, stop = int(ends[inside - 1]) if inside else 0, int(ends[inside])
+        shard = self._check(of_shard, np.asarray([start]), np.asarray([stop]))
+        lost = {self.entries[of_shard].path: blocks} if (blocks := shard.touches_lost(start, stop)) else {}
+        return Record(b"" if lost else shard.part(start, stop).tobytes(), f"{shard.path} record {inside}", lost)
 
     def gather(self, rows: np.ndarray, seq_len: int, *, borders: bool) -> "Rows":
         """Tokens (n, seq_len + 1) of `rows` (n,), verified; and, unless not `borders`, the document borders inside them."""
@@ -70,8 +97,8 @@ class Stream:
         found: list[tuple[np.ndarray, np.ndarray]] = []
         for number in np.unique(first[first == last]):
             here = np.flatnonzero((first == number) & (last == number))
-            shard, inside = self.shard(int(number)), starts[here] - self.token_starts[number]
-            shard.check(inside, inside + seq_len + 1)
+            inside = starts[here] - self.token_starts[number]
+            shard = self._check(int(number), inside, inside + seq_len + 1)
             for i, start in zip(here.tolist(), inside.tolist(), strict=True):  # beats every gather of numpy and torch
                 out[i] = shard.data[start:start + seq_len + 1]
             if borders:
@@ -80,11 +107,45 @@ class Stream:
         for i in np.flatnonzero(first != last):
             found.append(self._copy_over_shards(int(i), int(starts[i]), out))
         removed = self._blanked(out, starts)
+        lost: Lost = {}
+        if any(shard.replaced or shard.lost for shard in self._open.values()):
+            removed, lost, around = self._amended(out, starts, removed)
+            found += around
         if not borders or not found:
-            return Rows(out, np.empty(0, np.int64), np.empty(0, np.int64), removed)
+            return Rows(out, np.empty(0, np.int64), np.empty(0, np.int64), removed, lost)
         row, column = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        if lost:  # a block may end where a document does
+            row, column = np.unique(np.stack((row, column)), axis=1)
         in_order = np.lexsort((column, row))
-        return Rows(out, row[in_order], column[in_order], removed)
+        return Rows(out, row[in_order], column[in_order], removed, lost)
+
+    def _amended(self, out: np.ndarray, starts: np.ndarray, removed: np.ndarray | None,
+                 ) -> tuple[np.ndarray | None, Lost, list[tuple[np.ndarray, np.ndarray]]]:
+        """Put the right bytes of replaced blocks into rows that begin at `starts`, and blank what is lost.
+
+        Returns `removed` with the lost tokens, the lost blocks under the rows, and the borders around them: what stands
+        before a lost block and what follows it are two documents.
+        """
+        lost: Lost = {}
+        borders, width = [], out.shape[1]
+        for number, shard in self._open.items():
+            for block in sorted({*shard.replaced, *shard.lost}):
+                first, last = (int(self.token_starts[number]) + token for token in shard.token_span(block))
+                for i in np.flatnonzero((starts < last) & (starts + width > first)):
+                    a, b = max(first - int(starts[i]), 0), min(last - int(starts[i]), width)
+                    if block not in shard.lost:
+                        content = np.frombuffer(shard.replaced[block], shard.data.dtype)
+                        keep = slice(None) if removed is None else ~removed[i, a:b]
+                        out[i, a:b][keep] = content[int(starts[i]) + a - first:int(starts[i]) + b - first][keep]
+                        continue
+                    removed = np.zeros(out.shape, bool) if removed is None else removed
+                    out[i, a:b], removed[i, a:b] = self._blank, True
+                    blocks = lost.setdefault(self.entries[number].path, [])
+                    if block not in blocks:
+                        blocks.append(block)
+                    columns = np.asarray([c for c in (a, b) if 0 < c < width], np.int64)
+                    borders.append((np.full(len(columns), i), columns))
+        return removed, lost, borders
 
     def _blanked(self, out: np.ndarray, starts: np.ndarray) -> np.ndarray | None:
         """Blank the tokens of removed documents in rows that begin at `starts`; (n, T + 1) bool of them, if there are any."""
@@ -107,8 +168,10 @@ class Stream:
         columns, width, filled = [], out.shape[1], 0
         while filled < width:
             number = bisect_right(self.token_starts, start + filled) - 1
-            shard, inside = self.shard(number), start + filled - int(self.token_starts[number])
-            part = shard.read(inside, min(inside + width - filled, len(shard.data)))
+            inside = start + filled - int(self.token_starts[number])
+            stop = min(inside + width - filled, self.entries[number].tokens)
+            shard = self._check(number, np.asarray([inside]), np.asarray([stop]))
+            part = shard.data[inside:stop]
             out[i, filled:filled + len(part)] = part
             if filled:
                 columns.append(np.asarray([filled]))
@@ -139,9 +202,25 @@ class Rows:
     border_columns: np.ndarray
     """(b,) column 1..T of each first token of a document, sorted within a row."""
     removed: np.ndarray | None = None
-    """(n, T + 1) bool, tokens of documents that were removed on request; None if there are none."""
+    """(n, T + 1) bool, tokens of documents that were removed on request, or of lost blocks; None if there are none."""
+    lost: Lost = field(default_factory=dict)
+    """Lost blocks under the rows; `RowReader` gives them in `lost_of`."""
     digest: int = 0
     """See `RowReader`."""
+    lost_of: dict[str, Lost] = field(default_factory=dict)
+    """Lost blocks under the rows, by source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record of a user's own data."""
+
+    content: bytes
+    """Empty if a lost block holds a part of it."""
+    where: str
+    """Names it in an error."""
+    lost: Lost
+    """Lost blocks under it."""
 
 
 class RowReader:
@@ -151,10 +230,11 @@ class RowReader:
     digest of several is their sum modulo 2**32, so that it does not depend on how rows are dealt to ranks.
     """
 
-    def __init__(self, run: RunConfig, position: int = 0, removals: Mapping[str, int] | None = None) -> None:
+    def __init__(self, run: RunConfig, position: int = 0, removals: Mapping[str, int] | None = None,
+                 on_damage: OnDamage | None = None) -> None:
         """Open the data sets that give rows at or after global sample index `position`.
 
-        removals: lists of removed documents that are heeded, by source; none = all that there are.
+        removals: lists of removed documents that are heeded, by source; none = all that there are. on_damage: see `Stream`.
         """
         mixture = Mixture(timeline_of(run.data))
         self.records = run.model.kind == "custom"
@@ -162,7 +242,7 @@ class RowReader:
         self.streams: dict[str, Stream] = {}
         for name in sorted(mixture.sources_from(position)):
             heeded = None if removals is None else removals.get(name, 0)
-            self.streams[name] = Stream(open_source(run, name), run.data.split, heeded)
+            self.streams[name] = Stream(open_source(run, name), run.data.split, heeded, on_damage)
         self.removals = {name: n for name, s in self.streams.items()
                          if (n := len(s.dataset.manifest.removals[:None if removals is None else removals.get(name, 0)]))}
         """Lists of removed documents that are heeded, by source; for the ledger."""
@@ -188,13 +268,14 @@ class RowReader:
         places = self.order.place(samples)
         dtypes = [DTYPES[s.dataset.manifest.dtype] for s in self.streams.values()]
         numbers = np.unique(places.source)
-        parts, digest = [], 0
+        parts, digest, lost_of = [], 0, {}
         for number in numbers:
             here = np.flatnonzero(places.source == number)
             part = self._stream(number).gather(places.row[here], self.seq_len, borders=self._borders)
             digest += _digest(part.tokens, samples[here])
+            lost_of |= {self.order.names[number]: part.lost} if part.lost else {}
             if len(numbers) == 1:
-                return replace(part, digest=digest % DIGEST_MODULUS)
+                return replace(part, digest=digest % DIGEST_MODULUS, lost_of=lost_of)
             parts.append((here, part))
         tokens = np.empty((len(samples), self.seq_len + 1), np.result_type(*dtypes))
         removed = None
@@ -206,13 +287,20 @@ class RowReader:
         row = np.concatenate([here[part.border_rows] for here, part in parts]) if parts else np.empty(0, np.int64)
         column = np.concatenate([part.border_columns for _, part in parts]) if parts else np.empty(0, np.int64)
         in_order = np.lexsort((column, row))
-        return Rows(tokens, row[in_order], column[in_order], removed, digest % DIGEST_MODULUS)
+        return Rows(tokens, row[in_order], column[in_order], removed, digest=digest % DIGEST_MODULUS, lost_of=lost_of)
 
-    def read_records(self, samples: np.ndarray) -> tuple[list[tuple[bytes, str]], int]:
-        """Records of the global samples with the words that name each, and their digest."""
+    def read_records(self, samples: np.ndarray) -> tuple[list[Record], int, dict[str, Lost]]:
+        """Records of the global samples, their digest, and the lost blocks under them by source."""
         places = self.order.place(samples)
         records = [self._stream(source).record(int(row)) for source, row in zip(places.source, places.row, strict=True)]
-        return records, _digest([record for record, _ in records], samples)
+        lost = merge_lost(*({self.order.names[source]: record.lost} for source, record in zip(places.source, records, strict=True)
+                            if record.lost))
+        return records, _digest([record.content for record in records], samples), lost
+
+    def set_aside(self, lost: Mapping[str, Lost]) -> None:
+        """Read as a step did that had these lost blocks, by source, and no others."""
+        for name, stream in self.streams.items():
+            stream.set_aside(lost.get(name, {}))
 
     def digest(self, samples: np.ndarray) -> int:
         """Digest of the global samples as their shards hold them now."""

@@ -19,7 +19,7 @@ shards.
 import hashlib
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,28 @@ class SplitWriter:
             self._writer.abandon()
 
 
+Lost = dict[str, list[int]]
+"""Path of a shard, as in shards.jsonl -> numbers of its blocks that are set aside, sorted; `officina.trainer.data.integrity`."""
+
+
+def merge_lost(*parts: Mapping[str, Mapping[str, Iterable[int]]]) -> dict[str, Lost]:
+    """The union of lost blocks by source, sorted."""
+    union: dict[str, dict[str, set[int]]] = {}
+    for part in parts:
+        for source, shards in part.items():
+            for shard, blocks in shards.items():
+                union.setdefault(source, {}).setdefault(shard, set()).update(blocks)
+    return {source: {shard: sorted(shards[shard]) for shard in sorted(shards)} for source, shards in sorted(union.items())}
+
+
+class DamagedBlock(DataError):
+    """Bytes of a block that are not those its checksum was made of."""
+
+    def __init__(self, message: str, block: int) -> None:
+        super().__init__(message)
+        self.block = block
+
+
 class Shard:
     """A memory-mapped shard. Header and footer are checked when it is opened, tokens when first touched."""
 
@@ -246,6 +268,10 @@ class Shard:
         """(documents, 16), or (0, 16) in shards without ids."""
         self._hashes = self._section(header, "granule_xxh3", "<u8")
         self._checked = np.zeros(len(self._hashes), bool)
+        self.replaced: dict[int, bytes] = {}
+        """Right bytes of blocks that the map does not hold; see `accept`."""
+        self.lost: frozenset[int] = frozenset()
+        """Blocks that are set aside: nobody asks what they hold."""
 
     def _section(self, header: _Header, name: str, dtype: str) -> np.ndarray:
         offset, length = header.sections.get(name, (0, 0))
@@ -275,13 +301,52 @@ class Shard:
                     self._check_granule(granule)
 
     def _check_granule(self, granule: int) -> None:
-        content = self._bytes[granule * GRANULE_BYTES:(granule + 1) * GRANULE_BYTES]
-        start = self._first_byte + granule * GRANULE_BYTES
-        stop, found = start + len(content), xxhash.xxh3_64_intdigest(content)
+        found = xxhash.xxh3_64_intdigest(self._bytes[granule * GRANULE_BYTES:(granule + 1) * GRANULE_BYTES])
         if found != int(self._hashes[granule]):
-            raise DataError(f"{self.path}: bytes {start} to {stop} do not match their checksum (xxh3 {found:016x}, "
-                            f"should be {int(self._hashes[granule]):016x}). {_REMEDY}")
+            start, stop = self.byte_span(granule)
+            raise DamagedBlock(f"{self.path}: bytes {start} to {stop} do not match their checksum (xxh3 {found:016x}, "
+                               f"should be {int(self._hashes[granule]):016x}). {_REMEDY}", granule)
         self._checked[granule] = True
+
+    def byte_span(self, block: int) -> tuple[int, int]:
+        """Where a block of tokens begins and ends in its file."""
+        start = self._first_byte + block * GRANULE_BYTES
+        return start, min(start + GRANULE_BYTES, self._first_byte + len(self._bytes))
+
+    def token_span(self, block: int) -> tuple[int, int]:
+        """Its first token, and the one past its last."""
+        size = GRANULE_BYTES // self.data.itemsize
+        return block * size, min((block + 1) * size, len(self.data))
+
+    def accept(self, block: int, content: bytes) -> bool:
+        """Take `content` for a damaged block if it has the block's checksum."""
+        if xxhash.xxh3_64_intdigest(content) != int(self._hashes[block]):
+            return False
+        self.replaced[block] = content
+        self._checked[block] = True
+        return True
+
+    def set_aside(self, blocks: Iterable[int]) -> None:
+        """These blocks are lost, and no others: they are not checked any more."""
+        self._checked[list(self.lost)] = False
+        self.lost = frozenset(blocks)
+        self._checked[list(self.lost)] = True
+
+    def part(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), unverified, right bytes in place of replaced blocks."""
+        found = self.data[start:stop]
+        for block, content in list(self.replaced.items()):
+            first, last = self.token_span(block)
+            if first < stop and start < last:
+                found = found.copy() if found.base is not None else found
+                a, b = max(first, start), min(last, stop)
+                found[a - start:b - start] = np.frombuffer(content, self.data.dtype)[a - first:b - first]
+        return found
+
+    def touches_lost(self, start: int, stop: int) -> list[int]:
+        """Lost blocks under tokens [start, stop)."""
+        spans = ((block, self.token_span(block)) for block in sorted(self.lost))
+        return [block for block, (first, last) in spans if first < stop and start < last]
 
     def check_all(self) -> list[str]:
         """Every damaged granule's message; empty if all tokens are sound."""
@@ -297,7 +362,7 @@ class Shard:
         """Tokens [start, stop), verified: a view of the map."""
         if stop > start:
             self.check(np.asarray([start]), np.asarray([stop]))
-        return self.data[start:stop]
+        return self.part(start, stop) if self.replaced else self.data[start:stop]
 
     def document(self, number: int) -> np.ndarray:
         """Tokens or bytes of one document, verified."""

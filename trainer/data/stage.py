@@ -1,13 +1,18 @@
-"""Copies a data set to a faster place, verified while it is copied, within a budget; an interrupted copy goes on."""
+"""Copies a data set to a faster place, verified while it is copied, within a budget; an interrupted copy goes on.
+
+The copy knows where it came from, so that a run which meets a damaged block takes that block from there.
+"""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from officina.trainer.data.manifest import MANIFEST, SHARDS, TOKENIZER, Dataset, open_dataset, sync_folder
+from officina.trainer.data.integrity import ORIGIN
+from officina.trainer.data.manifest import MANIFEST, SHARDS, TOKENIZER, Dataset, open_dataset, sync_folder, write_whole
 from officina.trainer.data.shards import index_of
 from officina.trainer.errors import DataError
 
@@ -54,6 +59,7 @@ def stage(folder: str | Path, out: str | Path, budget_bytes: int | None = None,
     if faults:
         raise DataError(f"{folder} cannot be staged:\n" + "\n".join(f"  - {fault}" for fault in faults) +
                         f"\nRestore these files from a copy; what is whole stays in {out}, and the same command goes on.")
+    write_whole(out / ORIGIN, json.dumps({"origin": str(dataset.folder.resolve())}).encode())
     _copy(dataset.folder / MANIFEST, out / MANIFEST, None, lambda here: None)
     return StageReport(len(files) + 1, copied, kept)
 
@@ -65,7 +71,7 @@ def _files(dataset: Dataset) -> Iterator[tuple[str, str | None]]:
     if manifest.tokenizer:
         known[TOKENIZER] = manifest.tokenizer.sha256
     for path in sorted(dataset.folder.iterdir()):
-        if path.is_file() and path.name not in (*known, MANIFEST) and path.suffix in (".json", ".jsonl", ".jsonld"):
+        if path.is_file() and path.name not in (*known, MANIFEST, ORIGIN) and path.suffix in (".json", ".jsonl", ".jsonld"):
             yield path.name, None
     yield from known.items()
     for entry in dataset.shards:

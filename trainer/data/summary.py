@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from officina.trainer.config import RunConfig
+from officina.trainer.data.integrity import spans_of
 from officina.trainer.data.ledger import Entry, read_ledger
 from officina.trainer.data.manifest import Manifest
 from officina.trainer.data.policy import policy_of
 from officina.trainer.data.reader import RowReader, Stream
 from officina.trainer.data.removal import removed_documents
+from officina.trainer.data.shards import DTYPES, Lost
 from officina.trainer.errors import DataError
 from officina.trainer.metrics import read_metrics
 from officina.trainer.run_dir import LEDGER, load_config, read_run_id
@@ -42,11 +44,14 @@ class Consumed:
     personal_data: str
     rows: int
     tokens: int
-    """Or records, see `Summary.unit`; those of documents that were removed on request are not read and do not count."""
+    """Or records, see `Summary.unit`; those of documents that were removed on request, or in damaged blocks that were set aside,
+    are not read and do not count."""
     passes: float
     """Over the rows of the split."""
     contributors: list[str]
     attribution: str
+    lost: int = 0
+    """Tokens (or records) of the rows that lay in damaged blocks: neither read nor counted above."""
     by_source: dict[str, int] = field(default_factory=dict)
     """Tokens by the sources within the data set."""
     by_language: dict[str, int] = field(default_factory=dict)
@@ -102,6 +107,9 @@ def summarise(run_dir: str | Path, progress: Callable[[int, int], None] = lambda
                     counts[name, lists].add(rows, times)
                     done += reader.rows[name] * times if rows is None else len(rows)
                     progress(done, total_rows)
+    for entry in entries:
+        for name, lost in entry.lost.items():
+            counts[name, dict(entry.removals).get(name, 0)].take_away(_rows_of_source(reader, entry, name), lost)
     sources = {name: _consumed(reader.streams[name], [c for (of, _), c in counts.items() if of == name], reader.rows[name])
                for name in sorted({name for name, _ in counts})}
     return _summary(run_dir, run, entries, starts, sources)
@@ -153,16 +161,22 @@ def _rows_of(reader: RowReader, name: str, first: int, stop: int) -> Iterator[tu
         cursor = upto
 
 
+def _rows_of_source(reader: RowReader, entry: Entry, name: str) -> np.ndarray:
+    """Rows of one source that a step read."""
+    places = reader.place(entry.samples())
+    return places.row[places.source == reader.order.names.index(name)]
+
+
 class _Counts:
     """Tokens (or records) by the document's source and language; lists: lists of removed documents that were heeded."""
 
     def __init__(self, stream: Stream, lists: int, records: bool, seq_len: int) -> None:
-        self._stream, self._length = stream, 1 if records else seq_len
+        self._stream, self._records, self._length = stream, records, 1 if records else seq_len
         self._split_rows = int(stream.document_starts[-1]) if records else stream.rows(seq_len)
         manifest = stream.dataset.manifest
         self._names = {"source": manifest.sources or [NOT_STATED], "language": manifest.languages or [NOT_STATED]}
         self.found = {kind: Counter[str]() for kind in self._names}
-        self.rows = 0
+        self.rows = self.lost = 0
         gone = removed_documents(stream.dataset, lists)
         self._ids: dict[str, np.ndarray] = {}
         """(documents,) number of each document's name, or one beyond the last for a removed one; only where it matters."""
@@ -193,16 +207,40 @@ class _Counts:
             starts, stops = np.zeros(1, np.int64), np.asarray([self._split_rows * self._length])
         else:
             starts, stops = rows * self._length, (rows + 1) * self._length
+        self.rows += int((stops - starts).sum()) // self._length * times
+        self._count(starts, stops, times)
+
+    def take_away(self, rows: np.ndarray, lost: Lost) -> None:
+        """Of rows that were counted, what lay in lost blocks."""
+        starts, stops = rows * self._length, (rows + 1) * self._length
+        firsts, ends = spans_of(lost, self._stream.entries, DTYPES[self._stream.dataset.manifest.dtype].itemsize)
+        if self._records:  # a record is lost with any part of it
+            bounds = self._record_bounds()
+            whole = (bounds[rows][:, None] < ends) & (bounds[rows + 1][:, None] > firsts)
+            starts, stops = starts[whole.any(1)], stops[whole.any(1)]
+        else:
+            a, b = np.maximum(starts[:, None], firsts).ravel(), np.minimum(stops[:, None], ends).ravel()
+            starts, stops = a[a < b], b[a < b]
+        self.lost += self._count(starts, stops, -1)
+
+    def _record_bounds(self) -> np.ndarray:
+        """(records + 1,) first byte of each record in the stream, and the end of the last."""
+        ends = [self._stream.shard(i).ends + start for i, start in enumerate(self._stream.token_starts[:-1])]
+        return np.concatenate([np.zeros(1, np.int64), *ends])
+
+    def _count(self, starts: np.ndarray, stops: np.ndarray, times: int) -> int:
+        """Add the tokens of the ranges, so many times; returns how many of them are no removed document's."""
         everything = int((stops - starts).sum())
-        self.rows += everything // self._length * times
         for kind, names in self._names.items():
             if kind not in self._ids:
                 self.found[kind][names[0]] += everything * times
                 continue
-            for name, tokens in zip(names, _tokens_by(self._ids[kind], self._ends, starts, stops, len(names) + 1)[:-1],
-                                    strict=True):
+            found = _tokens_by(self._ids[kind], self._ends, starts, stops, len(names) + 1)[:-1]
+            for name, tokens in zip(names, found, strict=True):
                 if tokens:
                     self.found[kind][name] += int(tokens) * times
+            read = int(found.sum())
+        return read if self._ids else everything
 
 
 def _tokens_by(ids: np.ndarray, ends: np.ndarray, starts: np.ndarray, stops: np.ndarray, n: int) -> np.ndarray:
@@ -232,7 +270,7 @@ def _consumed(stream: Stream, parts: list[_Counts], of: int) -> Consumed:
     return Consumed(
         f"{manifest.name} {manifest.version}", manifest.fingerprint, manifest.policy_sha256,
         " AND ".join(policy.licence) or NOT_STATED, policy.personal_data, rows, tokens, rows / of, list(manifest.creators),
-        policy.attribution or _attribution(manifest), by_source, by_language)
+        policy.attribution or _attribution(manifest), sum(part.lost for part in parts), by_source, by_language)
 
 
 def _attribution(manifest: Manifest) -> str:
@@ -269,5 +307,5 @@ def receipt(summary: Summary) -> dict[str, Any]:
             "last": summary.last, "duration_s": summary.duration_s, "unit": summary.unit, "total": summary.total,
             "items": [{"dataset": used.dataset, "fingerprint": used.fingerprint, "policy_sha256": used.policy_sha256,
                        "contributors": used.contributors, "licence": used.licence, summary.unit: used.tokens,
-                       "passes": round(used.passes, 6), "by_source": used.by_source, "by_language": used.by_language}
+                       "passes": round(used.passes, 6), "lost": used.lost, "by_source": used.by_source, "by_language": used.by_language}
                       for used in summary.sources.values()]}

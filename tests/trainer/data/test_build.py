@@ -46,7 +46,7 @@ OPTIONS = {"vocab_size": 400, "validation": 0.2}
 
 def documents(folder: Path, split: str) -> list[list[int]]:
     stream = Stream(open_dataset(folder), split)
-    return [np.frombuffer(stream.record(i)[0], np.uint16).tolist() for i in range(int(stream.document_starts[-1]))]
+    return [np.frombuffer(stream.record(i).content, np.uint16).tolist() for i in range(int(stream.document_starts[-1]))]
 
 
 def test_build_reads_all_and_only_what_it_should(texts: Path, tmp_path: Path) -> None:

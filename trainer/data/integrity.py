@@ -1,0 +1,164 @@
+"""What is done about a damaged block of a shard: read once more, taken from the origin of a staged copy, else set aside.
+
+A block is 256 KiB of tokens with a checksum, compared when it is first touched. A block that is set aside (quarantined) keeps
+its place: its rows are read in their order, and its tokens as the ends of documents without loss, on whichever rank. So a step
+is the same on any number of ranks and after any resume while the block stays as it is. The ledger's line of a step names its blocks.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from officina.trainer.data.manifest import Dataset, ShardEntry
+from officina.trainer.data.shards import GRANULE_BYTES, Lost, Shard, merge_lost
+from officina.trainer.errors import DataError
+
+if TYPE_CHECKING:  # the loader needs torch, a login node has none
+    from officina.trainer.data.loader import StepData
+    from officina.trainer.ranks import Ranks
+
+ORIGIN = "staged.json"
+"""In a staged copy, where it was copied from: {"origin": FOLDER}. Part of neither manifest nor fingerprint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """What became of a damaged block."""
+
+    shard: str
+    """Path of the file."""
+    block: int
+    first_byte: int
+    stop_byte: int
+    tokens: int
+    """Tokens of the block (bytes, of records)."""
+    how: Literal["re-read", "re-staged", "lost"]
+
+    def told(self) -> str:
+        """A sentence for the log."""
+        what = {"re-read": "was sound when it was read once more past the cache",
+                "re-staged": "was taken from the origin of the staged copy",
+                "lost": f"is set aside: its {self.tokens:,} tokens give no loss"}[self.how]
+        return f"{self.shard}: block {self.block} (bytes {self.first_byte:,} to {self.stop_byte:,}) did not match its checksum and {what}"
+
+
+def mend(dataset: Dataset, entry: ShardEntry, shard: Shard, block: int) -> Mended:
+    """Get the bytes of a damaged block from somewhere, or set it aside; afterwards `shard` no longer stumbles over it."""
+    start, stop = shard.byte_span(block)
+    how = "lost"
+    if shard.accept(block, read_past_cache(shard.path, start, stop)):
+        how = "re-read"
+    elif (origin := origin_of(dataset.folder)) and shard.accept(block, read_past_cache(origin / entry.path, start, stop)):
+        how = "re-staged"
+        _write_back(shard, block, start)
+    else:
+        shard.set_aside({*shard.lost, block})
+    first, last = shard.token_span(block)
+    return Mended(str(shard.path), block, start, stop, last - first, how)
+
+
+def read_past_cache(path: Path, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file, from the disk where its file system can; fewer if it is shorter, none without it.
+
+    start: a multiple of 4096.
+    """
+    buffer = mmap.mmap(-1, -(-(stop - start) // 4096) * 4096)  # pages of our own: aligned, as O_DIRECT asks
+    for flags in (getattr(os, "O_DIRECT", 0), 0):
+        try:
+            file = os.open(path, os.O_RDONLY | flags)
+        except OSError:
+            continue
+        try:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file, start, stop - start, os.POSIX_FADV_DONTNEED)
+            got = os.preadv(file, [buffer], start)
+            return buffer[:min(got, stop - start)]
+        except OSError:
+            continue
+        finally:
+            os.close(file)
+    return b""
+
+
+def _write_back(shard: Shard, block: int, start: int) -> None:
+    """Mend the staged copy itself, so that others need not; several ranks may do so at once, with the same bytes."""
+    try:
+        file = os.open(shard.path, os.O_WRONLY)
+    except OSError:
+        return  # a copy that cannot be written stays as it is: the good bytes are held in memory
+    try:
+        os.pwrite(file, shard.replaced.get(block, b""), start)
+    except OSError:
+        return
+    finally:
+        os.close(file)
+
+
+def origin_of(folder: Path) -> Path | None:
+    """Where a staged copy was copied from; none if it is none, or if the origin is not known."""
+    try:
+        return Path(json.loads((folder / ORIGIN).read_bytes())["origin"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# ---- agreement of the ranks ----------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class Quarantine:
+    """What the ranks know together of damaged blocks, since this start of the run."""
+
+    budget: int
+    """`data.max_damaged_blocks`."""
+    lost: dict[str, Lost] = field(default_factory=dict)
+    """By source."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks set aside so far."""
+        return sum(len(numbers) for shards in self.lost.values() for numbers in shards.values())
+
+    @property
+    def is_over(self) -> bool:
+        """Are more blocks set aside than the run may lose?"""
+        return self.blocks > self.budget
+
+    def agree(self, data: "StepData", found: float, ranks: "Ranks") -> tuple["StepData", list[str]]:
+        """`data` with the lost blocks of all ranks' rows, and sentences on what is new; found: sum of `StepData.damage`.
+
+        A collective, but only in a step for which a rank met damage.
+        """
+        if not found:
+            return data, []
+        said = [json.loads(text) for text in ranks.gather_text(json.dumps([data.lost, data.mended]))]
+        lost = merge_lost(*(lost for lost, _ in said))
+        self.lost = merge_lost(self.lost, lost)
+        return replace(data, lost=lost), list(dict.fromkeys(text for _, mended in said for text in mended))
+
+    def why_over(self, folders: Mapping[str, str]) -> str:
+        """What is lost, by name, and how the run could go on. folders: path of each source's data set."""
+        named = [f"  - {folders[source]}/{shard}: block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
+                 for source, shards in self.lost.items() for shard, blocks in shards.items()]
+        sources = list(self.lost)
+        return (f"{self.blocks} blocks are damaged, more than data.max_damaged_blocks={self.budget}:\n" + "\n".join(named) +
+                f"\nMend the data set from a copy (officina data stage COPY {folders[sources[0]]}), then go on; "
+                f"or go on without these blocks: data.max_damaged_blocks={self.blocks}")
+
+
+def spans_of(lost: Lost, entries: list[ShardEntry], itemsize: int) -> tuple[np.ndarray, np.ndarray]:
+    """First tokens and ends of lost blocks in the stream of `entries`: (n,) int64 each, sorted."""
+    starts, stops, first, size = [], [], 0, GRANULE_BYTES // itemsize
+    for entry in entries:
+        for block in lost.get(entry.path, ()):
+            if block * size >= entry.tokens:
+                raise DataError(f"{entry.path} has no block {block}, but the ledger says that it was set aside. The file was edited "
+                                "or damaged: restore it from a copy of the run directory.")
+            starts.append(first + block * size)
+            stops.append(first + min((block + 1) * size, entry.tokens))
+        first += entry.tokens
+    return np.asarray(starts, np.int64), np.asarray(stops, np.int64)
