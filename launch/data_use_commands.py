@@ -219,7 +219,8 @@ def _tell(found: "Summary") -> None:
     screen.print(shown)
     for name, used in found.sources.items():
         if used.lost:
-            screen.print(f"damaged      {used.lost:,} {found.unit} of {name} lay in damaged blocks: not read, not counted", markup=False)
+            screen.print(f"damaged      {used.lost:,} {found.unit} of {name} lay in damaged blocks: not read, not counted",
+                         markup=False)
     by = {"contributor": found.by_contributor, "licence": found.by_licence, "language": found.by_language}
     for title, counts in by.items():
         shown = table("source", found.unit, "share")

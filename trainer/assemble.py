@@ -20,8 +20,8 @@ from officina.trainer.checkpoint.read import OpenCheckpoint, open_checkpoint
 from officina.trainer.checkpoint.write import SaveOutcome, Saver
 from officina.trainer.config import RunConfig
 from officina.trainer.data.gate import deadline
-from officina.trainer.data.ledger import Ledger
 from officina.trainer.data.integrity import Quarantine
+from officina.trainer.data.ledger import Ledger
 from officina.trainer.data.loader import Loader, StepData
 from officina.trainer.data.register import Uses
 from officina.trainer.environment import describe, device_facts, rank_facts, write_environment

@@ -1,8 +1,9 @@
 """What is done about a damaged block of a shard: read once more, taken from the origin of a staged copy, else set aside.
 
 A block is 256 KiB of tokens with a checksum, compared when it is first touched. A block that is set aside (quarantined) keeps
-its place: its rows are read in their order, and its tokens as the ends of documents without loss, on whichever rank. So a step
-is the same on any number of ranks and after any resume while the block stays as it is. The ledger's line of a step names its blocks.
+its place: its rows are read in their order, and its tokens as the ends of documents without loss, on whichever rank. So a
+step is the same on any number of ranks and after any resume while the block stays as it is. The ledger names the blocks of each
+step.
 """
 
 import json
@@ -45,7 +46,8 @@ class Mended:
         what = {"re-read": "was sound when it was read once more past the cache",
                 "re-staged": "was taken from the origin of the staged copy",
                 "lost": f"is set aside: its {self.tokens:,} tokens give no loss"}[self.how]
-        return f"{self.shard}: block {self.block} (bytes {self.first_byte:,} to {self.stop_byte:,}) did not match its checksum and {what}"
+        where = f"{self.shard}: block {self.block} (bytes {self.first_byte:,} to {self.stop_byte:,})"
+        return f"{where} did not match its checksum and {what}"
 
 
 def mend(dataset: Dataset, entry: ShardEntry, shard: Shard, block: int) -> Mended:
@@ -156,8 +158,8 @@ def spans_of(lost: Lost, entries: list[ShardEntry], itemsize: int) -> tuple[np.n
     for entry in entries:
         for block in lost.get(entry.path, ()):
             if block * size >= entry.tokens:
-                raise DataError(f"{entry.path} has no block {block}, but the ledger says that it was set aside. The file was edited "
-                                "or damaged: restore it from a copy of the run directory.")
+                raise DataError(f"{entry.path} has no block {block}, but the ledger says that it was set aside. The ledger was "
+                                "edited or damaged: restore it from a copy of the run directory.")
             starts.append(first + block * size)
             stops.append(first + min((block + 1) * size, entry.tokens))
         first += entry.tokens

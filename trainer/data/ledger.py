@@ -11,8 +11,8 @@ are done again from a checkpoint:
     {"start":40}
 
 A start also says, where documents were removed on request, how many of a source's lists are heeded from then on:
-{"start":40,"removals":{"a":2}}. A step that met damaged blocks which could not be had elsewhere names those under its rows, whose
-tokens gave no loss: "lost":{"a":{"shards/train-00003.dls":[17]}}.
+{"start":40,"removals":{"a":2}}. A step that met damaged blocks which could not be had elsewhere names those under its rows,
+whose tokens gave no loss: "lost":{"a":{"shards/train-00003.dls":[17]}}.
 """
 
 import json
@@ -202,8 +202,8 @@ def audit(run_dir: str | Path,
         progress(done, len(entries))
     faults += coverage.finish()
     return AuditReport(len(entries), first, stop, sum(len(e.samples()) for e in entries),
-                       [r for e in entries for r in e.skipped], starts, coverage.report(), merge_lost(*(e.lost for e in entries)),
-                       _changes(entries), faults)
+                       [r for e in entries for r in e.skipped], starts, coverage.report(),
+                       merge_lost(*(e.lost for e in entries)), _changes(entries), faults)
 
 
 def _changes(entries: list[Entry]) -> list[tuple[int, dict[str, int]]]:

@@ -293,8 +293,8 @@ class RowReader:
         """Records of the global samples, their digest, and the lost blocks under them by source."""
         places = self.order.place(samples)
         records = [self._stream(source).record(int(row)) for source, row in zip(places.source, places.row, strict=True)]
-        lost = merge_lost(*({self.order.names[source]: record.lost} for source, record in zip(places.source, records, strict=True)
-                            if record.lost))
+        lost = merge_lost(*({self.order.names[source]: record.lost}
+                            for source, record in zip(places.source, records, strict=True) if record.lost))
         return records, _digest([record.content for record in records], samples), lost
 
     def set_aside(self, lost: Mapping[str, Lost]) -> None:

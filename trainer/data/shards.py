@@ -211,7 +211,7 @@ class SplitWriter:
 
 
 Lost = dict[str, list[int]]
-"""Path of a shard, as in shards.jsonl -> numbers of its blocks that are set aside, sorted; `officina.trainer.data.integrity`."""
+"""Path of a shard, as in shards.jsonl -> its blocks that are set aside, sorted; `officina.trainer.data.integrity`."""
 
 
 def merge_lost(*parts: Mapping[str, Mapping[str, Iterable[int]]]) -> dict[str, Lost]:

@@ -44,8 +44,8 @@ class Consumed:
     personal_data: str
     rows: int
     tokens: int
-    """Or records, see `Summary.unit`; those of documents that were removed on request, or in damaged blocks that were set aside,
-    are not read and do not count."""
+    """Or records, see `Summary.unit`; those of documents that were removed on request, or in damaged blocks that were set
+    aside, are not read and do not count."""
     passes: float
     """Over the rows of the split."""
     contributors: list[str]
@@ -307,5 +307,6 @@ def receipt(summary: Summary) -> dict[str, Any]:
             "last": summary.last, "duration_s": summary.duration_s, "unit": summary.unit, "total": summary.total,
             "items": [{"dataset": used.dataset, "fingerprint": used.fingerprint, "policy_sha256": used.policy_sha256,
                        "contributors": used.contributors, "licence": used.licence, summary.unit: used.tokens,
-                       "passes": round(used.passes, 6), "lost": used.lost, "by_source": used.by_source, "by_language": used.by_language}
+                       "passes": round(used.passes, 6), "lost": used.lost, "by_source": used.by_source,
+                       "by_language": used.by_language}
                       for used in summary.sources.values()]}
