@@ -239,7 +239,7 @@ def test_a_damaged_footer_stops_the_consumer_with_its_file(tmp_path: Path) -> No
     write_tokens(tmp_path / "a", {"train": [500, 500]})
     shard = tmp_path / "a" / "shards" / "train-00000.dls"
     content = bytearray(shard.read_bytes())
-    content[HEADER_BYTES + 4000 + 70] ^= 1
+    content[HEADER_BYTES + 4000 + 32] ^= 1  # sections begin at multiples of 64
     shard.write_bytes(content)
     with Loader(make_run({"a": (tmp_path / "a", 1)}), rank=0, world_size=1, position=0) as loader:
         with pytest.raises(DataError, match=rf"{shard}: the footer .* does not match its checksum"):
