@@ -18,6 +18,7 @@ from pathlib import Path
 
 import yaml
 
+from officina.configs.job import SUBMIT
 from officina.configs.sites import config_folders, find_site
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import ConfigError, Problem
@@ -313,7 +314,7 @@ def _personal(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[t
             if not isinstance(values, dict):
                 problems.append(Problem(str(path), values, "must hold keys and values", "site: {account: my_project}"))
                 continue
-            for key, value in _flat(values, ""):
+            for key, value in _flat({k: v for k, v in values.items() if k != SUBMIT}, ""):
                 if key.split(".")[0] in _PERSONAL or _SOURCE_PATH.fullmatch(key):
                     yield f"{key}={as_text(value)}", str(path)
                 else:

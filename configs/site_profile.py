@@ -253,6 +253,8 @@ class Slurm:
     """A dead task ends its step unless srun says otherwise."""
     max_jobs: Positive | None = None
     """Of one user, over all partitions."""
+    launchers: list[str] = field(default_factory=list)
+    """Of srun, torchrun and mpirun those that work, where not all do."""
 
 
 @config

@@ -17,9 +17,25 @@ examples:
   officina train experiment=./my_experiment.yaml time_limit=8h
   officina train from=runs/demo@200 name=decay lr_schedule=wsd lr_schedule.decay_steps=100   a branch
 """
+_SUBMIT_EXAMPLES = """\
+examples:
+  officina submit experiment=mine site=leonardo nodes=16 account=IscrX_mine time=8h --dry-run
+  officina submit experiment=mine site=lumi nodes=4 account=project_465000000 time=2d jobs=3
+  officina submit experiment=mine site=jupiter nodes=8 account=mine time=12h container=/e/project1/mine/pytorch.sif
+  officina submit resume runs/mine site=mn5 nodes=8 account=ehpc00 time=1d budget=20000
+  officina submit data build corpus --input texts site=lumi account=project_465000000 time=2h
+
+words of the job:
+  site= nodes= gpus= account= partition= qos= queue=train|debug|data time= launcher=srun|torchrun|mpirun
+  container=IMAGE venv=DIR setup=[LINES] prologue=[LINES] cpus_per_gpu= cpu_bind=
+  stop_before=5m attempts=3 jobs=N budget=COST requeue=true at_once=N tflops=N
+  slurm.extra=[--OPTION=VALUE,...] env.extra.NAME=VALUE
+What is the same for all your jobs may stand in ~/.config/officina/mine.yaml below `submit:`.
+"""
 _COMMANDS = {
     "train": "start a run (or a branch of one) on this machine; inside srun, torchrun or mpirun, be one rank",
     "resume": "go on with a run from its newest checkpoint, also with other ranks, engine, rate, length or mixture",
+    "submit": "put a run, or any other command, on a cluster: checked against its rules, rendered to sbatch, sent",
     "check": "every problem of a configuration at once, else what the run would be",
     "generate": "text from a run's checkpoint",
     "data": "build, check, describe, stage and audit data sets",
@@ -110,6 +126,14 @@ examples:
 """
 
 
+def _submit(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.add_argument("words", nargs="*", metavar="WORD", help="words of the run and of the job, or another command")
+    command.add_argument("--dry-run", action="store_true", help="print script (stdout) and plan (stderr), write nothing")
+    _runs_dir(command)
+    _force(command)
+    command.epilog = _SUBMIT_EXAMPLES
+
+
 def _generate(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Its arguments are read by `officina.trainer.generate`, which brings torch in; `main` goes there directly."""
 
@@ -179,7 +203,7 @@ def _force(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="allow changes that the table of resume rules asks this for")
 
 
-_ARGUMENTS = {"train": _train, "resume": _resume, "check": _check, "generate": _generate, "data": _data,
+_ARGUMENTS = {"train": _train, "resume": _resume, "submit": _submit, "check": _check, "generate": _generate, "data": _data,
               "report": _report, "sites": _sites, "demo": _demo, "bench": _bench}
 
 if __name__ == "__main__":

@@ -75,6 +75,11 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
     return status
 
 
+def submit(args: argparse.Namespace) -> int:
+    """A job on a cluster."""
+    return import_module("officina.launch.submit").submit(args)
+
+
 def check(args: argparse.Namespace) -> int:
     """Every problem at once, else a summary."""
     devices = visible_devices(os.environ)

@@ -251,7 +251,7 @@ class RowReader:
                 for name, s in self.streams.items()}
         self.rows = {name: known.rows for name, known in rows.items()}
         self.fingerprints = {name: known.fingerprint for name, known in rows.items()}
-        self.order = Order(mixture, rows, seed=run.seed, shuffle=run.data.shuffle, block=run.data.shuffle_block)
+        self.order = Order(mixture, rows, seed=run.seed, shuffle=run.data.shuffle)
         self.skips = Skips(run.data.skip)
         self._borders = run.data.mask_documents
 

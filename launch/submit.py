@@ -1,0 +1,252 @@
+"""`officina submit`: the words that train on a laptop become a job on a cluster. Composed, checked, planned, rendered, sent."""
+
+import argparse
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from officina.configs.job import JobConfig, expand, read_job, split_words
+from officina.configs.sites import Site, detect_site, find_site
+from officina.launch.job_cost import chain_length
+from officina.launch.job_places import place_problems
+from officina.launch.job_record import JobRecord, append_job
+from officina.launch.job_request import RANKED, Request, make_request
+from officina.launch.job_rules import missing_paths, site_problems
+from officina.launch.render import Script, bind_folders, render
+from officina.launch.start import Plan, plan_resume, plan_train, refuse_existing, write_start
+from officina.trainer.errors import EXIT_DONE, ConfigError, LaunchError, Problem
+from officina.trainer.run_dir import claim
+
+COMMANDS = ("train", "resume", "data", "convert", "generate", "eval", "bench", "report", "check")
+"""Commands that can be put on a cluster; without one of them the words are those of `train`."""
+SCRIPT = "job.sbatch"
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A submission that is composed and judged; nothing of it is written yet."""
+
+    request: Request
+    script: Script
+    plans: tuple[Plan, ...]
+    """The runs: one, several of a sweep, none for other commands."""
+    problems: list[Problem]
+    notes: list[str]
+    """What a person should know, and is no fault."""
+
+    @property
+    def text(self) -> str:
+        """The sbatch script."""
+        return render(self.script)
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Submit, or with --dry-run show the script (stdout) and the plan (stderr)."""
+    prepared = prepare(args.words, Path(args.runs_dir), dry_run=args.dry_run, force=args.force)
+    if prepared.problems:
+        raise ConfigError(prepared.problems, "the job")
+    for note in prepared.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.dry_run:
+        print(prepared.text, end="")
+        return EXIT_DONE
+    return send(prepared)
+
+
+# ---- words -------------------------------------------------------------------------------------------------------------
+def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
+    """(command, its words). `--` ends the words of the job for commands that are no run."""
+    for i, word in enumerate(words):
+        if "=" not in word and not word.startswith("-"):
+            if word in COMMANDS:
+                return word, [*words[:i], *words[i + 1:]]
+            break
+        if word == "--":
+            break
+    return "train", list(words)
+
+
+def prepare(words: Sequence[str], runs_dir: Path, *, dry_run: bool = False, force: bool = False,
+            environ: Mapping[str, str] = os.environ) -> Prepared:
+    """What the words come to, with every fault."""
+    what, rest = split_command(words)
+    job_words, own_words = split_words([word for word in rest if word != "--"])
+    job, problems, _ = read_job(job_words, environ)
+    if what not in RANKED:
+        own_words = [word for word in own_words if not word.startswith("site=")]
+        return _prepare_command(what, job, problems, own_words, words, runs_dir, dry_run, environ)
+    run_words = [word for word in own_words if not word.startswith("site=") or what == "train"]
+    if job.site and not any(word.startswith("site=") for word in run_words) and what == "train":
+        run_words.append(f"site={job.site}")
+    make = _planner(what, run_words, runs_dir, force)
+    first = make(None)
+    site = _site(job, first, environ, problems)
+    request = make_request(site, job, what=what, account=first.run.site.account,
+                           cpu_ranks=(first.run.ranks or 1) if first.run.device == "cpu" else 0)
+    plan = make(request.world_size)
+    if request.gpus and plan.run.device == "auto":
+        plan = replace(plan, run=replace(plan.run, device="cuda"))  # a rank whose GPU is broken must not train on the CPU
+    problems += [*plan.problems, *_ranks(request, plan), *site_problems(request)]
+    notes = []
+    here = detect_site(socket.gethostname(), environ) == site.id
+    folder = expand(str(plan.run_dir))
+    places = [*place_problems(request, folder), *missing_paths(request)]
+    if not here and dry_run:  # planned from elsewhere: what lies at the site cannot be seen
+        unseen = [p for p in problems if p.key.startswith("data.sources") and p.rule.startswith("is no data set")]
+        problems = [p for p in problems if p not in unseen]
+        notes += [f"seen from this host, which is not one of {site.profile.name}: {p}" for p in [*places, *unseen]]
+    else:
+        problems += places
+    return Prepared(request, _script(request, plan, folder, words, environ), (plan,), problems, notes)
+
+
+def _planner(what: str, run_words: list[str], runs_dir: Path, force: bool):
+    if what == "resume":
+        if not run_words or "=" in run_words[0]:
+            raise LaunchError("resume: names no run directory. Try: officina submit resume runs/mine site=lumi nodes=2 time=8h")
+        return lambda n: plan_resume(Path(run_words[0]), run_words[1:], world_size=n, force=force)
+    return lambda n: plan_train(run_words, runs_dir, world_size=n, force=force)
+
+
+def _site(job: JobConfig, plan: Plan, environ: Mapping[str, str], problems: list[Problem]) -> Site:
+    """The site that was named, else that of the run's defaults, else the one this host belongs to."""
+    named = job.site or (plan.run.site.name if plan.run.site.name != "local" else "")
+    if any(problem.key == "site" for problem in plan.problems):
+        raise ConfigError([problem for problem in plan.problems if problem.key == "site"], "the job")
+    found = named or detect_site(socket.gethostname(), environ)
+    if not found:
+        raise ConfigError([*problems, _no_site()], "the job")
+    return find_site(found, environ)
+
+
+def _no_site() -> Problem:
+    return Problem("site", None, f"is not named, and {socket.gethostname()} is no host of a site that is known",
+                   "site=lumi; `officina sites` lists them, and site=slurm is any cluster")
+
+
+def _ranks(request: Request, plan: Plan) -> list[Problem]:
+    if plan.run.ranks and plan.run.ranks != request.ranks_per_node and request.gpus:
+        return [Problem("ranks", plan.run.ranks, f"each rank needs a GPU of its own, and each node gives {request.gpus}",
+                        f"ranks=0, or gpus={plan.run.ranks}")]
+    return []
+
+
+# ---- the script --------------------------------------------------------------------------------------------------------
+def _script(request: Request, plan: Plan, folder: Path, words: Sequence[str], environ: Mapping[str, str]) -> Script:
+    venv, python = _python(request, environ)
+    data = [expand(source.path) for source in plan.run.data.sources.values()]
+    own = [folder.parent, *data, *([Path(venv)] if venv else [])]
+    return Script(request, plan.run.name, folder, tuple(words), python=python, venv=venv,
+                  binds=bind_folders(request, own) if request.image_kind else (), chdir=Path.cwd())
+
+
+def _python(request: Request, environ: Mapping[str, str]) -> tuple[str, str]:
+    """(virtual environment, interpreter) where the ranks are: the one named, else the image's, else the one we run in."""
+    if request.job.venv:
+        venv = str(expand(request.job.venv))
+        return venv, f"{venv}/bin/python"
+    if request.image_kind:
+        return "", "python3"
+    if sys.prefix != sys.base_prefix:
+        return sys.prefix, f"{sys.prefix}/bin/python"
+    return "", sys.executable
+
+
+def _prepare_command(what: str, job: JobConfig, problems: list[Problem], own: list[str], words: Sequence[str], runs_dir: Path,
+                     dry_run: bool, environ: Mapping[str, str]) -> Prepared:
+    found = job.site or detect_site(socket.gethostname(), environ)
+    if not found:
+        raise ConfigError([*problems, _no_site()], "the job")
+    site = find_site(found, environ)
+    request = make_request(site, job, what=what)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([what, *[w for w in own[:1] if not w.startswith("-")]]))
+    folder = expand(str(_free(runs_dir, name)))
+    venv, python = _python(request, environ)
+    own_paths = [folder.parent, Path.cwd(), *([Path(venv)] if venv else [])]
+    script = Script(request, name, folder, tuple(words), command=(what, *own), python=python, venv=venv, chdir=Path.cwd(),
+                    binds=bind_folders(request, own_paths) if request.image_kind else ())
+    problems = problems + site_problems(request)
+    if request.nodes > 1:
+        problems.append(Problem("nodes", request.nodes, f"{what} runs on one node", "nodes=1"))
+    if not dry_run:
+        problems += missing_paths(request)
+    return Prepared(request, script, (), problems, [])
+
+
+def _free(runs_dir: Path, name: str) -> Path:
+    return next(folder for i in range(1, 100_000) if not (folder := runs_dir / f"{name}-{i}").exists())
+
+
+# ---- sending -----------------------------------------------------------------------------------------------------------
+def send(prepared: Prepared) -> int:
+    """Write the run directory and the script, and hand it to sbatch, once for each job of the chain."""
+    request, script = prepared.request, prepared.script
+    if shutil.which("sbatch") is None:
+        raise LaunchError(f"{socket.gethostname()} has no sbatch. Submit on a login node of {request.profile.name}; "
+                          "here, --dry-run shows the script")
+    for plan in prepared.plans:
+        refuse_existing(plan)
+    folder = script.folder
+    for plan in prepared.plans:
+        with claim(plan.run_dir):
+            write_start(plan, request.world_size)
+        _supervisor(plan.run_dir)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    path = _write_script(folder, prepared.text)
+    jobs = 1 if request.job.requeue else chain_length(request)
+    first = ""
+    for place in range(1, jobs + 1):
+        job_id = _sbatch(path)
+        first = first or job_id
+        append_job(folder, JobRecord(
+            job_id=job_id, what=request.what, site=request.site.id, cluster=_cluster(), script=path.name, nodes=request.nodes,
+            chain=first if jobs > 1 else "", place=place))
+    print(f"Submitted batch job {first}" + (f" and {jobs - 1} more of its chain" if jobs > 1 else "")
+          + f": {folder}\n  officina jobs · officina logs -f {folder} · officina cancel {folder}")
+    return EXIT_DONE
+
+
+def _supervisor(run_dir: Path) -> None:
+    """A copy in the run directory: the job must not depend on what is installed later."""
+    spec = find_spec("officina.launch.supervise")
+    if spec is None or spec.origin is None:
+        raise LaunchError("officina.launch.supervise is missing from this installation. "
+                          "Try: pip install --force-reinstall officina")
+    shutil.copyfile(spec.origin, run_dir / "supervise.py")
+
+
+def _write_script(folder: Path, text: str) -> Path:
+    """`job.sbatch`, or `job-2.sbatch` and so on: what was submitted stays readable."""
+    path = next(p for i in range(1, 100_000) if not (p := folder / (SCRIPT if i == 1 else f"job-{i}.sbatch")).exists())
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """Without SBATCH_* and the SLURM_* of a job we may stand in, which would override what the script says."""
+    return {name: value for name, value in environ.items()
+            if not name.startswith(("SBATCH_", "SLURM_", "SRUN_")) or name == "SLURM_CONF"}
+
+
+def _sbatch(path: Path, *options: str) -> str:
+    done = _ask("sbatch", "--parsable", *options, os.fspath(path))
+    if done.returncode:
+        raise LaunchError(f"sbatch refused {path}: {done.stderr.strip()}\n"
+                          "The profile may be older than the site's rules. Compare them: officina sites probe")
+    return done.stdout.strip().split(";")[0]
+
+
+def _ask(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, env=clean_environ(os.environ), capture_output=True, text=True, check=False)
+
+
+def _cluster() -> str:
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", _ask("scontrol", "show", "config").stdout, re.MULTILINE)
+    return found[1] if found else ""

@@ -1,0 +1,247 @@
+"""Impossible requests: each is refused before sbatch, under the key at fault, with a word that works."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from officina.configs.sites import announced, find_site
+from officina.launch.job_request import make_request
+from officina.launch.site_rows import time_words
+from officina.trainer.errors import ConfigError, Problem
+from tests.launch.submit_cases import ACCOUNTS, NOBODY, SITES, data_set, prepared, words
+
+
+@pytest.fixture(scope="module", autouse=True)
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    data_set(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("USER", "user")
+        patch.setenv("CINECA_SCRATCH", "/scratch/user")
+        patch.setenv("WORK", "/work-area/user")
+        patch.setenv("HOME", "/homes/user")
+        yield folder
+
+
+def impossible() -> Iterator[tuple[str, str, list[str]]]:
+    """(site, key at fault, words) of requests that the profiles rule out, made from the profiles themselves."""
+    for site in SITES:
+        profile = find_site(site, NOBODY).profile
+        queue, rules, per_node = profile.queues.train, profile.request, profile.gpu.per_node
+        limits = [q for q in (profile.partitions.get(queue.partition), profile.qos.get(queue.qos)) if q]
+        if longest := min((q.max_time for q in limits if q.max_time), default=0):
+            yield site, "time", words(site, time=time_words(longest + 60))
+        yield site, "time", [word for word in words(site) if not word.startswith("time=")]
+        if most := min((q.max_nodes for q in limits if q.max_nodes), default=0):
+            yield site, "nodes", words(site, f"nodes={most + 1}")
+        elif profile.node.count:
+            yield site, "nodes", words(site, f"nodes={profile.node.count + 1}")
+        if "account" in rules.requires:
+            yield site, "account", [word for word in words(site) if not word.startswith("account=")]
+        if rules.account_pattern:
+            yield site, "account", words(site, "account=wrong!")
+        for option in rules.forbids:
+            value = "--mem-per-gpu=60G" if option == "mem-per-gpu" else f"--{option}=1"
+            yield site, "slurm.extra", words(site, f"slurm.extra=[{value}]")
+            if option == "qos":
+                yield site, "qos", words(site, "qos=normal")
+        for extra in ("--nodes=4", "-t 5", "--gres=gpu:1", "reservation=x"):
+            yield site, "slurm.extra", words(site, f"slurm.extra=[{extra}]")
+        for name in profile.env.forbid:
+            yield site, f"env.extra.{name}", words(site, f"env.extra.{name}=3")
+            yield site, "prologue", words(site, f"prologue=[export {name}=3]")
+        yield site, "env.extra.MASTER_ADDR", words(site, "env.extra.MASTER_ADDR=localhost")
+        yield site, "gpus", words(site, f"gpus={per_node + 1}")
+        yield site, "ranks", words(site, f"ranks={per_node + 2}")
+        other = "x86_64" if profile.node.arch == "aarch64" else "aarch64"
+        if profile.container.runtime:
+            yield site, "container", words(site, f"container=images/pytorch-{other}.sif")
+        if not profile.container.pyxis:
+            yield site, "container", words(site, "container=nvcr.io#nvidia/pytorch:26.01")
+        if profile.slurm.launchers:
+            yield site, "launcher", words(site, "launcher=mpirun")
+        whole = next((p for p in profile.partitions.values() if p is limits[0] and p.whole_nodes), None) if limits else None
+        if whole:
+            yield site, "gpus", words(site, "gpus=1")
+        yield site, "cpus_per_gpu", words(site, "cpus_per_gpu=1000")
+        yield site, "stop_before", words(site, "stop_before=2h")
+        for name, partition in profile.partitions.items():
+            if partition.gpus is False:
+                yield site, "partition", words(site, f"partition={name}", time="20m")
+            elif partition.min_nodes and partition.min_nodes > 1:
+                yield site, "nodes", words(site, f"partition={name}", f"nodes={partition.min_nodes - 1}")
+        for name, qos in profile.qos.items():
+            if "{" in name:
+                continue
+            if qos.min_nodes:
+                yield site, "nodes", words(site, f"qos={name}", f"nodes={qos.min_nodes - 1}")
+            if qos.max_nodes:
+                yield site, "nodes", words(site, f"qos={name}", f"nodes={qos.max_nodes + 1}", time="20m")
+            if qos.max_time:
+                yield site, "time", words(site, f"qos={name}", time=time_words(qos.max_time + 60))
+            if qos.gpus is False:
+                yield site, "qos", words(site, f"qos={name}")
+        if profile.billing.per_node_hour:
+            yield site, "budget", words(site, "budget=0.1")
+            yield site, "budget", words(site, "jobs=5", f"budget={profile.billing.per_node_hour * 2}")
+        else:
+            yield site, "budget", words(site, "budget=100")
+        yield site, "engine", words(site, "engine=single")
+    yield "lumi-g", "cpu_bind", words("lumi-g", "partition=small-g", "gpus=2", "cpu_bind=mask_cpu:0xfe,0xfe00")
+    yield "meluxina-gpu", "jobs", words("meluxina-gpu", "qos=long", "jobs=2")
+    yield "discoverer-plus", "nodes", words("discoverer-plus", "qos=normal", time="30s")
+
+
+CASES = list(impossible())
+
+
+def test_there_are_enough_of_them():
+    assert len(CASES) >= 100
+    assert len({key for _, key, _ in CASES}) >= 15
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_impossible_requests_are_refused_with_a_word_that_works(site):
+    for _, key, given in [case for case in CASES if case[0] == site]:
+        found = prepared(*given).problems
+        mine = [problem for problem in found if problem.key == key]
+        assert mine, f"{given[-2:]} is not refused under {key}: {found}"
+        for problem in mine:
+            assert problem.remedy and len(str(problem)) < 400
+            if (mended := apply(problem, given)) is not None:
+                left = prepared(*mended).problems
+                assert not [p for p in left if p.key == key], f"{problem}\n  does not help: {left}"
+
+
+def apply(problem: Problem, given: list[str]) -> list[str] | None:
+    """The request with the first remedy applied; None where it is not a word that can be typed as it stands."""
+    remedy = problem.remedy.split(", or ")[0].split(", and say ")[0]
+    if match := re.fullmatch(r"leave (\S+|.*) out", remedy):
+        gone = match[1]
+        return [w for w in given if gone not in w] if any(gone in w for w in given) else None
+    new = [word for word in shlex.split(remedy.replace(" (a chain)", "")) if "=" in word]
+    if not new or "NAME" in remedy or "./my.yaml" in remedy:
+        return None
+    keys = {word.split("=")[0] for word in new}
+    return [*(w for w in given if w.split("=")[0] not in keys), *new]
+
+
+def test_what_the_profile_allows_is_not_refused():
+    """The other side of each limit: the largest request that is allowed."""
+    for site in SITES:
+        profile = find_site(site, NOBODY).profile
+        queue = profile.queues.train
+        limits = [q for q in (profile.partitions.get(queue.partition), profile.qos.get(queue.qos)) if q]
+        longest = min((q.max_time for q in limits if q.max_time), default=3600)
+        most = min((q.max_nodes for q in limits if q.max_nodes), default=1)
+        found = prepared(*words(site, f"nodes={most}", "batch.global_tokens=2097152", time=time_words(longest)))
+        assert not found.problems, found.problems
+
+
+# ---- sites ---------------------------------------------------------------------------------------------------------
+def test_announced_and_unknown_sites():
+    for name in [row.id for row in announced()]:
+        with pytest.raises(ConfigError, match="announced, not in service"):
+            prepared(*words("lumi-g", f"site={name}"))
+    with pytest.raises(ConfigError, match="there is no such site.*site=lumi"):
+        prepared(*words("lumi-g", "site=lumy"))
+    with pytest.raises(ConfigError, match="site: is not named"):
+        prepared(*[word for word in words("lumi-g") if not word.startswith("site=")])
+    assert "no scheduler" in str(prepared(*words("lumi-g", "site=local")).problems[0])
+
+
+def test_a_site_of_which_nothing_is_known_asks_for_what_it_must_know():
+    given = [w for w in words("vega-gpu", "site=slurm")]
+    keys = {problem.key for problem in prepared(*given).problems}
+    assert keys == {"gpus"}
+    keys = {problem.key for problem in prepared(*given, "gpus=4").problems}
+    assert keys == {"cpus_per_gpu"}
+    assert not prepared(*given, "gpus=4", "cpus_per_gpu=8").problems
+
+
+# ---- places --------------------------------------------------------------------------------------------------------
+def test_runs_under_a_home_with_a_quota(monkeypatch):
+    for site, home in (("leonardo-booster", "/homes/user"), ("jupiter-booster", "/e/home"), ("lumi-g", "/users/user"),
+                       ("deucalion-a100", "/home")):
+        given = words(site, time="1h")
+        found = prepared(*given, dry_run=False, runs_dir=f"{home}/project/runs").problems
+        mine = [p for p in found if p.key == "--runs-dir"]
+        assert mine and re.match(r"--runs-dir [/$]", mine[0].remedy), site
+        assert "home of" in mine[0].rule
+        seen = prepared(*given, dry_run=True, runs_dir=f"{home}/project/runs")
+        assert any("home of" in note for note in seen.notes), "from another host it is only a note"
+        assert not seen.problems
+
+
+def test_an_image_s_own_header_counts(project):
+    head = b"#!/usr/bin/env run-singularity\n\0" + b"SIF_MAGIC\0" + b"01\0" + b"02\0"
+    (project / "plain.sif").write_bytes(head)
+    found = prepared(*words("jupiter-booster", "container=plain.sif")).problems
+    assert "is for x86_64, and the nodes of JUPITER Booster are aarch64" in str(found[0])
+    assert not prepared(*words("leonardo-booster", "container=plain.sif")).problems
+
+
+def test_a_python_for_another_processor(project):
+    Path("foreign/bin").mkdir(parents=True)
+    Path("foreign/bin/python").write_bytes(b"\x7fELF\x02\x01\x01" + bytes(11) + (183).to_bytes(2, "little") + bytes(44))
+    found = prepared(*words("leonardo-booster", "venv=foreign")).problems
+    assert found and found[0].key == "venv" and "is for aarch64" in found[0].rule
+
+
+def test_what_is_not_there_is_refused_where_it_is_submitted():
+    found = {p.key: p for p in prepared(*words("lumi-g", "container=nowhere.sif"), dry_run=False).problems}
+    assert "there is no such image" in found["container"].rule and "no virtual environment" in found["venv"].rule
+    assert "lumi-multitorch" in found["container"].remedy
+    missing = words("lumi-g", "data.sources.text.path=elsewhere")
+    assert "is no data set" in str(prepared(*missing, dry_run=False).problems)
+    seen = prepared(*missing)
+    assert not seen.problems and any("is no data set" in note for note in seen.notes)
+
+
+# ---- words ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("word", "key", "says"), [
+    ("nodes=many", "nodes", "a count is a whole number"), ("nodes=0", "nodes", "greater than or equal to 1"),
+    ("time=soon", "time", "a time is written"), ("launcher=ssh", "launcher", "must be one of 'srun', 'torchrun' or 'mpirun'"),
+    ("queue=fast", "queue", "must be one of"), ("slurm.extras=[--x]", "slurm.extras", "there is no such key"),
+    ("env.extra=3", "env.extra", "valid dictionary"), ("budget=-1", "budget", "greater than 0"),
+    ("requeue=perhaps", "requeue", "boolean"), ("~nodes", "nodes", "left out"), ("slurm.extra=[]", "", "")])
+def test_words_of_the_job_are_typed(word, key, says):
+    found = prepared(*words("lumi-g", word)).problems if not word.startswith("~") else prepared(*words("lumi-g"), word).problems
+    assert (not found) if not key else any(p.key == key and says.replace("'", "") in p.rule for p in found), found
+
+
+def test_a_person_s_defaults(tmp_path):
+    (tmp_path / "officina").mkdir()
+    (tmp_path / "officina/mine.yaml").write_text(
+        "submit:\n  account: project_1\n  nodes: 3\n  env: {extra: {NCCL_DEBUG: INFO}}\n  slurm: {extra: [--mail-type=END]}\n")
+    from officina.launch.submit import prepare
+
+    given = [w for w in words("lumi-g") if not w.startswith("account=")]
+    found = prepare(given, Path("runs"), dry_run=True, environ=NOBODY | {"XDG_CONFIG_HOME": str(tmp_path)})
+    assert not found.problems
+    for line in ("#SBATCH --account=project_1", "#SBATCH --nodes=3", "export NCCL_DEBUG=INFO", "#SBATCH --mail-type=END"):
+        assert line in found.text
+    one = prepare([*given, "nodes=1"], Path("runs"), dry_run=True, environ=NOBODY | {"XDG_CONFIG_HOME": str(tmp_path)})
+    assert one.request.nodes == 1
+
+
+@cache
+def request(site: str):
+    from officina.configs.job import read_job
+
+    return make_request(find_site(site, NOBODY), read_job([f"account={ACCOUNTS[site]}", "time=1h"], NOBODY)[0])
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_every_command_has_a_queue(site):
+    from officina.configs.job import read_job
+
+    job = read_job([f"account={ACCOUNTS[site]}", "time=10m"], NOBODY)[0]
+    found = make_request(find_site(site, NOBODY), job, what="data")
+    assert found.gpus == 0 and found.ranks_per_node == 1
+    assert request(site).gpus == find_site(site, NOBODY).profile.gpu.per_node
