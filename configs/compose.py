@@ -22,6 +22,7 @@ from officina.configs.job import SUBMIT
 from officina.configs.sites import config_folders, find_site
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import ConfigError, Problem
+from officina.trainer.init_from import FROM_INIT, model_values
 from officina.trainer.keys import GROUPS, Values, as_text, generic, optional
 from officina.trainer.schema import dump_run, read_run, unknown_key
 
@@ -77,6 +78,7 @@ def compose_all(words: Sequence[str], environ: Mapping[str, str] = os.environ) -
     sources = set(values.get("data", {}).get("sources") or {}) | {
         w.key.split(".")[2] for w in typed if w.key.startswith("data.sources.")}
     personal = [p for p in personal if not (m := _SOURCE_PATH.fullmatch(p[0].key)) or m[1] in sources]
+    _take_model(values, typed, problems)
     good = copy.deepcopy(values)
     _apply(values, [p[0] for p in personal] + typed, problems)
     run, faults = read_run(values, good=good)
@@ -98,11 +100,23 @@ def recompose(saved: RunConfig, words: Sequence[str]) -> Composed:
         elif word.chooses:
             before = len(problems)
             option = _compose_groups({word.key: str(word.value)}, problems, os.environ).get(word.key, {})
+            if word.key == "model":
+                option = _take_model({"init_from": saved.init_from, "model": option}, typed, problems)
             if len(problems) == before:
                 values[word.key] = _carry_over(word.key, values[word.key], option)
     _apply(values, typed, problems)
     run, faults = read_run(values, good=good)
     return Composed(run, problems + faults, [])
+
+
+def _take_model(values: Values, typed: list[_Word], problems: list[Problem]) -> Values:
+    """For `model=from_init`, put the model that `init_from` names into the values. Returns the part `model`."""
+    model = values.get("model")
+    if isinstance(model, dict) and model.get("kind") == FROM_INIT:
+        named = [word.value for word in typed if word.key == "init_from"] or [values.get("init_from") or ""]
+        values["model"], found = model_values(str(named[-1]), model)
+        problems += found
+    return values.get("model", {})
 
 
 def options(group: str) -> list[str]:

@@ -16,6 +16,7 @@ from officina.trainer.data.register import Going
 from officina.trainer.data.register import enter as enter_registers
 from officina.trainer.environment import code_diff, describe
 from officina.trainer.errors import CheckpointError, ConfigError, LaunchError, Problem
+from officina.trainer.init_from import init_problems
 from officina.trainer.resume import Change, carry_forward, changes, resume_problems
 from officina.trainer.run_dir import (
     CONFIG,
@@ -90,7 +91,8 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
     if not origins:
         composed = compose_all(words)
         found = _all_problems(composed, world_size, devices, Going())
-        return Plan(composed.run, runs_dir / composed.run.name, "start", words, composed.defaults, found, [])
+        found += init_problems(composed.run, force=force) if not composed.problems else []
+        return Plan(composed.run, runs_dir / composed.run.name, "start", words, composed.defaults, found, [], forced=force)
     if len(origins) > 1:
         raise ConfigError([Problem("from", " ".join(origins), "names more than one run", f"from={origins[0]}")])
     origin = _read_origin(origins[0])

@@ -26,6 +26,8 @@ from officina.trainer.data.loader import Loader, StepData
 from officina.trainer.data.register import Uses
 from officina.trainer.environment import describe, device_facts, rank_facts, write_environment
 from officina.trainer.errors import EXIT_DONE, CheckpointError
+from officina.trainer.hf.base import BASE_DIR
+from officina.trainer.initial import initial_weights
 from officina.trainer.loggers import Trackers, open_trackers
 from officina.trainer.metrics import (
     EvalMetrics,
@@ -192,7 +194,8 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
 
         opened = _newest_checkpoint(run_dir, ranks)
         if opened is None:
-            engine.import_state(built.source, optimizer_steps=None)
+            with initial_weights(run, built.source, run_dir, shapes, ranks) as source:
+                engine.import_state(source, optimizer_steps=None)
             state = TrainState(step=0)
         else:
             stack.enter_context(opened)
@@ -312,3 +315,5 @@ def _keep_tokenizer(job: Job) -> None:
         if found.exists():
             shutil.copyfile(found, job.run_dir / "tokenizer.json")
             return
+    if (found := job.run_dir / BASE_DIR / "tokenizer.json").exists():
+        shutil.copyfile(found, job.run_dir / "tokenizer.json")

@@ -450,6 +450,9 @@ class RunConfig:
     """CPU threads per rank; 0 = cores / ranks on the host. Fixed within a run: sums differ between thread counts."""
     time_limit: Duration | None = None
     """Stop in good order (exit status 75) after this time."""
+    init_from: str = ""
+    """Initial weights of the model: a folder with a Hugging Face model (config.json and safetensors), or an officina RUN or
+    RUN@STEP. Empty = random ones. `model=from_init` takes the model itself from there too."""
     model: ModelConfig = field(default_factory=DecoderConfig)
     engine: EngineConfig = field(default_factory=SingleConfig)
     data: DataConfig = field(default_factory=DataConfig)

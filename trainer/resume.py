@@ -49,6 +49,7 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("data.shuffle", "refused", "the order of past samples rests on it"),
     ("data.prefetch_batches", "free", "changes no sample"),
     ("data.max_damaged_blocks", "free", "says when to stop"),
+    ("init_from", "free", "is read before the first step only; the folder may move"),
     ("seed", "refused", "the order of past samples rests on it"),
     # the model
     ("model.attention_impl", "free", "the same mathematics"),

@@ -135,6 +135,13 @@ def verify_changed(before: Mapping[Key, tuple[int, int]], after: Mapping[Key, tu
                               f"ranges: the optimizer does not work on what was loaded. Try engine=fsdp2")
 
 
+def add_shares(shares: list[int], ranks: RankGroup) -> list[int]:
+    """Content sums from every rank's shares, in the same order on all. Collective; one sum over the ranks."""
+    width = len(_LIMB_BITS)
+    table = ranks.sum([limb for share in shares for limb in _limbs(share)])
+    return [_join(table[i:i + width]) for i in range(0, len(table), width)]
+
+
 def _limbs(share: int) -> list[float]:
     out = []
     for bits in _LIMB_BITS:

@@ -1,0 +1,65 @@
+"""Every family in and out: transformers' own small random models are the oracle."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from hf_models import CASES, save
+
+from officina.trainer.hf.base import open_base
+from officina.trainer.hf.config_file import family_for, read_config, write_config
+from officina.trainer.hf.family import canonical
+from officina.trainer.hf.source import FolderSource
+from officina.trainer.model.build import build_transformer
+from officina.trainer.state import PARAM
+
+
+def ours(folder):
+    """Our module with the folder's weights."""
+    base = open_base(str(folder))
+    module = build_transformer(base.model).to_empty(device="cpu")
+    source = FolderSource(base, {name: tuple(p.shape) for name, p in module.named_parameters()})
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(source.read(name, PARAM, 0, parameter.numel()).view_as(parameter))
+    return base, module
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_are_those_of_transformers(case, tmp_path):
+    theirs = save(case, tmp_path)
+    base, module = ours(tmp_path)
+    vocab = base.model.vocab_size
+    tokens = torch.randint(1, vocab, (2, 40), generator=torch.Generator().manual_seed(1))
+    theirs.config._attn_implementation = "eager"  # the one that knows windows and softcaps everywhere
+    want, got = theirs(tokens, use_cache=False).logits, module(tokens)
+    assert (got - want).abs().max() <= 1e-5 * max(1.0, want.abs().max().item())
+
+    labels = torch.randint(0, vocab, (2, 40), generator=torch.Generator().manual_seed(2))
+    torch.nn.functional.cross_entropy(want.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    module(tokens, labels_BT=labels).backward()
+    named = dict(theirs.named_parameters())
+    whole = torch.stack([p.grad.norm() for p in named.values()]).norm()
+    assert len(named) == len(list(module.parameters()))
+    for name, parameter in module.named_parameters():
+        expected = named[base.family.their_name(name)].grad
+        assert (parameter.grad - expected).norm() <= 2e-5 * expected.norm() + 1e-7 * whole, name
+
+
+@pytest.mark.parametrize("v4", [False, True], ids=["v5", "v4"])
+@pytest.mark.parametrize("case", CASES)
+def test_both_forms_of_the_configuration_mean_the_same_and_come_back(case, v4, tmp_path):
+    save(case, tmp_path, v4=v4, num_hidden_layers=CASES[case][1].get("num_hidden_layers", 4))
+    raw = json.loads((tmp_path / "config.json").read_text())
+    base = open_base(str(tmp_path))
+    assert write_config(base.model, base.family, base=raw) == raw  # as the source had it
+
+    anew = write_config(base.model, base.family, max_seq_len=256)  # and from the model alone
+    again = read_config(anew)[1]
+    assert canonical(again) == canonical(base.model) and again.init_std == base.model.init_std
+    assert canonical(read_config(write_config(base.model, family_for(base.model)))[1]) == canonical(base.model)
+    shared = anew.keys() & raw.keys() - {"layer_types", "sliding_window", "max_window_layers", "rope_scaling"}
+    assert {k: anew[k] for k in shared} == {k: raw[k] for k in shared}

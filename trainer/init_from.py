@@ -1,0 +1,67 @@
+"""`init_from` judged before a rank starts: is there a model, and is it the one that the run describes? Torch-free."""
+
+from officina.trainer.config import DecoderConfig, RunConfig
+from officina.trainer.errors import ConfigError, OfficinaError, Problem
+from officina.trainer.hf.base import Base, open_base
+from officina.trainer.hf.family import canonical
+from officina.trainer.keys import Values, as_text
+from officina.trainer.resume import changes, ruling
+from officina.trainer.schema import dump_run
+
+FROM_INIT = "from_init"
+"""`model=from_init`: the model is that of the folder or run named by `init_from`."""
+_REMEDY = "init_from=FOLDER, which holds config.json and *.safetensors, or init_from=RUN"
+
+
+def model_values(init_from: str, own: Values) -> tuple[Values, list[Problem]]:
+    """Values of the part `model` for `model=from_init`, with `own` over them, and what stands against it."""
+    own = {key: value for key, value in own.items() if key != "kind"}
+    if not init_from:
+        return own, [Problem("model", FROM_INIT, "takes the model of init_from, which names none",
+                             f"model={FROM_INIT} {_REMEDY}")]
+    try:
+        base = open_base(init_from)
+    except OfficinaError as error:
+        return own, _told(init_from, error)
+    return dump_run(RunConfig(model=base.model))["model"] | own, []
+
+
+def init_problems(run: RunConfig, *, force: bool = False) -> list[Problem]:
+    """What stands against starting the run from the weights it names."""
+    if not run.init_from:
+        return []
+    if not isinstance(run.model, DecoderConfig):
+        return [Problem("init_from", run.init_from, "is for the built-in decoder; a custom model loads its own weights in its "
+                        "factory", "leave it out, and read the weights in model.factory")]
+    try:
+        base = open_base(run.init_from)
+    except OfficinaError as error:
+        return _told(run.init_from, error)
+    return _differences(base, run, force)
+
+
+def _told(init_from: str, error: OfficinaError) -> list[Problem]:
+    if isinstance(error, ConfigError):
+        return [Problem(f"init_from: {p.key}", p.value, p.rule, p.remedy) for p in error.problems]
+    rule, _, remedy = str(error).rpartition(". ")
+    return [Problem("init_from", init_from, rule or str(error), remedy[:1].lower() + remedy[1:] if rule else _REMEDY)]
+
+
+def _differences(base: Base, run: RunConfig, force: bool) -> list[Problem]:
+    """Judged by the table of resume: what needs --force there needs it here."""
+    there, here = RunConfig(model=canonical(base.model)), RunConfig(model=canonical(run.model))
+    refused, found = [], []
+    for change in changes(there, here):
+        rule, why = ruling(change.key)
+        if rule == "refused":
+            refused.append(f"{change.key.removeprefix('model.')} {as_text(change.new)} (there {as_text(change.old)})")
+        elif rule == "force" and not force:
+            found.append(Problem(change.key, as_text(change.new), f"is {as_text(change.old)} in {base.path}, which init_from "
+                                 f"names; {why}", f"the same command with --force, or model={FROM_INIT}"))
+    if refused:
+        more = f" and {len(refused) - 4} more" if len(refused) > 4 else ""
+        return [Problem("init_from", run.init_from, "is another model than that of the run: " + ", ".join(refused[:4])
+                        + more, f"model={FROM_INIT} init_from={run.init_from}")]
+    return found
+
+
