@@ -166,7 +166,7 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
         name = reader.order.names[places.source[i]]
         stream, row = reader.streams[name], int(places.row[i])
         starts = stream.document_starts if reader.records else stream.token_starts
-        first = row * reader.seq_len
+        first = row * reader.seq_len if stream.plan is None else int(stream.plan.starts[stream.plan.rows[row]])
         shard = int(np.searchsorted(starts, first, side="right")) - 1
         shown.add_row(str(sample), name, str(places.epoch[i]), str(row), stream.entries[shard].path,
                       str(first - int(starts[shard])))
@@ -184,13 +184,13 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
 
 def _tell_documents(screen: "Console", reader: "RowReader", places: "Places") -> None:
     """The whole batch: documents and tokens by source, language and licence."""
-    from officina.trainer.data.contents import extents
+    from officina.trainer.data.contents import extents_of_row
 
     sums: dict[tuple[str, str, str], list] = {}
     for number, row in zip(places.source, places.row, strict=True):
         name = reader.order.names[number]
         stream = reader.streams[name]
-        for each in extents(stream, int(row) * reader.seq_len, reader.seq_len):
+        for each in extents_of_row(stream, int(row), reader.seq_len):
             key = f"{name}/{each.source}", each.language, stream.dataset.manifest.licence or "not stated"
             documents, tokens = sums.setdefault(key, [set(), 0])
             documents.add(each.document)
@@ -205,12 +205,12 @@ def _tell_documents(screen: "Console", reader: "RowReader", places: "Places") ->
 def _tell_row(screen: "Console", reader: "RowReader", sample: "np.ndarray", stream: "Stream", row: int,
               show: Callable[[bytes], str]) -> None:
     """A row, document by document."""
-    from officina.trainer.data.contents import extents
+    from officina.trainer.data.contents import extents_of_row
     from officina.trainer.data.shards import DTYPES
 
     content = reader.read(sample)
     tokens = content.tokens[0].astype(DTYPES[stream.dataset.manifest.dtype])
-    for each in extents(stream, row * reader.seq_len, reader.seq_len):
+    for each in extents_of_row(stream, row, reader.seq_len):
         if each.start:
             screen.print("──── document border ────", style="cyan")
         screen.print(f"{each.document}, id {each.id or 'none'}, source {each.source}, language {each.language}, licence "

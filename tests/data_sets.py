@@ -10,14 +10,19 @@ from officina.trainer.data.shards import SplitWriter
 
 
 def write_tokens(folder: Path, lengths: dict[str, list[int]], *, base: int = 0, dtype: str = "u32",
-                 shard_bytes: int = 1 << 30, **about: object) -> dict[str, np.ndarray]:
-    """Splits with documents of these lengths; tokens are base, base + 1, ... over a split. Returns the streams."""
+                 shard_bytes: int = 1 << 30, trained: dict[str, np.ndarray] | None = None,
+                 **about: object) -> dict[str, np.ndarray]:
+    """Splits with documents of these lengths; tokens are base, base + 1, ... over a split. Returns the streams.
+
+    trained: of each split, (tokens,) bool.
+    """
     entries, streams = [], {}
     for split, of_split in lengths.items():
         stream = base + np.arange(sum(of_split))
         with SplitWriter(folder, split, dtype=dtype, shard_bytes=shard_bytes) as writer:
             for document in np.split(stream, np.cumsum(of_split)[:-1]):
-                writer.add(document.astype(np.uint32))
+                mask = None if trained is None else trained[split][document - base]
+                writer.add(document.astype(np.uint32), trained=mask)
             entries += writer.close()
         streams[split] = stream
     write_manifest(folder, entries, {}, kind="tokens", dtype=dtype, name=folder.name, **about)

@@ -26,7 +26,10 @@ class Batch:
     first token in the row. Custom models: what the decoder gave, stacked, plus `valid` (B,) bool, false for a missing row."""
     loss_tokens: int
     """Loss-bearing tokens (records for custom models) in this micro-batch; 0 is legal."""
+    filled_tokens: int = 0
+    """Tokens that are no padding, trained on or only read; 0 for custom models."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`, copied without waiting where the memory is pinned."""
-        return Batch({k: v.to(device, non_blocking=True) for k, v in self.fields.items()}, self.loss_tokens)
+        return Batch({k: v.to(device, non_blocking=True) for k, v in self.fields.items()}, self.loss_tokens,
+                     self.filled_tokens)

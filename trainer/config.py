@@ -236,6 +236,12 @@ class DataConfig:
     """Keyed permutation of each source's rows, another one each epoch; false reads in order."""
     mask_documents: bool = True
     """Attention never crosses a document border, and no label does."""
+    packing: Literal["auto", "cut", "best_fit"] = "auto"
+    """How documents come into rows: laid end to end and cut, or packed whole, longest first, each where it fits best
+    (arXiv:2404.10830), the rest of the row left empty. `auto`: best_fit for samples and pairs, cut for documents."""
+    overlong: Literal["auto", "split", "truncate", "leave_out", "refuse"] = "auto"
+    """best_fit, what is longer than a row: into several rows, no token lost; cut off at the end; left out; or the run is
+    refused. `auto`: documents are split, samples and pairs refused. What is cut off or left out is counted and said."""
     skip: list[list[Count]] = field(default_factory=list)
     """Ranges [a, b) of global sample indices to leave out, e.g. [[1000, 1064]]."""
     timeline: list[TimelineStage] = field(default_factory=list)

@@ -44,6 +44,8 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("data.timeline", "refused", "is written by officina itself; change data.sources.NAME.weight"),
     ("data.mask_documents", "force", "attention and labels change their meaning in the middle of a run"),
     ("use.*", "free", "is judged anew at every start"),
+    ("data.packing", "refused", "rows would be packed otherwise, so that past samples could not be told from new ones"),
+    ("data.overlong", "refused", "rows would be packed otherwise, so that past samples could not be told from new ones"),
     ("data.split", "refused", "past samples would belong to other data"),
     ("data.validation_split", "free", "changes what is measured"),
     ("data.shuffle", "refused", "the order of past samples rests on it"),

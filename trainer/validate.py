@@ -290,6 +290,12 @@ def _data(run: RunConfig) -> Iterator[Problem]:
         other = "validation" if data.split != "validation" else "test"
         yield Problem("data.validation_split", data.validation_split, "is the split that is trained on; "
                       "held-out loss on it would mean nothing", f"data.validation_split={other}")
+    if data.packing == "best_fit" and not data.mask_documents:
+        yield Problem("data.mask_documents", False, "lets documents that best_fit puts into one row see each other",
+                      "data.mask_documents=true")
+    if data.packing == "cut" and data.overlong != "auto":
+        yield Problem("data.overlong", data.overlong, "does nothing with data.packing=cut, where nothing is longer than a row",
+                      "data.packing=best_fit")
     for pair in data.skip:
         if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
             yield Problem("data.skip", data.skip, f"{pair} is no range [a,b) of sample indices with 0 <= a < b", "data.skip=[]")

@@ -202,6 +202,8 @@ COMBINATIONS = [
     ("wsd without decay", ["lr_schedule=wsd", "lr_schedule.decay_steps=0"], None, "lr_schedule.decay_steps"),
     ("wsd too long", ["lr_schedule=wsd", "lr_schedule.decay_steps=299"], None, "lr_schedule.decay_steps"),
     ("wsd without room", ["lr_schedule=wsd", "lr_schedule.warmup_steps=300"], None, "lr_schedule.decay_steps"),
+    ("best fit over documents", ["data.packing=best_fit", "data.mask_documents=false"], None, "data.mask_documents"),
+    ("overlong of cut rows", ["data.packing=cut", "data.overlong=split"], None, "data.overlong"),
     ("skip without sigma", ["objective.on_spike=skip"], None, "objective.on_spike"),
     ("stop without sigma", ["objective.on_spike=stop"], None, "objective.on_spike"),
     ("short window", ["objective.spike_sigma=6", "objective.spike_window=2"], None, "objective.spike_window"),

@@ -1,6 +1,6 @@
 """Which documents a row of a run consists of, and what is known of each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,19 @@ class Extent:
     start: int
     """Its first column in the row."""
     stop: int
+
+
+def extents_of_row(stream: Stream, row: int, seq_len: int) -> list[Extent]:
+    """The documents of a row's inputs in order, with their columns; the padding is none."""
+    if stream.plan is None:
+        return extents(stream, row * seq_len, seq_len)
+    found, column = [], 0
+    for piece in stream.plan.pieces(np.asarray([row]))[0]:
+        length = int(stream.plan.lengths[piece])
+        found += [replace(each, start=each.start + column, stop=each.stop + column)
+                  for each in extents(stream, int(stream.plan.starts[piece]), length)]
+        column += length
+    return found
 
 
 def extents(stream: Stream, first: int, tokens: int) -> list[Extent]:

@@ -119,6 +119,7 @@ class Loader:
             "position": position, "seed": self._run.seed, "seq_len": self._reader.seq_len,
             "shuffle": int(self._run.data.shuffle), "split": self._run.data.split,
             "cursors": {name: int(n) for name, n in zip(order.names, cursors, strict=True)},
+            "packing": dict(sorted(self._reader.packing.items())),
             "fingerprints": dict(sorted((self._earlier | self._reader.fingerprints).items())),
         }
 
@@ -138,6 +139,13 @@ class Loader:
             if mine[key] != state[key]:
                 raise DataError(f"{key}={mine[key]}: the checkpoint's data order has {key}={state[key]}, "
                                 f"and another order would repeat and lose samples. Try: {remedy.format(state[key])}")
+        for name, then in state.get("packing", {}).items():
+            if name in self._reader.fingerprints and (now := mine["packing"].get(name, "cut")) != then:
+                raise DataError(f"data.sources.{name}: is packed by plan {now}, but the checkpoint was trained by plan {then}. "
+                                "Give the data.packing, data.overlong and batch.seq_len of the run's config.yaml.")
+        for name in set(mine["packing"]) & set(state["fingerprints"]) - set(state.get("packing", {})):
+            raise DataError(f"data.sources.{name}: data.packing=best_fit, but the checkpoint was trained on rows cut from the "
+                            "stream, and another order would repeat and lose tokens. Try: data.packing=cut")
         then = {name: n for name, n in state["cursors"].items() if n}
         now = {name: n for name, n in mine["cursors"].items() if n}
         if then != now:
@@ -261,8 +269,12 @@ def _token_batches(rows: Rows, sizes: list[int], documents: bool, memory: Memory
         if rows.removed is not None:  # no loss from a removed token, and none for it
             removed = rows.removed[first:first + size]
             labels[:n][removed[:, :-1] | removed[:, 1:]] = IGNORE
+        filled = n * T if rows.filled is None else int(np.minimum(rows.filled[first:first + size], T).sum())
+        if rows.trained is not None:
+            labels[:n][~rows.trained[first:first + size, 1:]] = IGNORE
+        if rows.trained is not None or rows.removed is not None:
             loss_tokens = int(np.count_nonzero(labels != IGNORE))
-        batches.append(Batch(fields, loss_tokens))
+        batches.append(Batch(fields, loss_tokens, filled))
         first += size
     return batches
 

@@ -114,6 +114,9 @@ class Manifest:
     kind: Literal["tokens", "records"]
     """Documents are rows of token ids, or records of bytes for a user's own decoder."""
     dtype: Literal["u8", "u16", "u32"]
+    samples: Literal["", "answers", "pairs"] = ""
+    """What a document is: a text; a sample of which the answers alone are trained on; or an answer of a preference pair,
+    the chosen one and then the rejected one."""
     description: str = ""
     licence: str = ""
     """SPDX expression, or the name under which the data was licensed."""

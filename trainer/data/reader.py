@@ -3,6 +3,8 @@
 A decoder's row r holds tokens [r T, r T + T + 1) of its split's shards laid end to end, so that neighbouring
 rows share one token: the last label of one is the first token of the next. A custom model's row is a record.
 
+Where documents are packed whole (`officina.trainer.data.packing`), row r is that of the plan: up to T + 1 tokens, then padding.
+
 Documents that were removed on request keep their places, but every token of theirs is read as the end of a document. So is
 every token of a damaged block that is set aside, `officina.trainer.data.integrity`.
 """
@@ -15,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from officina.trainer.config import RunConfig
+from officina.trainer.config import DataConfig, RunConfig
 from officina.trainer.data.buffers import Buffers
 from officina.trainer.data.manifest import Dataset, ShardEntry, open_dataset
 from officina.trainer.data.order import Mixture, Order, Places, Skips, SourceRows, sources_in_use, timeline_of
+from officina.trainer.data.packing import REFUSE, SPLIT, TRUNCATE, Plan, load_plan, make_plan, plan_path
 from officina.trainer.data.removal import removed_spans
 from officina.trainer.data.shards import DTYPES, DamagedBlock, Lost, Shard, merge_lost
 from officina.trainer.errors import DataError
@@ -48,6 +51,38 @@ class Stream:
         self._buffers = Buffers()
         self._removed_starts, self._removed_stops = removed_spans(dataset, self.entries, removals)
         self._blank = dataset.manifest.tokenizer.eos_id if dataset.manifest.tokenizer else 0
+        self.plan: Plan | None = None
+        """Rows of whole documents; none: cut from the stream."""
+
+    def lay_out(self, data: DataConfig, seq_len: int, what: str = "data") -> "Stream":
+        """Pack documents into rows as `data` asks for, by the stored plan if there is one; `what` names it in an error."""
+        samples = self.dataset.manifest.samples
+        packing = ("best_fit" if samples else "cut") if data.packing == "auto" else data.packing
+        if packing == "cut":
+            if samples:
+                raise DataError(f"{what}: {self.dataset.folder} holds {samples}, which data.packing=cut would cut through. "
+                                "Try: data.packing=auto")
+            return self
+        overlong = resolve_overlong(self.dataset, data.overlong)
+        if samples == "pairs" and overlong in (SPLIT, TRUNCATE):
+            raise DataError(f"{what}: data.overlong={overlong} would compare parts of answers. Try: data.overlong=leave_out")
+        fingerprint = self.dataset.manifest.fingerprint
+        path = plan_path(self.dataset.folder, self.split, seq_len, overlong)
+        if path.exists():
+            self.plan = load_plan(path, fingerprint)
+        else:
+            trained = self._trained_before() if overlong == TRUNCATE and samples else None
+            self.plan = make_plan(self.document_ends(), seq_len, overlong, unit=2 if samples == "pairs" else 1,
+                                  trained=trained, what=what)
+        return self
+
+    def document_ends(self) -> np.ndarray:
+        """(documents,) int64 offset in the stream just after each document; opens every shard."""
+        return np.concatenate([self.shard(i).ends + self.token_starts[i] for i in range(len(self.entries))])
+
+    def _trained_before(self) -> np.ndarray:
+        """(tokens,) int64: how many of the tokens up to each one, itself included, are trained on."""
+        return np.cumsum(np.concatenate([self.shard(i).trained(np.arange(e.tokens)) for i, e in enumerate(self.entries)]))
 
     def shard(self, number: int) -> Shard:
         """The open shard."""
@@ -58,6 +93,8 @@ class Stream:
 
     def rows(self, seq_len: int) -> int:
         """Rows of `seq_len` tokens with their labels."""
+        if self.plan is not None:
+            return len(self.plan)
         return max(0, (int(self.token_starts[-1]) - 1) // seq_len)
 
     def set_aside(self, lost: Lost) -> None:
@@ -90,6 +127,8 @@ class Stream:
 
     def gather(self, rows: np.ndarray, seq_len: int, *, borders: bool) -> "Rows":
         """Tokens (n, seq_len + 1) of `rows` (n,), verified; and, unless not `borders`, the document borders inside them."""
+        if self.plan is not None:
+            return self._gather_planned(self.plan, rows, seq_len)
         out = self._buffers.take((len(rows), seq_len + 1), DTYPES[self.dataset.manifest.dtype])
         starts = rows * seq_len
         first = np.searchsorted(self.token_starts, starts, side="right") - 1
@@ -147,6 +186,54 @@ class Stream:
                     borders.append((np.full(len(columns), i), columns))
         return removed, lost, borders
 
+    def _gather_planned(self, plan: Plan, rows: np.ndarray, seq_len: int) -> "Rows":
+        """Rows of the plan; what is left of a row is blank, a document of its own without labels."""
+        n, width = len(rows), seq_len + 1
+        piece, row = plan.pieces(rows)
+        starts, lengths = plan.starts[piece], plan.lengths[piece].astype(np.int64)
+        filled = np.bincount(row, weights=lengths, minlength=n).astype(np.int64)
+        into = np.cumsum(lengths) - lengths  # where each piece begins if all rows lay end to end without padding
+        column = into - (np.cumsum(filled) - filled)[row]
+        token_row, piece_of = np.repeat(row, lengths), np.repeat(np.arange(len(piece)), lengths)
+        nth = np.arange(len(piece_of)) - into[piece_of]
+        token_column, places = column[piece_of] + nth, starts[piece_of] + nth
+        out = np.full((n, width), self._blank, DTYPES[self.dataset.manifest.dtype])
+        trained = np.zeros((n, width), bool)
+        number = np.searchsorted(self.token_starts, starts, side="right") - 1
+        gone = np.zeros((n, width), bool)
+        lost: Lost = {}
+        borders = [(row, column), (np.arange(n), filled)]  # a piece begins, and the padding
+        for k in np.unique(number):
+            here, base = np.flatnonzero(number == k), int(self.token_starts[k])
+            shard = self._check(int(k), starts[here] - base, starts[here] + lengths[here] - base)
+            of_shard = number[piece_of] == k
+            at, inside = (token_row[of_shard], token_column[of_shard]), places[of_shard] - base
+            out[at] = shard.data[inside]
+            trained[at] = shard.trained(inside)
+            for block in sorted({*shard.replaced, *shard.lost}):
+                first, stop = shard.token_span(block)
+                touched = (inside >= first) & (inside < stop)
+                cells = at[0][touched], at[1][touched]
+                if block not in shard.lost:
+                    out[cells] = np.frombuffer(shard.replaced[block], shard.data.dtype)[inside[touched] - first]
+                elif touched.any():
+                    gone[cells] = True
+                    lost.setdefault(self.entries[k].path, []).append(block)
+            piece_here, offset = _borders(shard.ends, starts[here] - base, lengths[here] - 1)
+            borders.append((row[here][piece_here], column[here][piece_here] + offset))
+        if lost:  # what stands before a lost block and what follows it are two documents
+            of_row, before = np.nonzero(gone[:, 1:] != gone[:, :-1])
+            borders.append((of_row, before + 1))
+        if len(self._removed_starts):
+            span = np.searchsorted(self._removed_stops, places, side="right")
+            removed = np.append(self._removed_starts, np.iinfo(np.int64).max)[span] <= places
+            gone[token_row[removed], token_column[removed]] = True
+        out[gone] = self._blank
+        row, column = (np.concatenate(parts) for parts in zip(*borders, strict=True))
+        inner = (column > 0) & (column < width)
+        row, column = np.unique(np.stack((row[inner], column[inner])), axis=1)
+        return Rows(out, row, column, gone if gone.any() else None, lost, trained=trained, filled=filled)
+
     def _blanked(self, out: np.ndarray, starts: np.ndarray) -> np.ndarray | None:
         """Blank the tokens of removed documents in rows that begin at `starts`; (n, T + 1) bool of them, if there are any."""
         if not len(self._removed_starts):
@@ -182,7 +269,12 @@ class Stream:
         return np.full(len(column), i), column
 
 
-def _borders(ends: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+def resolve_overlong(dataset: Dataset, overlong: str) -> str:
+    """What `data.overlong` means for this data set: auto splits documents and refuses samples."""
+    return overlong if overlong != "auto" else REFUSE if dataset.manifest.samples else SPLIT
+
+
+def _borders(ends: np.ndarray, starts: np.ndarray, seq_len: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows 0..n-1 and columns of the document ends e with start < e <= start + seq_len."""
     lo = np.searchsorted(ends, starts, side="right")
     counts = np.searchsorted(ends, starts + seq_len, side="right") - lo
@@ -209,6 +301,10 @@ class Rows:
     """See `RowReader`."""
     lost_of: dict[str, Lost] = field(default_factory=dict)
     """Lost blocks under the rows, by source."""
+    trained: np.ndarray | None = None
+    """(n, T + 1) bool, tokens that carry loss as labels; None: all."""
+    filled: np.ndarray | None = None
+    """(n,) tokens before the padding; None: no row has any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +338,9 @@ class RowReader:
         self.streams: dict[str, Stream] = {}
         for name in sorted(mixture.sources_from(position)):
             heeded = None if removals is None else removals.get(name, 0)
-            self.streams[name] = Stream(open_source(run, name), run.data.split, heeded, on_damage)
+            stream = self.streams[name] = Stream(open_source(run, name), run.data.split, heeded, on_damage)
+            if not self.records:
+                stream.lay_out(run.data, self.seq_len, f"data.sources.{name}")
         self.removals = {name: n for name, s in self.streams.items()
                          if (n := len(s.dataset.manifest.removals[:None if removals is None else removals.get(name, 0)]))}
         """Lists of removed documents that are heeded, by source; for the ledger."""
@@ -250,6 +348,8 @@ class RowReader:
         rows = {name: SourceRows(s.dataset.manifest.fingerprint, self._rows_of(name, s))
                 for name, s in self.streams.items()}
         self.rows = {name: known.rows for name, known in rows.items()}
+        self.packing = {name: stream.plan.digest for name, stream in self.streams.items() if stream.plan is not None}
+        """Digest of the plan of every source that is packed."""
         self.fingerprints = {name: known.fingerprint for name, known in rows.items()}
         self.order = Order(mixture, rows, seed=run.seed, shuffle=run.data.shuffle)
         self.skips = Skips(run.data.skip)
@@ -278,16 +378,21 @@ class RowReader:
                 return replace(part, digest=digest % DIGEST_MODULUS, lost_of=lost_of)
             parts.append((here, part))
         tokens = np.empty((len(samples), self.seq_len + 1), np.result_type(*dtypes))
-        removed = None
+        removed = trained = filled = None
         for here, part in parts:
             tokens[here] = part.tokens
             if part.removed is not None:
                 removed = np.zeros(tokens.shape, bool) if removed is None else removed
                 removed[here] = part.removed
+            if part.trained is not None:
+                trained = np.ones(tokens.shape, bool) if trained is None else trained
+                filled = np.full(len(samples), self.seq_len + 1) if filled is None else filled
+                trained[here], filled[here] = part.trained, part.filled
         row = np.concatenate([here[part.border_rows] for here, part in parts]) if parts else np.empty(0, np.int64)
         column = np.concatenate([part.border_columns for _, part in parts]) if parts else np.empty(0, np.int64)
         in_order = np.lexsort((column, row))
-        return Rows(tokens, row[in_order], column[in_order], removed, digest=digest % DIGEST_MODULUS, lost_of=lost_of)
+        return Rows(tokens, row[in_order], column[in_order], removed, digest=digest % DIGEST_MODULUS, lost_of=lost_of,
+                    trained=trained, filled=filled)
 
     def read_records(self, samples: np.ndarray) -> tuple[list[Record], int, dict[str, Lost]]:
         """Records of the global samples, their digest, and the lost blocks under them by source."""
@@ -359,4 +464,6 @@ def validation_streams(run: RunConfig) -> dict[str, Stream]:
         dataset = open_source(run, name)
         if run.data.validation_split in dataset.manifest.splits:
             streams[name] = Stream(dataset, run.data.validation_split)
+            if dataset.manifest.kind == "tokens":
+                streams[name].lay_out(run.data, run.batch.seq_len, f"data.sources.{name}")
     return streams

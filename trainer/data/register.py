@@ -18,9 +18,10 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from officina.trainer.config import RunConfig
-from officina.trainer.data.manifest import Dataset, Manifest, open_dataset, write_whole
+from officina.trainer.data.manifest import Dataset, open_dataset, write_whole
 from officina.trainer.data.order import Mixture, Skips, sources_in_use, timeline_of
 from officina.trainer.data.policy import Policy, policy_of
+from officina.trainer.data.reader import Stream
 from officina.trainer.errors import DataError
 
 FOLDER = "use"
@@ -120,7 +121,7 @@ def tally(run: RunConfig, name: str, dataset: Dataset, going: Going, now: dateti
     others = [entry for entry in entries if entry is not mine]
     counting = [entry for entry in others if entry.rows or entry.alive(now)]
     first_sample = mine.first_sample if mine else going.position if going.branch else 0
-    row_tokens, split_rows = _rows(run, dataset.manifest)
+    row_tokens, split_rows = _rows(run, dataset)
     return Tally(len(counting), sum(entry.counts(now) for entry in counting),
                  planned_rows(run, name, first_sample, going), row_tokens, split_rows, entries[0].first if entries else "")
 
@@ -141,9 +142,13 @@ def _between(mixture: Mixture, name: str, first_sample: int, stop_sample: int) -
     return int(mixture.cursors(stop_sample)[number] - mixture.cursors(first_sample)[number])
 
 
-def _rows(run: RunConfig, manifest: Manifest) -> tuple[int, int]:
-    """Tokens of a row (1 for a record), and rows of the split that is trained on."""
-    totals = manifest.splits.get(run.data.split)
+def _rows(run: RunConfig, dataset: Dataset) -> tuple[int, int]:
+    """Tokens of a row at most (1 for a record), and rows of the split that is trained on."""
+    manifest, split = dataset.manifest, run.data.split
+    totals = manifest.splits.get(split)
+    if totals and manifest.kind == "tokens" and (manifest.samples or run.data.packing == "best_fit"):
+        stream = Stream(dataset, split).lay_out(run.data, run.batch.seq_len)
+        return run.batch.seq_len + 1, max(stream.rows(run.batch.seq_len), 1)
     if manifest.kind == "records":
         return 1, max(totals.documents if totals else 1, 1)
     return run.batch.seq_len, max((totals.tokens - 1) // run.batch.seq_len if totals else 1, 1)
@@ -177,7 +182,7 @@ def enter(run: RunConfig, going: Going) -> None:
         folder = folder_of(dataset, run.use.register)
         path = folder / f"{going.run_id}.{run.name}.json"
         before = _ENTRY.validate_python(json.loads(path.read_bytes())) if path.exists() else None
-        row_tokens, split_rows = _rows(run, dataset.manifest)
+        row_tokens, split_rows = _rows(run, dataset)
         first_sample = before.first_sample if before else going.position if going.branch else 0
         entry = Entry(run=f"{going.run_id}.{run.name}", purpose=run.use.purpose, organisation=run.use.organisation,
                       first=before.first if before else _text(now), last=_text(now), first_sample=first_sample,

@@ -7,6 +7,7 @@
                source_ids      u16 per document: number of its source in dataset.json
                language_ids    u16 per document: number of its language in dataset.json (where languages are known)
                document_ids    16 bytes per document, see `officina.trainer.data.documents.document_id` (not in old shards)
+               trained         a bit per token, lowest first: is it trained on, as a label? (only where not all tokens are)
                granule_xxh3    u64 per granule: xxh3-64 of 256 KiB of tokens (the last granule may be shorter)
              and last, 16 bytes: xxh3-64 of header and sections (the root), magic
 
@@ -85,6 +86,7 @@ class ShardWriter:
         self._source_ids: list[int] = []
         self._language_ids: list[int] = []
         self._document_ids: list[bytes] = []
+        self._trained: list[np.ndarray] = []
         self.tokens = 0
 
     @property
@@ -93,8 +95,9 @@ class ShardWriter:
         return self.tokens * DTYPES[self._dtype].itemsize
 
     def add(self, document: np.ndarray, source_id: int = 0, language_id: int | None = None,
-            document_id: bytes = b"") -> None:
-        """Append one document, (n,) integers, n > 0. All documents of a shard have a language id, or none; so with ids."""
+            document_id: bytes = b"", trained: np.ndarray | None = None) -> None:
+        """Append one document, (n,) integers, n > 0. All documents of a shard have a language id, or none; so with ids and
+        with `trained`, (n,) bool."""
         if not len(document):
             raise DataError(f"{self.path}: document {len(self._ends)} is empty; a document has at least one token or byte. "
                             "Leave empty documents out.")
@@ -121,6 +124,8 @@ class ShardWriter:
             self._language_ids.append(language_id)
         if document_id:
             self._document_ids.append(document_id)
+        if trained is not None:
+            self._trained.append(trained)
 
     def _end_granule(self) -> None:
         self._hashes.append(self._granule.intdigest())
@@ -136,6 +141,8 @@ class ShardWriter:
             footer["language_ids"] = np.asarray(self._language_ids, "<u2").tobytes()
         if self._document_ids:
             footer["document_ids"] = b"".join(self._document_ids)
+        if self._trained:
+            footer["trained"] = np.packbits(np.concatenate(self._trained), bitorder="little").tobytes()
         footer["granule_xxh3"] = np.asarray(self._hashes, "<u8").tobytes()
         offset, sections = HEADER_BYTES + self.bytes * self._holds_tokens, {}
         for name, content in footer.items():
@@ -181,7 +188,7 @@ class SplitWriter:
         self._entries: list[ShardEntry] = []
 
     def add(self, document: np.ndarray, source_id: int = 0, language_id: int | None = None,
-            document_id: bytes = b"") -> None:
+            document_id: bytes = b"", trained: np.ndarray | None = None) -> None:
         """Append one document, (n,) integers; see `ShardWriter.add`."""
         if self._writer and self._writer.bytes + len(document) * self._itemsize > self._shard_bytes:
             self._end_shard()
@@ -189,7 +196,7 @@ class SplitWriter:
             (self._folder / "shards").mkdir(parents=True, exist_ok=True)
             path = self._folder / "shards" / f"{self._split}-{len(self._entries):05d}.dls"
             self._writer = ShardWriter(path, **self._how)
-        self._writer.add(document, source_id, language_id, document_id)
+        self._writer.add(document, source_id, language_id, document_id, trained)
 
     def _end_shard(self) -> None:
         assert self._writer is not None
@@ -266,12 +273,24 @@ class Shard:
         """(documents,), or (0,) where languages are not known."""
         self.document_ids = self._section(header, "document_ids", "u1").reshape(-1, 16)
         """(documents, 16), or (0, 16) in shards without ids."""
+        self._trained = self._section(header, "trained", "u1")
         self._hashes = self._section(header, "granule_xxh3", "<u8")
         self._checked = np.zeros(len(self._hashes), bool)
         self.replaced: dict[int, bytes] = {}
         """Right bytes of blocks that the map does not hold; see `accept`."""
         self.lost: frozenset[int] = frozenset()
         """Blocks that are set aside: nobody asks what they hold."""
+
+    @property
+    def has_trained(self) -> bool:
+        """Does it say which tokens are trained on? If not, all are."""
+        return len(self._trained) > 0
+
+    def trained(self, places: np.ndarray) -> np.ndarray:
+        """Are the tokens at `places`, (n,) int64, trained on? (n,) bool."""
+        if not self.has_trained:
+            return np.ones(len(places), bool)
+        return (self._trained[places >> 3] >> (places & 7).astype(np.uint8) & 1).astype(bool)
 
     def _section(self, header: _Header, name: str, dtype: str) -> np.ndarray:
         offset, length = header.sections.get(name, (0, 0))

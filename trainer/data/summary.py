@@ -2,7 +2,8 @@
 
 From the ledger and the manifests alone. Which rows were read is closed form: whole passes over a source are counted
 without looking at one; only the rows of a pass that was begun and not ended are placed by the permutation. A row of
-seq_len tokens counts its inputs, [r T, r T + T), to the documents they belong to, so that all sums agree to the token.
+seq_len tokens counts its inputs, [r T, r T + T), to the documents they belong to, so that all sums agree to the token; a row
+that was packed counts its pieces.
 """
 
 from collections import Counter
@@ -203,16 +204,23 @@ class _Counts:
 
     def add(self, rows: np.ndarray | None, times: int = 1) -> None:
         """Count some rows, or all of them so many times (None)."""
-        if rows is None:
+        plan = self._stream.plan
+        if plan is not None:
+            rows = np.arange(len(plan)) if rows is None else rows
+            starts, stops = plan.ranges(rows)
+        elif rows is None:
             starts, stops = np.zeros(1, np.int64), np.asarray([self._split_rows * self._length])
         else:
             starts, stops = rows * self._length, (rows + 1) * self._length
-        self.rows += int((stops - starts).sum()) // self._length * times
+        self.rows += (int((stops - starts).sum()) // self._length if plan is None else len(rows)) * times
         self._count(starts, stops, times)
 
     def take_away(self, rows: np.ndarray, lost: Lost) -> None:
         """Of rows that were counted, what lay in lost blocks."""
-        starts, stops = rows * self._length, (rows + 1) * self._length
+        if self._stream.plan is not None:
+            starts, stops = self._stream.plan.ranges(rows)
+        else:
+            starts, stops = rows * self._length, (rows + 1) * self._length
         firsts, ends = spans_of(lost, self._stream.entries, DTYPES[self._stream.dataset.manifest.dtype].itemsize)
         if self._records:  # a record is lost with any part of it
             bounds = self._record_bounds()
