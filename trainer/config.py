@@ -234,6 +234,9 @@ class DataConfig:
     """Split that is held out; used from every source that has it."""
     shuffle: bool = True
     """Keyed permutation of each source's rows, another one each epoch; false reads in order."""
+    shuffle_block: Positive = 1
+    """Neighbouring rows that stay together: blocks of so many come in keyed order, each shuffled inside. 1 shuffles every row
+    by itself; 256 is for data larger than memory on disks, parallel file systems or object stores: they read whole blocks."""
     mask_documents: bool = True
     """Attention never crosses a document border, and no label does."""
     packing: Literal["auto", "cut", "best_fit"] = "auto"

@@ -58,7 +58,8 @@ def test_changes_of_meaning_need_force(old, word):
 
 @pytest.mark.parametrize("word", [
     "model.n_layers=5", "model.d_model=384", "model.vocab_size=8192", "model.tie_embeddings=false", "model.qk_norm=head",
-    "seed=4", "batch.seq_len=128", "data.shuffle=false", "data.split=other", "name=other", "model.init_std=0.01",
+    "seed=4", "batch.seq_len=128", "data.shuffle=false", "data.shuffle_block=8",
+    "data.split=other", "name=other", "model.init_std=0.01",
     "data.timeline=[{from_sample:0,weights:{python:2}}]"])
 def test_what_the_past_rests_on_is_refused_even_with_force(old, word):
     key = word.split("=")[0]

@@ -117,7 +117,8 @@ class Loader:
         cursors = order.mixture.cursors(position)
         return {
             "position": position, "seed": self._run.seed, "seq_len": self._reader.seq_len,
-            "shuffle": int(self._run.data.shuffle), "split": self._run.data.split,
+            "shuffle": int(self._run.data.shuffle), "shuffle_block": self._run.data.shuffle_block,
+            "split": self._run.data.split,
             "cursors": {name: int(n) for name, n in zip(order.names, cursors, strict=True)},
             "packing": dict(sorted(self._reader.packing.items())),
             "fingerprints": dict(sorted((self._earlier | self._reader.fingerprints).items())),
@@ -132,10 +133,10 @@ class Loader:
                     f"data.sources.{name}: the data set at {self._run.data.sources[name].path} has fingerprint {now}, "
                     f"but the checkpoint was trained on {then}. Give data.sources.{name}.path=DIR with the old data; "
                     "new data may join under a new name: data.sources.NEW.path=DIR.")
-        mine = self.state()
+        mine, state = self.state(), {"shuffle_block": 1} | state  # none in old checkpoints
         for key, remedy in (("position", "open the loader at the checkpoint's position"),
                             ("seed", "seed={}"), ("seq_len", "batch.seq_len={}"), ("split", "data.split={}"),
-                            ("shuffle", "data.shuffle={}")):
+                            ("shuffle", "data.shuffle={}"), ("shuffle_block", "data.shuffle_block={}")):
             if mine[key] != state[key]:
                 raise DataError(f"{key}={mine[key]}: the checkpoint's data order has {key}={state[key]}, "
                                 f"and another order would repeat and lose samples. Try: {remedy.format(state[key])}")

@@ -78,6 +78,23 @@ def _feistel(x: np.ndarray, side: np.uint64, keys: tuple[int, ...]) -> np.ndarra
     return left * side + right
 
 
+def permute_blocks(indices: np.ndarray, size: int, block: int, keys: tuple[int, ...]) -> np.ndarray:
+    """Like `permute`, but `block` neighbours stay together: blocks in keyed order, each in a keyed order of its own.
+
+    The blocks begin at a keyed place: what is left over after whole ones, and comes last, is another part for other keys.
+    """
+    whole, (number, inside) = size // block, np.divmod(indices, block)
+    shift = int(_mix(np.asarray([keys[0] ^ keys[1]], np.uint64))[0]) % size
+    out = np.empty_like(indices)
+    if (full := number < whole).any():
+        blocks = permute(number[full], whole, keys)
+        turned = _mix(blocks.astype(np.uint64) + np.uint64(keys[2])) % np.uint64(block)
+        out[full] = blocks * block + (permute(inside[full], block, keys) + turned.astype(np.int64)) % block
+    if not full.all():
+        out[~full] = whole * block + permute(inside[~full], size - whole * block, keys)
+    return (out + shift) % size
+
+
 # ---- mixture -----------------------------------------------------------------------------------------------
 def _pattern_counts(weights: Sequence[float]) -> tuple[int, ...]:
     """Rows of each source in one pattern; their sum is its length. Every source has at least one."""
@@ -214,9 +231,10 @@ class Places:
 class Order:
     """Global sample index -> row of a source."""
 
-    def __init__(self, mixture: Mixture, sources: Mapping[str, SourceRows], *, seed: int, shuffle: bool) -> None:
+    def __init__(self, mixture: Mixture, sources: Mapping[str, SourceRows], *, seed: int, shuffle: bool,
+                 block: int = 1) -> None:
         self.mixture, self.names = mixture, mixture.names
-        self._sources, self._seed, self._shuffle = sources, seed, shuffle
+        self._sources, self._seed, self._shuffle, self._block = sources, seed, shuffle, block
 
     def place(self, samples: np.ndarray) -> Places:
         """Source, cursor, epoch and row of each global sample index in `samples`, (n,) int64."""
@@ -238,7 +256,10 @@ class Order:
         known = self._sources[name]
         if not self._shuffle or known.rows == 1:
             return index
-        return permute(index, known.rows, round_keys(self._seed, known.fingerprint, epoch))
+        keys = round_keys(self._seed, known.fingerprint, epoch)
+        if self._block > 1:
+            return permute_blocks(index, known.rows, self._block, keys)
+        return permute(index, known.rows, keys)
 
 
 class Skips:

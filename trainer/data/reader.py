@@ -351,7 +351,7 @@ class RowReader:
         self.packing = {name: stream.plan.digest for name, stream in self.streams.items() if stream.plan is not None}
         """Digest of the plan of every source that is packed."""
         self.fingerprints = {name: known.fingerprint for name, known in rows.items()}
-        self.order = Order(mixture, rows, seed=run.seed, shuffle=run.data.shuffle)
+        self.order = Order(mixture, rows, seed=run.seed, shuffle=run.data.shuffle, block=run.data.shuffle_block)
         self.skips = Skips(run.data.skip)
         self._borders = run.data.mask_documents
 

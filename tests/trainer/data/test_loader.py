@@ -60,13 +60,13 @@ def global_batch(run: RunConfig, world_size: int, position: int, steps: int) -> 
 
 @given(worlds=st.lists(st.integers(1, 7), min_size=1, max_size=4), rows=st.integers(1, 9),
        micros=st.lists(st.integers(1, 5), min_size=4, max_size=4), steps=st.lists(st.integers(1, 6), min_size=4, max_size=4),
-       share=st.sampled_from([0.5, 0.9, 0.37]), seed=st.integers(0, 3))
+       share=st.sampled_from([0.5, 0.9, 0.37]), seed=st.integers(0, 3), block=st.sampled_from([1, 4, 50]))
 @FIXTURES
-def test_any_ranks_and_stops_give_the_one_order(two_sources, worlds, rows, micros, steps, share, seed) -> None:
+def test_any_ranks_and_stops_give_the_one_order(two_sources, worlds, rows, micros, steps, share, seed, block) -> None:
     """Stop and go on with other ranks and micro-batches at random steps: rows and digests equal one rank's, and
     within an epoch of a source no row comes twice."""
     run = make_run({"a": (two_sources["a"], share), "b": (two_sources["b"], 1 - share)}, rows=rows, seed=seed,
-                   micro_rows=rows, mask_documents=False)
+                   micro_rows=rows, mask_documents=False, shuffle_block=block)
     position, found = 0, []
     for world_size, micro_rows, n in zip(worlds, micros, steps, strict=False):
         split = dataclasses.replace(run, batch=dataclasses.replace(run.batch, micro_rows=micro_rows))
@@ -210,6 +210,10 @@ def test_state_is_small_and_checked(two_sources, tmp_path: Path) -> None:
         check(dataclasses.replace(run, batch=BatchConfig(seq_len=4, global_tokens=16)))
     with pytest.raises(DataError, match=r"Try: data\.shuffle=1"):
         check(dataclasses.replace(run, data=dataclasses.replace(run.data, shuffle=False)))
+    with pytest.raises(DataError, match=r"Try: data\.shuffle_block=1"):
+        check(dataclasses.replace(run, data=dataclasses.replace(run.data, shuffle_block=4)))
+    del state["shuffle_block"]  # as in checkpoints from before there were blocks
+    check(run)
     with pytest.raises(DataError, match=r"Try: data\.split=train"):
         check(dataclasses.replace(run, data=dataclasses.replace(run.data, split="validation")))
     with pytest.raises(DataError, match=r"data\.timeline: at sample 4 .*officina resume"):

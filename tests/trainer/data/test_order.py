@@ -14,6 +14,7 @@ from officina.trainer.data.order import (
     SourceRows,
     extend_timeline,
     permute,
+    permute_blocks,
     round_keys,
     timeline_of,
 )
@@ -138,11 +139,13 @@ def test_a_stage_or_a_run_without_sources() -> None:
         timeline_of(DataConfig())
 
 
-@given(st.dictionaries(st.sampled_from("abc"), st.integers(1, 40), min_size=1), st.booleans(), st.integers(0, 5))
-@settings(max_examples=50, deadline=None)
-def test_each_epoch_has_each_row_once(rows: dict[str, int], shuffle: bool, seed: int) -> None:
+@given(st.dictionaries(st.sampled_from("abc"), st.integers(1, 40), min_size=1), st.booleans(), st.integers(0, 5),
+       st.integers(1, 50))
+@settings(max_examples=100, deadline=None)
+def test_each_epoch_has_each_row_once(rows: dict[str, int], shuffle: bool, seed: int, block: int) -> None:
     mixture = Mixture([TimelineStage(weights={name: i + 1.0 for i, name in enumerate(rows)})])
-    order = Order(mixture, {n: SourceRows(n * 9, r) for n, r in rows.items()}, seed=seed, shuffle=shuffle)
+    order = Order(mixture, {n: SourceRows(n * 9, r) for n, r in rows.items()}, seed=seed, shuffle=shuffle,
+                  block=block)
     places = order.place(np.arange(500))
     for number, name in enumerate(order.names):
         here = places.source == number
@@ -154,7 +157,32 @@ def test_each_epoch_has_each_row_once(rows: dict[str, int], shuffle: bool, seed:
                 assert np.array_equal(of_epoch, np.arange(rows[name]))
 
 
+@given(st.integers(1, 3000), st.integers(2, 400), st.integers(0, 9))
+@settings(max_examples=150, deadline=None)
+def test_blocks_stay_together_and_move(size: int, block: int, epoch: int) -> None:
+    keys = round_keys(1, "set", epoch)
+    rows = permute_blocks(np.arange(size), size, block, keys)
+    assert np.array_equal(np.sort(rows), np.arange(size))
+    assert np.array_equal(permute_blocks(np.arange(size)[::-1], size, block, keys), rows[::-1])  # one by one, it is the same
+    for first in range(0, size, block):
+        here = np.sort(rows[first:first + block])
+        gaps = np.diff(here, append=here[0] + size)  # on a ring, since blocks begin anywhere
+        assert np.count_nonzero(gaps != 1) <= 1
+    if size > 100 and block > 20:
+        assert not np.array_equal(rows, permute_blocks(np.arange(size), size, block, round_keys(1, "set", epoch + 10)))
+        assert np.abs(np.diff(rows[:block])).max() > 1  # shuffled inside
+
+
+def test_blocks_of_a_huge_source_spread_evenly() -> None:
+    size, block = 3_700_000_000, 256
+    firsts = permute_blocks(np.arange(0, 4096 * block, block), size, block, round_keys(0, "huge", 0))
+    tenths = np.bincount(firsts * 10 // size, minlength=10)
+    chi2 = ((tenths - 409.6) ** 2 / 409.6).sum()
+    assert chi2 < 27.9  # 99.9 % of chance, 9 degrees of freedom
+
+
 @given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 60)), max_size=6), st.integers(0, 200), st.integers(1, 80))
+@settings(deadline=None)
 def test_skips(ranges: list[tuple[int, int]], first: int, n: int) -> None:
     ranges = [[a, a + length] for a, length in ranges]
     skips = Skips(ranges)
