@@ -249,6 +249,8 @@ class DataConfig:
     """Ranges [a, b) of global sample indices to leave out, e.g. [[1000, 1064]]."""
     timeline: list[TimelineStage] = field(default_factory=list)
     """How the mixture changed over the run, written by resume; empty = the sources' weights from the first sample on."""
+    read: Literal["auto", "mmap", "pread"] = "auto"
+    """How shards are read: auto maps them, but reads them on Lustre, GPFS, NFS, WekaFS, BeeGFS, CephFS and PanFS."""
     prefetch_batches: Positive = 4
     """Batches a background thread holds ready."""
     max_damaged_blocks: NonNegative = 16

@@ -50,6 +50,7 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("data.validation_split", "free", "changes what is measured"),
     ("data.shuffle", "refused", "the order of past samples rests on it"),
     ("data.shuffle_block", "refused", "the order of past samples rests on it"),
+    ("data.read", "free", "changes no sample"),
     ("data.prefetch_batches", "free", "changes no sample"),
     ("data.max_damaged_blocks", "free", "says when to stop"),
     ("init_from", "free", "is read before the first step only; the folder may move"),

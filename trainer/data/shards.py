@@ -36,6 +36,7 @@ from officina.trainer.data.manifest import (
     sync_folder,
     write_manifest,
 )
+from officina.trainer.data.storage import FileArray, at_once, map_file
 from officina.trainer.errors import DataError
 
 HEADER_BYTES = 4096
@@ -240,12 +241,16 @@ class DamagedBlock(DataError):
 
 
 class Shard:
-    """A memory-mapped shard. Header and footer are checked when it is opened, tokens when first touched."""
+    """A shard, mapped. Header and footer are checked when it is opened, tokens when first touched.
 
-    def __init__(self, path: Path, entry: ShardEntry | None = None) -> None:
-        self.path = path
+    pread: read its tokens instead, see `officina.trainer.data.storage`; `data` then is a `FileArray`.
+    """
+
+    def __init__(self, path: Path, entry: ShardEntry | None = None, *, pread: bool = False) -> None:
+        self.path, self.pread = path, pread
         try:
-            self._map = np.asarray(np.memmap(index_of(path), np.uint8, mode="r"))
+            mapped = map_file(index_of(path))
+            self._map = FileArray(index_of(path)) if mapped is None else mapped.bytes
         except (OSError, ValueError) as exc:  # ValueError: an empty file cannot be mapped
             raise DataError(f"{path}: cannot be opened ({exc}). {_REMEDY}") from exc
         header = _parse_header(path, self._map)
@@ -264,6 +269,7 @@ class Shard:
         self.dtype, self.tokenizer_sha256 = header.dtype, header.tokenizer_sha256
         self.documents = header.documents
         self._first_byte, self._bytes = self._find_tokens(header)
+        self._will_need = mapped.will_need if mapped and not pread and index_of(path) == path else None
         self.data = self._bytes.view(DTYPES[header.dtype])
         """(tokens,) unverified; see `check`."""
         self.ends = self._section(header, "document_ends", "<i8")
@@ -300,12 +306,15 @@ class Shard:
         """First byte of the tokens in their file, and all of their bytes (mapped)."""
         n_bytes = header.tokens * DTYPES[header.dtype].itemsize
         if index_of(self.path) == self.path:
+            if self.pread or isinstance(self._map, FileArray):
+                return HEADER_BYTES, FileArray(self.path, HEADER_BYTES, n_bytes)
             return HEADER_BYTES, self._map[HEADER_BYTES:HEADER_BYTES + n_bytes]
         size = self.path.stat().st_size if self.path.exists() else 0
         if size != n_bytes:
             raise DataError(f"{self.path}: has {size} bytes, but its index {index_of(self.path).name} says {n_bytes}. "
                             f"{_REMEDY}")
-        return 0, np.asarray(np.memmap(self.path, np.uint8, mode="r"))
+        mapped = None if self.pread else map_file(self.path)
+        return 0, FileArray(self.path) if mapped is None else mapped.bytes
 
     def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
         """Verify the granules under the token ranges [starts, stops), (n,) int64 each; each granule is read once."""
@@ -314,10 +323,15 @@ class Shard:
         narrow = int((last - first).max(initial=0)) < 2
         if narrow and self._checked[first].all() and self._checked[last].all():
             return
-        for a, b in {(int(a), int(b)) for a, b in zip(first, last, strict=True)}:
-            for granule in range(a, b + 1):
-                if not self._checked[granule]:
-                    self._check_granule(granule)
+        under = sorted({granule for a, b in zip(first.tolist(), last.tolist(), strict=True) for granule in range(a, b + 1)
+                        if not self._checked[granule]})
+        if self.pread:
+            at_once(self._check_granule, under)
+            return
+        for granule in under if self._will_need else ():
+            self._will_need(*self.byte_span(granule))
+        for granule in under:
+            self._check_granule(granule)
 
     def _check_granule(self, granule: int) -> None:
         found = xxhash.xxh3_64_intdigest(self._bytes[granule * GRANULE_BYTES:(granule + 1) * GRANULE_BYTES])

@@ -1,0 +1,153 @@
+"""How the bytes of a file are reached: mapped into memory, or read, by the kind of file system it lies on.
+
+On a local disk and in memory a map is fastest. On a parallel or network file system every missing page costs a round
+trip, and some allow a process few maps: there each row is one read, and several are under way at once.
+"""
+
+import errno
+import mmap
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from officina.trainer.errors import DataError
+
+READ_BY_PREAD = {
+    "lustre": "mount.lustre(8)",
+    "gpfs": "IBM Storage Scale, mmmount",
+    "nfs": "nfs(5)",
+    "nfs4": "nfs(5)",
+    "wekafs": "docs.weka.io, mount; refuses maps after some 600: NVIDIA-NeMo/Megatron-Bridge issue 3968",
+    "beegfs": "doc.beegfs.io, client",
+    "ceph": "mount.ceph(8)",
+    "panfs": "mount.panfs(8)",
+}
+"""File system type, as /proc/self/mountinfo names it (proc_pid_mountinfo(5)) -> where that name is from."""
+THREADS = 8
+"""Reads under way at once, where they are not made by the kernel's readahead."""
+T = TypeVar("T")
+
+
+def file_system(path: Path) -> str:
+    """Type of the file system that `path` lies on; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return type_of_mount(os.path.realpath(path), lines)
+
+
+def type_of_mount(path: str, mountinfo: Iterable[str]) -> str:
+    """Type of the mount with the longest mount point above `path`; of two on one point, the later lies over the earlier."""
+    best, found = -1, ""
+    for line in mountinfo:
+        before, _, after = line.partition(" - ")
+        point = before.split(" ")[4].encode().decode("unicode_escape")  # a space is written as \040
+        if (path == point or path.startswith(point.rstrip("/") + "/")) and len(point) >= best:
+            best, found = len(point), after.split(" ")[0]
+    return found
+
+
+@lru_cache(maxsize=1024)
+def reads_by_pread(folder: Path, choice: str) -> bool:
+    """Shall files in `folder` be read instead of mapped? choice: auto (by file system), mmap or pread."""
+    return choice == "pread" if choice != "auto" else file_system(folder) in READ_BY_PREAD
+
+
+class Mapped:
+    """A mapped file."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError, or ValueError for an empty file."""
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.bytes = np.frombuffer(self._map, np.uint8)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Begin to read bytes [start, stop) without waiting for them."""
+        start -= start % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)
+
+
+class FileArray:
+    """Bytes [offset, offset + length) of a file like a (n,) array, but every slice of it is read anew. Threads may share it."""
+
+    def __init__(self, path: Path, offset: int = 0, length: int | None = None, dtype: Any = np.uint8) -> None:
+        stat = os.stat(path)
+        self._path, self._key = path, (stat.st_ino, stat.st_mtime_ns)
+        self._offset, self.dtype = offset, np.dtype(dtype)
+        self._length = stat.st_size - offset if length is None else length
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length // self.dtype.itemsize
+
+    def view(self, dtype: Any) -> "FileArray":
+        """The same bytes as elements of another type."""
+        return FileArray(self._path, self._offset, self._length, dtype)
+
+    def __getitem__(self, wanted: slice | np.ndarray) -> np.ndarray:
+        if isinstance(wanted, np.ndarray):  # places: runs of neighbours are read together
+            runs = np.split(wanted, np.flatnonzero(np.diff(wanted) != 1) + 1) if len(wanted) else []
+            return np.concatenate([self[int(run[0]):int(run[-1]) + 1] for run in runs] or [np.empty(0, self.dtype)])
+        start, stop, step = wanted.indices(len(self))
+        assert step == 1
+        out = np.empty(max(stop - start, 0), self.dtype)
+        left, at = memoryview(out).cast("B"), self._offset + start * self.itemsize
+        descriptor = _descriptor(self._path, self._key)
+        while len(left):
+            try:
+                n = os.preadv(descriptor.number, [left], at)
+            except OSError as exc:
+                raise DataError(f"{self._path}: bytes {at} to {at + len(left)} cannot be read ({exc.strerror}). If the file "
+                                "system is well again, resume the run; else restore the file from a copy.") from exc
+            if not n:
+                raise DataError(f"{self._path}: ends at byte {at}, {len(left)} bytes too early. Restore the file from a copy.")
+            left, at = left[n:], at + n
+        return out
+
+
+class _Descriptor:
+    """An open file, closed when the last who reads it has done so."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@lru_cache(maxsize=256)  # fewer than any limit of open files
+def _descriptor(path: Path, key: tuple[int, int]) -> _Descriptor:
+    """key: tells a file from one that took its name."""
+    return _Descriptor(path)
+
+
+def map_file(path: Path) -> Mapped | None:
+    """The mapped file; none where the file system allows no further map. Raises as `Mapped` does."""
+    try:
+        return Mapped(path)
+    except OSError as exc:
+        if exc.errno in (errno.EPERM, errno.ENOMEM, errno.ENODEV):
+            return None
+        raise
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="officina-read")
+
+
+def at_once(work: Callable[..., T], *each: Iterable[Any]) -> list[T]:
+    """`work` of each, several at once; raises what the first that failed raised."""
+    return list(_pool(os.getpid()).map(work, *each))  # by process: a fork has none of the threads
