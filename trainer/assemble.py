@@ -39,6 +39,7 @@ from officina.trainer.metrics import (
 )
 from officina.trainer.model.build import build_model
 from officina.trainer.model.flops import flops_per_token
+from officina.trainer.model.lora import AdapterSource
 from officina.trainer.model.peaks import peak_bf16_flops
 from officina.trainer.parallel.engine import Engine, Parts, build_engine, resolve_precision
 from officina.trainer.profile import Profiler
@@ -194,8 +195,10 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
 
         opened = _newest_checkpoint(run_dir, ranks)
         if opened is None:
-            with initial_weights(run, built.source, run_dir, shapes, ranks) as source:
-                engine.import_state(source, optimizer_steps=None)
+            base = {name: shape for name, shape in shapes.items() if not built.adapters or name not in built.adapters.fills}
+            with initial_weights(run, built.source, run_dir, base, ranks) as source:
+                first = AdapterSource(source, built.adapters) if built.adapters else source
+                engine.import_state(first, optimizer_steps=None)
             state = TrainState(step=0)
         else:
             stack.enter_context(opened)

@@ -137,6 +137,41 @@ class CustomModelConfig:
 ModelConfig = Annotated[DecoderConfig | CustomModelConfig, Field(discriminator="kind")]
 
 
+# ---- adapter -------------------------------------------------------------------------------------------------------
+@config
+class NoAdapterConfig:
+    """Every weight is trained."""
+
+    kind: Literal["none"] = "none"
+
+
+@config
+class LoraConfig:
+    """Low-rank adapters beside frozen weights, y = W x + scale B (A x). Hu et al., arXiv:2106.09685."""
+
+    kind: Literal["lora"] = "lora"
+    rank: Positive = 16
+    """Rows of A, columns of B."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """scale = alpha / rank."""
+    rslora: bool = False
+    """scale = alpha / sqrt(rank), so that high ranks learn as fast (arXiv:2312.03732)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of A's inputs that are zeroed in training."""
+    targets: list[str] = field(default_factory=lambda: ["attn.*", "mlp.*"])
+    """Layers with an adapter: names or ends of names, `*` for anything: [attn.q, attn.v], [blocks.3.mlp.*]."""
+    train: list[str] = field(default_factory=list)
+    """Modules trained in full beside the adapters, by the same patterns: [embed, head], ['*norm']."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on B A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+AdapterConfig = Annotated[NoAdapterConfig | LoraConfig, Field(discriminator="kind")]
+
+
 # ---- engine --------------------------------------------------------------------------------------------------------
 @config
 class _EngineBase:
@@ -465,6 +500,7 @@ class RunConfig:
     """Initial weights of the model: a folder with a Hugging Face model (config.json and safetensors), or an officina RUN or
     RUN@STEP. Empty = random ones. `model=from_init` takes the model itself from there too."""
     model: ModelConfig = field(default_factory=DecoderConfig)
+    adapter: AdapterConfig = field(default_factory=NoAdapterConfig)
     engine: EngineConfig = field(default_factory=SingleConfig)
     data: DataConfig = field(default_factory=DataConfig)
     use: UseConfig = field(default_factory=UseConfig)

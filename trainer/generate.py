@@ -10,10 +10,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from officina.trainer.checkpoint.read import open_checkpoint
-from officina.trainer.config import DecoderConfig, RunConfig
+from officina.trainer.config import DecoderConfig, LoraConfig, RunConfig
 from officina.trainer.data.tokenizer import EOS_NAMES
 from officina.trainer.errors import OfficinaError
 from officina.trainer.model.build import build_transformer, check_attention
+from officina.trainer.model.lora import MergedSource
 from officina.trainer.model.transformer import Transformer
 from officina.trainer.run_dir import load_config
 from officina.trainer.state import PARAM, Source
@@ -43,6 +44,8 @@ def load(run: RunConfig, source: Source, device: torch.device) -> Transformer:
     check_attention(run.model, device.type)
     module = build_transformer(run.model).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     module = module.to_empty(device=device).eval().requires_grad_(False)
+    if isinstance(run.adapter, LoraConfig):
+        source = MergedSource(source, run.model, run.adapter)
     for name, parameter in module.named_parameters():
         parameter.copy_(source.read(name, PARAM, 0, parameter.numel()).view_as(parameter))
     return module

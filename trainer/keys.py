@@ -12,7 +12,8 @@ from officina.trainer import config
 Values = dict[str, object]
 """A run as nested plain values, as YAML holds it."""
 
-GROUPS = ("model", "engine", "data", "use", "optim", "lr_schedule", "objective", "checkpoint", "logging", "site", "experiment")
+GROUPS = ("model", "adapter", "engine", "data", "use", "optim", "lr_schedule", "objective", "checkpoint", "logging", "site",
+          "experiment")
 """Parts of a run that can be chosen by name, `engine=zero2`. `experiment` is a whole run."""
 
 EXAMPLES = {

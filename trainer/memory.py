@@ -77,10 +77,10 @@ def measure_parts() -> MemoryParts:
     tensors, optimizers, parameters = [], [], []
     for thing in gc.get_objects():
         kind = type(thing)  # isinstance would call __class__ of strange objects
-        if issubclass(kind, torch.nn.Parameter):
-            parameters.append(thing)
-        elif issubclass(kind, torch.Tensor):
-            tensors.append(thing)
+        if issubclass(kind, torch.Tensor):
+            # A sharded parameter is a DTensor that says so, of no subclass.
+            is_parameter = issubclass(kind, torch.nn.Parameter) or getattr(thing, "_is_param", False)
+            (parameters if is_parameter else tensors).append(thing)
         elif issubclass(kind, torch.optim.Optimizer):
             optimizers.append(thing)
     moments = [value for optimizer in optimizers for state in optimizer.state.values() if isinstance(state, dict)

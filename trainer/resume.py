@@ -55,6 +55,9 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("data.max_damaged_blocks", "free", "says when to stop"),
     ("init_from", "free", "is read before the first step only; the folder may move"),
     ("seed", "refused", "the order of past samples rests on it"),
+    # the adapter
+    ("adapter.dropout", "free", "takes effect at the next step"),
+    ("adapter.*", "refused", "the checkpoint holds the weights that this adapter trains"),
     # the model
     ("model.attention_impl", "free", "the same mathematics"),
     ("model.kernels", "free", "the same mathematics"),

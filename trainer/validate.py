@@ -28,6 +28,7 @@ from officina.trainer.data.policy import AREAS
 from officina.trainer.data.policy import country as known_country
 from officina.trainer.data.register import Going
 from officina.trainer.errors import DataError, Problem
+from officina.trainer.model.targets import adapter_problems
 from officina.trainer.schema import dump_run
 
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -47,8 +48,8 @@ def problems(run: RunConfig, world_size: int | None = None, *, devices: int | No
         going: where the run stands, for data sets with a maximum of use; None = a new run.
     """
     world_size = world_size or run.ranks or None
-    found = [*_numbers(run), *_run(run, devices), *_model(run), *_batch(run), *_engine(run, world_size), *_schedule(run),
-             *_objective(run), *_life(run, world_size), *_data(run), *_use(run)]
+    found = [*_numbers(run), *_run(run, devices), *_model(run), *adapter_problems(run), *_batch(run), *_engine(run, world_size),
+             *_schedule(run), *_objective(run), *_life(run, world_size), *_data(run), *_use(run)]
     if read_data:
         data = list(_data_sets(run))
         found += data or use_problems(run, going)

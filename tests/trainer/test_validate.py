@@ -66,7 +66,8 @@ def typed_leaves():
 
 CHOICE = {config.DecoderConfig: (), config.CustomModelConfig: tuple(CUSTOM), config.SingleConfig: ("engine=single",),
           config.DDPConfig: ("engine=ddp",), config.FSDP2Config: ("engine=fsdp2",), config.HSDPConfig: ("engine=hsdp",),
-          config.ZeroConfig: ("engine=zero3",), config.AdamWConfig: (), config.MuonConfig: ("optim=muon",)}
+          config.ZeroConfig: ("engine=zero3",), config.AdamWConfig: (), config.MuonConfig: ("optim=muon",),
+          config.NoAdapterConfig: (), config.LoraConfig: ("adapter=lora",)}
 
 
 def constraints(annotation):

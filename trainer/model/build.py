@@ -13,9 +13,11 @@ from officina.kernels.attention import flex_missing
 from officina.kernels.dispatch import why_not_triton_on
 from officina.kernels.flash_attention import why_not_flash
 from officina.trainer.batch import LossFn
-from officina.trainer.config import CustomModelConfig, DecoderConfig, RunConfig
+from officina.trainer.config import CustomModelConfig, DecoderConfig, LoraConfig, RunConfig
 from officina.trainer.errors import ConfigError, Problem
-from officina.trainer.model.init import InitSource, ValuesSource
+from officina.trainer.model.init import FillSource, InitSource, ValuesSource
+from officina.trainer.model.lora import AdapterSource, adapter_fills, add_lora
+from officina.trainer.model.targets import adapter_problems
 from officina.trainer.model.transformer import Transformer
 from officina.trainer.objective import next_token_loss, record_loss
 from officina.trainer.state import Source
@@ -34,6 +36,8 @@ class Built:
     loss_fn: LossFn
     decode: Decode | None
     """Custom models: from one record's bytes to its fields. None for the decoder-only transformer."""
+    adapters: FillSource | None = None
+    """First values of the adapters, which no base model holds. None: there are none."""
 
 
 def build_model(run: RunConfig) -> Built:
@@ -43,7 +47,15 @@ def build_model(run: RunConfig) -> Built:
     check_attention(run.model, run.device)
     check_kernels(run.model, run.device)
     module = build_transformer(run.model)
-    return Built(module, InitSource(module, run.model, run.seed), next_token_loss(run.objective.z_loss), None)
+    source: Source = InitSource(module, run.model, run.seed)
+    adapters = None
+    if isinstance(run.adapter, LoraConfig):
+        if problems := list(adapter_problems(run)):
+            raise ConfigError(problems)
+        chosen = add_lora(module, run.model, run.adapter)
+        adapters = adapter_fills(chosen, run.adapter.rank, run.seed)
+        source = AdapterSource(source, adapters)
+    return Built(module, source, next_token_loss(run.objective.z_loss), None, adapters)
 
 
 def build_transformer(config: DecoderConfig) -> Transformer:

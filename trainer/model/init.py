@@ -36,16 +36,14 @@ class Fill:
     std: float
 
 
-class InitSource:
-    """A `state.Source` of the transformer's first weights."""
+class FillSource:
+    """A `state.Source` of first weights, each by its fill."""
 
-    def __init__(self, module: nn.Module, config: DecoderConfig, seed: int) -> None:
-        self.seed = seed
-        self.fills: Mapping[str, Fill] = {
-            name: fill_of(name, parameter.numel(), config) for name, parameter in module.named_parameters()}
+    def __init__(self, fills: Mapping[str, Fill], seed: int) -> None:
+        self.fills, self.seed = fills, seed
 
     def read(self, name: str, slot: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) as fp32. Raises KeyError for anything but a parameter of the module."""
+        """Elements [start, stop) as fp32. Raises KeyError for anything but a parameter that has a fill."""
         if slot != PARAM:
             raise KeyError(f"initial weights have no slot {slot!r} (asked for {name})")
         fill = self.fills[name]
@@ -59,6 +57,13 @@ class InitSource:
             list(threads.map(lambda block: _draw(self.seed, name, block, start, stop, values),
                              range(start // BLOCK, -(-stop // BLOCK))))
         return torch.from_numpy(values).mul_(fill.std).add_(fill.mean)
+
+
+class InitSource(FillSource):
+    """A `state.Source` of the transformer's first weights."""
+
+    def __init__(self, module: nn.Module, config: DecoderConfig, seed: int) -> None:
+        super().__init__({name: fill_of(name, p.numel(), config) for name, p in module.named_parameters()}, seed)
 
 
 class ValuesSource:

@@ -42,8 +42,8 @@ def find_blocks(module: nn.Module, run: RunConfig) -> nn.ModuleList:
 def prepare_blocks(blocks: nn.ModuleList, run: RunConfig) -> None:
     """Recomputation and compilation as the configuration asks. Before sharding: its hooks then stay around both."""
     if run.engine.recompute != "none":
-        # The decoder draws no random numbers in its forward, so nothing of the generator has to be kept for it.
-        keep_rng = isinstance(run.model, CustomModelConfig)
+        # But for an adapter's dropout the decoder draws no random numbers, so nothing of the generator has to be kept for it.
+        keep_rng = isinstance(run.model, CustomModelConfig) or getattr(run.adapter, "dropout", 0) > 0
         # One function for all blocks: torch.compile then compiles one block, not each of them.
         recompute = _recomputing(run.engine.recompute, keep_rng)
         for block in blocks:

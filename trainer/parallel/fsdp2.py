@@ -13,7 +13,7 @@ from officina.trainer.muon import Split
 from officina.trainer.optim import group_parameters
 from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts
-from officina.trainer.parallel.precision import storage_dtype
+from officina.trainer.parallel.precision import frozen_dtype, storage_dtype
 from officina.trainer.parallel.single import TorchEngine
 from officina.trainer.parallel.tensors import Held, deal, materialize
 from officina.trainer.state import Source
@@ -45,7 +45,8 @@ class FSDP2Engine(TorchEngine):
         prepare_blocks(blocks, run)
         self._shard(module, blocks, mesh, parts)
         offload = torch.device("cpu") if self._config.cpu_offload else None
-        materialize(module, parts.ranks.device, dtype=storage_dtype(parts.precision), parameter_device=offload)
+        materialize(module, parts.ranks.device, dtype=storage_dtype(parts.precision),
+                    frozen_dtype=frozen_dtype(module, parts.precision), parameter_device=offload)
         self._shards = mesh[SHARD] if mesh.ndim > 1 else mesh
         self._replicas = mesh.size() // self._shards.size()
         self._replica = mesh.get_local_rank(REPLICATE) if mesh.ndim > 1 else 0

@@ -15,6 +15,12 @@ def storage_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16_pure" else torch.float32
 
 
+def frozen_dtype(module: nn.Module, precision: str) -> torch.dtype:
+    """What weights that never change are stored in: no master is needed where the model casts each weight at its use."""
+    casts = hasattr(module, "compute_dtype")
+    return torch.bfloat16 if casts and precision != "fp32" else storage_dtype(precision)
+
+
 def set_precision(module: nn.Module, blocks: Iterable[nn.Module], precision: str, device: torch.device, *,
                   bf16_weights: bool) -> Compute:
     """Make the module compute in bf16 unless precision is fp32.

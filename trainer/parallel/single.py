@@ -11,7 +11,7 @@ from officina.trainer.muon import Split
 from officina.trainer.optim import Groups, Optimizer, group_parameters
 from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts, StepOutcome
-from officina.trainer.parallel.precision import set_precision, storage_dtype
+from officina.trainer.parallel.precision import frozen_dtype, set_precision, storage_dtype
 from officina.trainer.parallel.tensors import (
     Held,
     buffer_pieces,
@@ -33,7 +33,8 @@ def prepare_whole(parts: Parts) -> Groups:
     """Make the whole module real on this rank's device, blocks prepared; returns the groups of its parameters."""
     blocks = find_blocks(parts.module, parts.run)
     groups = group_parameters(parts.module, blocks, parts.run.optim)
-    materialize(parts.module, parts.ranks.device, dtype=storage_dtype(parts.precision))
+    materialize(parts.module, parts.ranks.device, dtype=storage_dtype(parts.precision),
+                frozen_dtype=frozen_dtype(parts.module, parts.precision))
     prepare_blocks(blocks, parts.run)
     return groups
 

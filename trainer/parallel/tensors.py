@@ -30,11 +30,12 @@ class Held:
 
 
 def materialize(module: nn.Module, device: torch.device, *, dtype: torch.dtype | None = None,
-                parameter_device: torch.device | None = None, parameters: bool = True) -> None:
+                frozen_dtype: torch.dtype | None = None, parameter_device: torch.device | None = None,
+                parameters: bool = True) -> None:
     """Give the meta tensors of the module uninitialised memory in place, and move the real ones; ties stay ties.
 
-    dtype: that of the floating-point parameters (buffers keep theirs). parameter_device: where parameters go, if not to
-    `device`. parameters: false leaves the parameters alone.
+    dtype: that of the floating-point parameters (buffers keep theirs). frozen_dtype: that of those without a gradient, if it
+    is another. parameter_device: where parameters go, if not to `device`. parameters: false leaves the parameters alone.
     Raises OfficinaError for a non-persistent buffer without values: no checkpoint holds it and nothing could fill it.
     """
     made: dict[int, Tensor] = {}
@@ -43,7 +44,8 @@ def materialize(module: nn.Module, device: torch.device, *, dtype: torch.dtype |
             if parameter is None or not parameters:
                 continue
             if id(parameter) not in made:
-                made[id(parameter)] = _real_parameter(parameter, parameter_device or device, dtype)
+                to = dtype if parameter.requires_grad else frozen_dtype or dtype
+                made[id(parameter)] = _real_parameter(parameter, parameter_device or device, to)
             child._parameters[name] = made[id(parameter)]
         for name, buffer in child._buffers.items():
             if buffer is None:

@@ -15,12 +15,15 @@ from torch import Tensor
 from officina.trainer.batch import IGNORE, Batch
 from officina.trainer.config import (
     AdamWConfig,
+    AdapterConfig,
     BatchConfig,
     DDPConfig,
     DecoderConfig,
     FSDP2Config,
     HSDPConfig,
+    LoraConfig,
     MuonConfig,
+    NoAdapterConfig,
     RunConfig,
     SingleConfig,
     ZeroConfig,
@@ -32,6 +35,7 @@ from officina.trainer.state import PARAM, Piece
 SEQ_LEN, ROWS = 32, 8
 MODEL = DecoderConfig(vocab_size=259, n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_ff=128, qk_norm="head",
                       qkv_bias=True, o_bias=True, mlp_bias=True, attention_impl="sdpa")
+NONE = NoAdapterConfig()
 ADAMW = AdamWConfig(lr=1e-3, eps=1e-6, weight_decay=0.1, clip_norm=1.0)
 MUON = MuonConfig(lr=1e-3, eps=1e-6, muon_lr=2e-3, newton_schulz_dtype="fp32")
 ENGINES = {
@@ -52,6 +56,7 @@ class Case:
 
     engine: str = "single"
     model: DecoderConfig = MODEL
+    adapter: AdapterConfig = NONE
     optim: AdamWConfig = ADAMW
     precision: str = "fp32"
     packed: bool = True
@@ -74,7 +79,7 @@ class Case:
     @property
     def run(self) -> RunConfig:
         engine = replace(ENGINES[self.engine], recompute=self.recompute, compile=self.compile)
-        return RunConfig(engine=engine, model=self.model, optim=self.optim,
+        return RunConfig(engine=engine, model=self.model, adapter=self.adapter, optim=self.optim,
                          batch=BatchConfig(global_tokens=self.rows * SEQ_LEN, seq_len=SEQ_LEN))
 
 
@@ -146,7 +151,7 @@ def _reference(case: Case) -> Trace:
     Of `case` it heeds the model, the optimizer, the data, the steps, `precision` (fp64 too) and the steps left out.
     """
     run = case.run
-    built = build_model(run)
+    built = build_model(replace(run, adapter=NONE))
     module = built.module.to_empty(device="cpu").to(torch.float64 if case.precision == "fp64" else torch.float32)
     if run.model.tie_embeddings:
         assert module.head is None
@@ -154,7 +159,10 @@ def _reference(case: Case) -> Trace:
         parameter.data.copy_(built.source.read(name, PARAM, 0, parameter.numel()).view(parameter.shape))
     if case.precision == "bf16":
         module.compute_dtype = torch.bfloat16
-    optim, named = run.optim, dict(module.named_parameters())
+    optim, whole = run.optim, dict(module.named_parameters())
+    if isinstance(case.adapter, LoraConfig):
+        module, whole = _reference_lora(run, module)
+    named = {name: p for name, p in whole.items() if p.requires_grad}
     by_muon = [p for n, p in named.items() if isinstance(optim, MuonConfig) and p.ndim == 2 and n.startswith("blocks")]
     taken = set(map(id, by_muon))
     decayed = [p for n, p in named.items() if p.ndim == 2 and not n.startswith("embed") and id(p) not in taken]
@@ -180,8 +188,29 @@ def _reference(case: Case) -> Trace:
             group["lr"] = optim.lr * lr_factor(step)
         optimizer.step()
         _reference_muon(optim, by_muon, momenta, lr_factor(step))
-    state = {(name, PARAM): p.detach().double().numpy().reshape(-1) for name, p in named.items()}
+    state = {(name, PARAM): p.detach().double().numpy().reshape(-1) for name, p in whole.items()}
     return Trace(losses, norms, applied, state, sum(applied))
+
+
+def _reference_lora(run: RunConfig, module: torch.nn.Module):
+    """The model as a function of weights W + scale B A: no layer of ours, the product is formed in full."""
+    lora, source = run.adapter, build_model(run).source
+    scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
+    whole, plain = {}, dict(module.named_parameters())
+    for name, weight in plain.items():
+        whole[name] = weight.requires_grad_(any(part.lstrip("*") in name for part in lora.train))
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and weight.ndim == 2 and any(layer.endswith(end.lstrip("*")) for end in lora.targets):
+            for side, shape in (("lora_a", (lora.rank, weight.shape[1])), ("lora_b", (weight.shape[0], lora.rank))):
+                values = source.read(f"{layer}.{side}", PARAM, 0, shape[0] * shape[1]).view(shape)
+                whole[f"{layer}.{side}"] = values.to(weight.dtype).requires_grad_()
+
+    def forward(*args, **kwargs):
+        weights = {name: p if f"{name[:-7]}.lora_a" not in whole else
+                   p + scale * whole[f"{name[:-7]}.lora_b"] @ whole[f"{name[:-7]}.lora_a"] for name, p in plain.items()}
+        return torch.func.functional_call(module, weights, args, kwargs)
+
+    return forward, whole
 
 
 @torch.no_grad()
