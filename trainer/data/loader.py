@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from officina.trainer.batch import IGNORE, Batch
 from officina.trainer.config import RunConfig
 from officina.trainer.data.buffers import Buffers
 from officina.trainer.data.integrity import mend
+from officina.trainer.data.plan import PlannedStep, plan_steps
 from officina.trainer.data.reader import Record, RowReader, Rows, Stream, validation_streams
 from officina.trainer.data.shards import Lost
 from officina.trainer.errors import DataError
@@ -87,6 +89,7 @@ class Loader:
         self._decode = _decoder(run)
         self._memory = Memory(torch.device(device).type == "cuda")
         self._position = position
+        self._planned: list[PlannedStep] = []
         self._earlier: dict[str, str] = {}  # fingerprints of sources that no longer give rows
         self._stopping = threading.Event()
         self._ready: queue.Queue[StepData | BaseException] = queue.Queue(run.data.prefetch_batches)
@@ -183,21 +186,22 @@ class Loader:
 
     def _read_step(self, position: int) -> StepData:
         batch, reader = self._run.batch, self._reader
-        samples = reader.skips.indices(position, np.arange(batch.rows))
-        stop = int(samples[-1]) + 1
-        own = samples[batch.rows_of_rank(self._rank, self._world_size)]
+        if not self._planned or self._planned[-1].first != position:
+            self._planned = plan_steps(reader, position, batch.rows, batch.rows_of_rank(self._rank, self._world_size))[::-1]
+        planned = self._planned.pop()
+        samples, own, stop = planned.samples, planned.own, int(planned.samples[-1]) + 1
         sizes = _micro_sizes(self._run, self._world_size)
         if reader.records:
             records, digest, lost = reader.read_records(own)
             padding = next((record for record in records if not record.lost), None) or self._sound_record(samples)
             micros = _record_batches(records, padding, sizes, self._decode, self._memory)
         else:
-            rows = reader.read(own)
+            rows = reader.read(own, planned.places)
             digest, lost = rows.digest, rows.lost_of
             micros = _token_batches(rows, sizes, self._run.data.mask_documents, self._memory)
         mended, self._mended[:] = list(self._mended), []
         return StepData(micros, position, stop, sum(m.loss_tokens for m in micros), digest,
-                        reader.skips.within(position, stop), reader.source_rows(samples), reader.removals, lost, tuple(mended))
+                        reader.skips.within(position, stop), planned.source_rows, reader.removals, lost, tuple(mended))
 
     def _sound_record(self, samples: np.ndarray) -> Record:
         """A record to fill up with, for a rank that has none of its own."""
@@ -280,6 +284,11 @@ def _token_batches(rows: Rows, sizes: list[int], documents: bool, memory: Memory
     return batches
 
 
+@lru_cache(maxsize=8)
+def _counted(n: int) -> np.ndarray:
+    return np.arange(n)
+
+
 def _document_fields(row: np.ndarray, column: np.ndarray, B: int, T: int,
                      memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
     """documents (B, T) int32 and positions (B, T) int64 from sorted borders; a border at column T lies outside."""
@@ -294,7 +303,7 @@ def _document_fields(row: np.ndarray, column: np.ndarray, B: int, T: int,
     lengths = np.diff(starts, append=B * T)
     numbers = (np.arange(len(starts)) - np.repeat(firsts, in_row)).astype(np.int32)
     documents.numpy().reshape(-1)[:] = np.repeat(numbers, lengths)
-    np.subtract(np.arange(B * T), np.repeat(starts, lengths), out=positions.numpy().reshape(-1))
+    np.subtract(_counted(B * T), np.repeat(starts, lengths), out=positions.numpy().reshape(-1))
     return documents, positions
 
 

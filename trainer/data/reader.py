@@ -380,9 +380,9 @@ class RowReader:
                             f"label. Try batch.seq_len={max(1, int(stream.token_starts[-1]) // 8)}.")
         return rows
 
-    def read(self, samples: np.ndarray) -> Rows:
-        """The rows of the global samples `samples`, (n,) int64, in their order."""
-        places = self.order.place(samples)
+    def read(self, samples: np.ndarray, places: Places | None = None) -> Rows:
+        """The rows of the global samples `samples`, (n,) int64, in their order; `places` are theirs, if they are known."""
+        places = self.order.place(samples) if places is None else places
         dtypes = [DTYPES[s.dataset.manifest.dtype] for s in self.streams.values()]
         numbers = np.unique(places.source)
         parts, digest, lost_of = [], 0, {}
