@@ -269,6 +269,16 @@ class Billing:
 
 
 @config
+class Speed:
+    """What a published run reached."""
+
+    tflops_per_gpu: float | None = None
+    """Of the model's arithmetic, attention counted in full."""
+    of: str = ""
+    """Model, precision, length and nodes."""
+
+
+@config
 class SiteProfile:
     """A system, whole."""
 
@@ -298,6 +308,7 @@ class SiteProfile:
     container: Container = field(default_factory=Container)
     software: Software = field(default_factory=Software)
     billing: Billing = field(default_factory=Billing)
+    speed: Speed = field(default_factory=Speed)
     energy: list[str] = field(default_factory=list)
     """What can be read: sacct, pm_counters, nvml, rocm_smi, grace_hwmon."""
     remarks: dict[str, str] = field(default_factory=dict)

@@ -36,6 +36,7 @@ _COMMANDS = {
     "train": "start a run (or a branch of one) on this machine; inside srun, torchrun or mpirun, be one rank",
     "resume": "go on with a run from its newest checkpoint, also with other ranks, engine, rate, length or mixture",
     "submit": "put a run, or any other command, on a cluster: checked against its rules, rendered to sbatch, sent",
+    "plan": "what a run will take: ranks, mesh, memory by part, hours, cost; on a site or on a number of ranks",
     "check": "every problem of a configuration at once, else what the run would be",
     "generate": "text from a run's checkpoint",
     "data": "build, check, describe, stage and audit data sets",
@@ -134,6 +135,17 @@ def _submit(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.epilog = _SUBMIT_EXAMPLES
 
 
+def _plan(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.add_argument("words", nargs="*", metavar="WORD", help="words of the run, and of the job where a site is named")
+    command.add_argument("--ranks", type=int, default=None, metavar="N", help="without a site: for N ranks (default: 1)")
+    _runs_dir(command)
+    command.epilog = """\
+examples:
+  officina plan model=llama3_8b engine=fsdp2 batch.seq_len=4096 batch.global_tokens=1048576 --ranks 64
+  officina plan experiment=mine site=leonardo nodes=16 account=IscrX_mine time=8h tflops=120
+"""
+
+
 def _generate(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Its arguments are read by `officina.trainer.generate`, which brings torch in; `main` goes there directly."""
 
@@ -203,8 +215,8 @@ def _force(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="allow changes that the table of resume rules asks this for")
 
 
-_ARGUMENTS = {"train": _train, "resume": _resume, "submit": _submit, "check": _check, "generate": _generate, "data": _data,
-              "report": _report, "sites": _sites, "demo": _demo, "bench": _bench}
+_ARGUMENTS = {"train": _train, "resume": _resume, "submit": _submit, "plan": _plan, "check": _check, "generate": _generate,
+              "data": _data, "report": _report, "sites": _sites, "demo": _demo, "bench": _bench}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -80,6 +80,11 @@ def submit(args: argparse.Namespace) -> int:
     return import_module("officina.launch.submit").submit(args)
 
 
+def plan(args: argparse.Namespace) -> int:
+    """What a run will take."""
+    return import_module("officina.launch.plan_command").plan(args)
+
+
 def check(args: argparse.Namespace) -> int:
     """Every problem at once, else a summary."""
     devices = visible_devices(os.environ)

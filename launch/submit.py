@@ -16,9 +16,11 @@ from officina.configs.job import JobConfig, expand, read_job, split_words
 from officina.configs.sites import Site, detect_site, find_site
 from officina.launch.job_cost import chain_length
 from officina.launch.job_places import place_problems
+from officina.launch.job_plan import JobPlan, make_plan, memory_problems, plan_lines
 from officina.launch.job_record import JobRecord, append_job
 from officina.launch.job_request import RANKED, Request, make_request
 from officina.launch.job_rules import missing_paths, site_problems
+from officina.launch.memory_plan import checkpoint_bytes, checkpoint_files, checkpoints_kept
 from officina.launch.render import Script, bind_folders, render
 from officina.launch.start import Plan, plan_resume, plan_train, refuse_existing, write_start
 from officina.trainer.errors import EXIT_DONE, ConfigError, LaunchError, Problem
@@ -40,6 +42,7 @@ class Prepared:
     problems: list[Problem]
     notes: list[str]
     """What a person should know, and is no fault."""
+    planned: JobPlan | None = None
 
     @property
     def text(self) -> str:
@@ -52,12 +55,20 @@ def submit(args: argparse.Namespace) -> int:
     prepared = prepare(args.words, Path(args.runs_dir), dry_run=args.dry_run, force=args.force)
     if prepared.problems:
         raise ConfigError(prepared.problems, "the job")
+    if prepared.planned:
+        show_plan(plan_lines(prepared.planned))
     for note in prepared.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.dry_run:
         print(prepared.text, end="")
         return EXIT_DONE
     return send(prepared)
+
+
+def show_plan(lines: list[tuple[str, str]]) -> None:
+    """On stderr: stdout may be the script."""
+    for name, text in lines:
+        print(f"{name:<7} {text}", file=sys.stderr)
 
 
 # ---- words -------------------------------------------------------------------------------------------------------------
@@ -93,18 +104,24 @@ def prepare(words: Sequence[str], runs_dir: Path, *, dry_run: bool = False, forc
     plan = make(request.world_size)
     if request.gpus and plan.run.device == "auto":
         plan = replace(plan, run=replace(plan.run, device="cuda"))  # a rank whose GPU is broken must not train on the CPU
+    planned = make_plan(request, plan.run, run_dir=plan.run_dir if what == "resume" else None,
+                        steps_done=plan.origin.step if plan.origin else 0)
     problems += [*plan.problems, *_ranks(request, plan), *site_problems(request)]
+    if not problems:
+        problems += memory_problems(planned)
     notes = []
     here = detect_site(socket.gethostname(), environ) == site.id
     folder = expand(str(plan.run_dir))
-    places = [*place_problems(request, folder), *missing_paths(request)]
+    places = [*place_problems(request, folder, checkpoint_bytes=checkpoint_bytes(plan.run),
+                              checkpoint_files=checkpoint_files(request.world_size), kept=checkpoints_kept(plan.run)),
+              *missing_paths(request)]
     if not here and dry_run:  # planned from elsewhere: what lies at the site cannot be seen
         unseen = [p for p in problems if p.key.startswith("data.sources") and p.rule.startswith("is no data set")]
         problems = [p for p in problems if p not in unseen]
         notes += [f"seen from this host, which is not one of {site.profile.name}: {p}" for p in [*places, *unseen]]
     else:
         problems += places
-    return Prepared(request, _script(request, plan, folder, words, environ), (plan,), problems, notes)
+    return Prepared(request, _script(request, plan, folder, words, environ), (plan,), problems, notes, planned)
 
 
 def _planner(what: str, run_words: list[str], runs_dir: Path, force: bool):
