@@ -14,6 +14,9 @@ _EXAMPLES = """examples:
   officina data build corpus texts/ --include '*.tex'      only these files
   officina data build corpus hplt/*.jsonl.zst --tokenizer base/tokenizer.json --licence CC0-1.0
   officina data build corpus crawl/ --filter my_filters:keep --max-bad-rows 100
+  officina data build chats sft.jsonl --samples --tokenizer MODEL
+  officina data build pairs prefs.parquet --samples --tokenizer MODEL --licence Apache-2.0
+Samples: messages, conversations (ShareGPT), instruction (alpaca), prompt and completion, chosen and rejected, or text.
 A build that was stopped, however, goes on when the same command is given again.
 """
 _PHASES = {"reading": "reading every row", "tokenizer": "reading for the tokenizer", "merges": "training the tokenizer",
@@ -26,8 +29,8 @@ def add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     option = parser.add_argument
     option("folder", metavar="OUT", help="folder of the data set to be made")
     option("inputs", metavar="INPUT", nargs="*",
-           help="folder or file: JSON lines (.jsonl, also .gz or .zst), .parquet, .arrow, a saved Hugging Face data set, "
-           "WebDataset .tar, text; none: the Python standard library's sources")
+           help="folder or file: JSON lines (.jsonl, also .gz or .zst), .json lists, .csv, .parquet, .arrow, a saved Hugging "
+           "Face data set, WebDataset .tar, text; none: the Python standard library's sources")
     option("--include", action="append", metavar="PATTERN", help="names of the files to read in folders")
     option("--text-field", default="", metavar="NAME", help="field that holds the text (default: text or content)")
     option("--language-field", default="", metavar="NAME", help="field with the language's code (default: lang or language)")
@@ -37,7 +40,11 @@ def add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     option("--filter", action="append", default=[], metavar="MODULE:FUNCTION",
            help="keep(document) -> True, False or the text to take instead; may be given several times")
     option("--max-bad-rows", type=count, default=0, metavar="N", help="rows that may be left out unread (default: 0)")
-    option("--tokenizer", metavar="FILE", help="tokenizer.json to use (default: train a byte-level BPE)")
+    option("--samples", action="store_true", help="rows are samples to fine-tune on; only their answers are trained on")
+    option("--chat-template", default="", metavar="FILE", help="Jinja, or the word plain (default: the tokenizer's own)")
+    option("--chat-date", default="", metavar="DATE", help="for templates that ask for today's date, such as 2026-11-25")
+    option("--train-on", choices=("all", "last"), default="all", help="answers of a conversation (default: all)")
+    option("--tokenizer", metavar="FILE", help="tokenizer.json to use, or its folder (default: train a byte-level BPE)")
     option("--vocab-size", type=count, default=4096, metavar="N", help="of the trained one (default: 4096)")
     option("--eos", default="", metavar="TOKEN", help="token that ends a document (default: found by name)")
     option("--validation", type=share, default=0.05, metavar="SHARE", help="share of documents held out (default: 0.05)")
@@ -59,7 +66,7 @@ def build(args: argparse.Namespace) -> int:
     from officina.trainer.data import build as building
     from officina.trainer.data.describe import read_policy_file
     from officina.trainer.data.documents import Fields
-    from officina.trainer.data.formats import INCLUDE
+    from officina.trainer.data.formats import INCLUDE, SAMPLE_INCLUDE
 
     if args.filter and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a filter may lie beside the place of the command
@@ -67,8 +74,10 @@ def build(args: argparse.Namespace) -> int:
     about = said | {"personal_data": args.personal_data, "sensitive": args.sensitive}
     fields = Fields(text=args.text_field, language=args.language_field, source=args.source_field, id=args.id_field)
     options = building.BuildOptions(
-        inputs=args.inputs, include=args.include or INCLUDE, fields=fields, filters=args.filter,
+        inputs=args.inputs, include=args.include or (SAMPLE_INCLUDE if args.samples else INCLUDE), fields=fields,
+        filters=args.filter,
         max_bad_rows=args.max_bad_rows, tokenizer=args.tokenizer, vocab_size=args.vocab_size, eos=args.eos,
+        samples=args.samples, chat_template=args.chat_template, chat_date=args.chat_date, train_on=args.train_on,
         validation=args.validation, shard_bytes=max(args.shard_bytes, 1), workers=args.workers, overwrite=args.overwrite,
         policy=read_policy_file(args.policy) if args.policy else None, about=about)
     screen, begun = console(), time.monotonic()
@@ -100,6 +109,8 @@ def _tell(result, screen) -> None:
                          f"{step.documents_in:,} documents left out{changed}", markup=False)
     if languages := result.manifest.languages:
         screen.print(f"languages    {len(languages)}: {', '.join(languages[:12])}", markup=False)
-    screen.print(f"vocabulary   {result.manifest.tokenizer.vocab_size:,} tokens, documents end with "
-                 f"{result.manifest.tokenizer.eos}", markup=False)
+    samples = result.manifest.samples
+    ends = f"answers end with {result.manifest.provenance['answers_end_with']}" if samples else (
+        f"documents end with {result.manifest.tokenizer.eos}")
+    screen.print(f"vocabulary   {result.manifest.tokenizer.vocab_size:,} tokens, {ends}", markup=False)
     screen.print(f"fingerprint  {result.manifest.fingerprint}")

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,8 +107,32 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
         screen.rule(f"document {number} · {name}", align="left")
         screen.print(f"id {id or 'none'}, source {source}, language {language}", markup=False, style="dim")
         gone = inside in removed.get(stream.entries[of_shard].path, ())
-        screen.print(_REMOVED if gone else show(content)[:1200], markup=False, highlight=False)
+        shard = stream.shard(of_shard)
+        if gone or not shard.has_trained or not manifest.shows_text:
+            screen.print(_REMOVED if gone else show(content)[:1200], markup=False, highlight=False)
+        else:
+            start = int(shard.ends[inside - 1]) if inside else 0
+            _tell_marked(screen, manifest, content, shard.trained(np.arange(start, int(shard.ends[inside]))), show)
     return EXIT_DONE
+
+
+def _tell_marked(screen: "Console", manifest: "Manifest", content: bytes, trained: "np.ndarray",
+                 show: Callable[[bytes], str]) -> None:
+    """A sample with its trained tokens in green; where there are no colours, between ⟦ and ⟧."""
+    import numpy as np
+    from rich.text import Text
+
+    from officina.trainer.data.shards import DTYPES
+
+    ids, text = np.frombuffer(content, DTYPES[manifest.dtype]), Text()
+    edges = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=2, append=2))
+    for a, b in pairwise(edges.tolist()):
+        part = show(ids[a:b].tobytes())
+        part = f"⟦{part}⟧" if trained[a] and not screen.color_system else part
+        text.append(part[:4000], style="bold green" if trained[a] else "")
+    screen.print(text)
+    first = int(trained[0])  # is no label
+    screen.print(f"{int(trained.sum()) - first:,} of {len(trained):,} tokens are trained on", style="dim")
 
 
 def _decoder(manifest: "Manifest", tokenizer_file: Path) -> Callable[[bytes], str]:
@@ -208,7 +233,7 @@ def _tell_row(screen: "Console", reader: "RowReader", sample: "np.ndarray", stre
     from officina.trainer.data.contents import extents_of_row
     from officina.trainer.data.shards import DTYPES
 
-    content = reader.read(sample)
+    manifest, content = stream.dataset.manifest, reader.read(sample)
     tokens = content.tokens[0].astype(DTYPES[stream.dataset.manifest.dtype])
     for each in extents_of_row(stream, row, reader.seq_len):
         if each.start:
@@ -216,4 +241,8 @@ def _tell_row(screen: "Console", reader: "RowReader", sample: "np.ndarray", stre
         screen.print(f"{each.document}, id {each.id or 'none'}, source {each.source}, language {each.language}, licence "
                      f"{stream.dataset.manifest.licence or 'not stated'}", markup=False, style="dim")
         gone = content.removed is not None and content.removed[0, each.start:each.stop].all()
+        if content.trained is not None and manifest.samples and manifest.shows_text and not gone:
+            inside = slice(each.start, each.stop)
+            _tell_marked(screen, manifest, tokens[inside].tobytes(), content.trained[0, inside], show)
+            continue
         screen.print(_NOT_READ if gone else show(tokens[each.start:each.stop].tobytes())[:2000], markup=False, highlight=False)

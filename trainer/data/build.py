@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from officina.trainer.data.chat import Chat, load_chat
 from officina.trainer.data.croissant import write_croissant
 from officina.trainer.data.documents import (
     HPLT_STEPS,
@@ -44,6 +45,7 @@ from officina.trainer.data.manifest import (
     write_manifest,
     write_whole,
 )
+from officina.trainer.data.packing import FOLDER as PLANS
 from officina.trainer.data.parts import (
     TRAIN,
     VALIDATION,
@@ -66,6 +68,7 @@ from officina.trainer.errors import DataError
 
 SAMPLE_BYTES = 64 << 20
 """Text a tokenizer is trained on at most, chosen by the documents' hashes: merges no longer change much beyond it."""
+CHAT_TEMPLATE = "chat_template.jinja"
 _BATCH_CHARACTERS = 1 << 21
 _MOST_NAMES = 1 << 16
 """Sources, and languages: their ids are u16."""
@@ -85,7 +88,7 @@ class BuildOptions:
     max_bad_rows: int = 0
     """Rows that cannot be read and may be left out."""
     tokenizer: str | Path | None = None
-    """A tokenizer.json to be used; none = a byte-level BPE is trained."""
+    """A tokenizer.json to be used, or the folder it is in; none = a byte-level BPE is trained."""
     vocab_size: int = 4096
     """Size of the trained tokenizer."""
     eos: str = ""
@@ -97,6 +100,14 @@ class BuildOptions:
     """Processes; 0 = one per core. The result does not depend on it."""
     overwrite: bool = False
     """Replace a data set, or an unfinished build of something else, that is there already."""
+    samples: bool = False
+    """Rows are samples to fine-tune on, see `officina.trainer.data.samples`; with the tokenizer of the model."""
+    chat_template: str = ""
+    """A file of Jinja, or `plain`; empty = the tokenizer's own."""
+    train_on: str = "all"
+    """all or last: which answers of a conversation."""
+    chat_date: str = ""
+    """What a template gets that asks for today's date."""
     policy: Policy | None = None
     """Conditions of use; none = what `about` says of licence and personal data is all."""
     about: dict[str, Any] = field(default_factory=dict)
@@ -126,20 +137,25 @@ def build(folder: str | Path, options: BuildOptions,
     sources, words = (find_sources(options.inputs, options.include), {}) if options.inputs else standard_library()
     filters = [load_filter(name) for name in options.filters]
     given = None if options.tokenizer is None else given_tokenizer(Path(options.tokenizer))
-    info = None if given is None else tokenizer_info(given, options.eos)
+    chat = _chat(options, given)
+    eos = chat.eos if chat else options.eos
+    info = None if given is None else tokenizer_info(given, eos)
     parts = plan_parts(sources, options.shard_bytes)
     with _claimed(folder):
-        _prepare(folder, _plan(sources, options, filters, info), options.overwrite)
+        _prepare(folder, _plan(sources, options, filters, info, chat), options.overwrite)
         jobs = [Job(part=i, work=folder / WORK, pieces=pieces, fields=options.fields, filters=tuple(options.filters),
-                    max_bad_rows=options.max_bad_rows) for i, pieces in enumerate(parts)]
+                    max_bad_rows=options.max_bad_rows, chat=chat) for i, pieces in enumerate(parts)]
         total = sum(piece.bytes for pieces in parts for piece in pieces)
         scans = run_jobs(scan, jobs, workers, lambda done: progress("reading", done, total))
         check_bad_rows(scans, options.max_bad_rows)
+        kind = _kind(scans)
         runs = [(job.part, job.file("digests", f"-{i:03d}"))
                 for job, found in zip(jobs, scans, strict=True) for i in range(found.runs)]
         duplicates = find_duplicates(runs, [job.file("drops", "") for job in jobs])
         text = given if given is not None else _trained(folder, jobs, filters, scans, options, progress)
-        info = tokenizer_info(text, options.eos)
+        info = tokenizer_info(text, eos)
+        if chat and chat.template:
+            write_whole(folder / CHAT_TEMPLATE, chat.template.encode())
         write_whole(folder / TOKENIZER, text.encode())
         writing = Writing(tokenizer=text, info=info, sources=_source_ids(sources, scans, options.fields),
                           languages=_language_ids(scans), shard_bytes=options.shard_bytes, validation=options.validation)
@@ -153,13 +169,13 @@ def build(folder: str | Path, options: BuildOptions,
             held_out, left_out = stats.get(VALIDATION, {}).get("documents", 0), stats["left_out"]
             raise DataError(f"{folder}: no document is left to train on ({held_out} held out, {left_out['empty']} empty, "
                             f"{left_out['undecodable']} undecodable). Name inputs with more text.")
-        provenance = _provenance(options, words, given is not None)
+        provenance = _provenance(options, words, given is not None) | _chat_provenance(chat)
         about = {"name": folder.resolve().name if options.inputs else sources[0].name}
         about |= {key: words[key] for key in ("description", "licence") if key in words} | options.about
         about |= place_policy(folder, options.policy)
         manifest = write_manifest(
             folder, _place_shards(folder, jobs, done), stats, kind="tokens", dtype=dtype_of(info.vocab_size), tokenizer=info,
-            sources=list(writing.sources), languages=list(writing.languages),
+            samples=kind, sources=list(writing.sources), languages=list(writing.languages),
             steps=[asdict(step) for step in _steps(scans, duplicates, segments, filters)], provenance=provenance, **about)
         write_croissant(folder)
         shutil.rmtree(folder / WORK)
@@ -187,7 +203,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 
 def _plan(sources: Sequence[TextSource], options: BuildOptions, filters: Sequence[Filter],
-          info: TokenizerInfo | None) -> dict[str, Any]:
+          info: TokenizerInfo | None, chat: Chat | None) -> dict[str, Any]:
     """All that the result depends on; an interrupted build goes on only if it is the same."""
     inputs = hashlib.sha256()
     for source in sources:
@@ -197,7 +213,8 @@ def _plan(sources: Sequence[TextSource], options: BuildOptions, filters: Sequenc
     about = {key: value for key, value in sorted(options.about.items())}
     return {"inputs": inputs.hexdigest(), "fields": asdict(options.fields), "filters": [[f.name, f.version] for f in filters],
             "max-bad-rows": options.max_bad_rows, "tokenizer": info.sha256 if info else f"trained {options.vocab_size}",
-            "eos": options.eos, "validation": options.validation, "shard-bytes": options.shard_bytes, "about": about,
+            "eos": options.eos, "chat": asdict(chat) if chat else None,
+            "validation": options.validation, "shard-bytes": options.shard_bytes, "about": about,
             "officina": metadata.version("officina"), "tokenizers": metadata.version("tokenizers")}
 
 
@@ -217,7 +234,8 @@ def _prepare(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
         if path.name != "claim":
             path.unlink()
     (folder / "shards").mkdir(exist_ok=True)
-    for path in [*(folder / "shards").glob("*.dls*"), *(folder / "removed").glob("*")]:
+    for path in [*(folder / "shards").glob("*.dls*"), *(folder / "removed").glob("*"), *(folder / PLANS).glob("*"),
+                 *folder.glob(CHAT_TEMPLATE)]:
         path.unlink()
     write_whole(file, json.dumps(plan, indent=1).encode())
 
@@ -235,6 +253,42 @@ def _place_shards(folder: Path, jobs: Sequence[Job], done: Sequence[list[Segment
             entries.append(placed)
     sync_folder(folder / "shards")
     return entries
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+def _chat(options: BuildOptions, given: str | None) -> Chat | None:
+    """How samples are written; none for documents."""
+    if not options.samples:
+        if options.chat_template or options.chat_date or options.train_on != "all":
+            raise DataError("--chat-template, --chat-date and --train-on are about samples to fine-tune on. Add: --samples")
+        return None
+    if given is None:
+        raise DataError("--samples: needs the tokenizer of the model that is to be fine-tuned. Name its folder: "
+                        "--tokenizer MODEL, with tokenizer.json and tokenizer_config.json in it")
+    path = Path(options.tokenizer or "")
+    chat = load_chat(path if path.is_dir() else path.parent, given, template=options.chat_template, eos=options.eos,
+                     last=options.train_on == "last", date=options.chat_date)
+    chat.check()
+    return chat
+
+
+def _kind(scans: Sequence[Scan]) -> str:
+    """answers or pairs; empty for documents."""
+    kinds = sorted({kind for found in scans for kind in found.left_out["kinds"]})
+    if len(kinds) > 1:
+        counts = [sum(found.left_out["kinds"].get(kind, 0) for found in scans) for kind in kinds]
+        raise DataError(f"the inputs hold {counts[0]:,} samples with answers and {counts[1]:,} preference pairs, which are "
+                        "trained on by different objectives. Build a data set of each.")
+    return kinds[0] if kinds else ""
+
+
+def _chat_provenance(chat: Chat | None) -> dict[str, Any]:
+    if chat is None:
+        return {}
+    found = {"answers_end_with": chat.check(), "train_on": "last answer" if chat.last else "all answers"}
+    if chat.template:
+        found["chat_template_sha256"] = hashlib.sha256(chat.template.encode()).hexdigest()
+    return found | ({"chat_date": chat.date} if chat.date else {})
 
 
 # ---- what goes in ----------------------------------------------------------------------------------------------------

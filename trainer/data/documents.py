@@ -7,7 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from officina.trainer.data.chat import Chat
 from officina.trainer.data.formats import BadRow, Piece, rows
+from officina.trainer.data.samples import COLUMNS, Part, read_sample
 from officina.trainer.errors import DataError
 
 TEXT_FIELDS, LANGUAGE_FIELDS, ID_FIELDS = ("text", "content"), ("lang", "language"), ("id", "doc_id", "__key__")
@@ -64,6 +66,9 @@ class Document:
     piece: Piece
     number: int
 
+    parts: tuple[Part, ...] = ()
+    """Of a sample: its answer, or the chosen and the rejected one; none for a text."""
+
     @property
     def place(self) -> str:
         """File and row, for an error."""
@@ -83,6 +88,8 @@ class LeftOut:
     """Place and reason of each row that cannot be read: the first `SHOWN`."""
     steps: dict[str, int] = field(default_factory=dict)
     """Step -> documents left out, or changed."""
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Samples by kind: answers, pairs."""
 
 
 def document_id(name: str) -> bytes:
@@ -96,18 +103,20 @@ def document_id(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()[:16]
 
 
-def read_documents(pieces: Sequence[Piece], fields: Fields, left_out: LeftOut, *, all_fields: bool = False,
-                   progress: Callable[[int], None] = lambda done_bytes: None) -> Iterator[Document]:
+def read_documents(pieces: Sequence[Piece], fields: Fields, left_out: LeftOut, *, chat: Chat | None = None,
+                   all_fields: bool = False, progress: Callable[[int], None] = lambda done_bytes: None) -> Iterator[Document]:
     """All documents of `pieces` in order: a text file is one, a row is one. The rest is counted in `left_out`.
 
-    `progress` gets the bytes of files that were read. Raises DataError for files that cannot be read.
+    chat: rows are samples to fine-tune on, written as it says. `progress` gets the bytes of files that were read. Raises
+    DataError for files that cannot be read.
     """
     before_bytes = 0
     for piece in pieces:
-        for number, row, done_bytes in rows(piece, None if all_fields else fields.columns()):
+        for number, row, done_bytes in rows(piece, None if all_fields else fields.columns() + list(COLUMNS) * bool(chat)):
             if row == b"" and piece.format != "text":  # an empty line
                 continue
-            found = _document(row, piece, number, fields, left_out.steps)
+            found = (_document(row, piece, number, fields, left_out.steps) if chat is None
+                     else _sample(row, piece, number, fields, chat, left_out.kinds))
             if isinstance(found, Document):
                 yield found
             elif isinstance(found, BadRow):
@@ -157,6 +166,28 @@ def _document(row: Any, piece: Piece, number: int, fields: Fields, steps: dict[s
     return Document(text, str(source) if fields.source and source is not None else piece.source,
                     _language(_first(values, fields.language, LANGUAGE_FIELDS)),
                     digest[:16] if name is None else document_id(str(name)), digest, len(encoded), values, piece, number)
+
+
+def _sample(row: Any, piece: Piece, number: int, fields: Fields, chat: Chat, kinds: dict[str, int]) -> Document | BadRow | str:
+    """The sample of a row as a document, or why there is none."""
+    if isinstance(row, BadRow):
+        return row
+    if isinstance(row, bytes):
+        return BadRow("expected rows of samples (.jsonl, .csv, .parquet, .arrow); it is a text")
+    found = read_sample(row, chat)
+    if isinstance(found, BadRow):
+        return found
+    text = "\0".join(part.text for part in found.parts)
+    try:
+        encoded = text.encode()
+    except UnicodeError:
+        return "undecodable"
+    kinds[found.kind] = kinds.get(found.kind, 0) + 1
+    digest, name = hashlib.sha256(encoded).digest(), _first(row, fields.id, ID_FIELDS)
+    id = digest[:16] if name is None else document_id(str(name))
+    source, language = _first(row, fields.source, ()), _language(_first(row, fields.language, LANGUAGE_FIELDS))
+    return Document(text, str(source) if fields.source and source is not None else piece.source, language, id, digest,
+                    len(encoded), row, piece, number, found.parts)
 
 
 def _name_of(row: dict[str, Any], given: str, known: Sequence[str]) -> str | None:
@@ -209,6 +240,9 @@ class Filter:
         except Exception as exc:  # the user's code may raise anything, and its words may quote the data
             raise DataError(f"{document.place}: filter {self.name} raised {type(exc).__name__}. Mend it: a filter returns "
                             "True, False or the text to take instead.") from exc
+        if isinstance(found, str) and document.parts:
+            raise DataError(f"{document.place}: filter {self.name} returned a text, which cannot replace a sample's. Mend it: "
+                            "for samples, a filter returns True or False.")
         if isinstance(found, str):
             document.text = found
             return bool(found.strip())

@@ -4,6 +4,7 @@ A `Piece` is a file, or a part of one that can be read by itself: lines that beg
 file. A row is a dict of fields; the content of a text file as bytes; or a `BadRow`, which says why it is none.
 """
 
+import csv
 import gzip
 import io
 import json
@@ -21,8 +22,11 @@ from officina.trainer.errors import DataError
 INCLUDE = ("*.txt", "*.md", "*.rst", "*.py", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet", "*.arrow", "*.tar",
            "*.tar.gz", "*.tar.zst")
 """What is read of a folder unless something else is asked for."""
-_FORMATS = ((".jsonl", "json"), (".ndjson", "json"), (".parquet", "parquet"), (".arrow", "arrow"), (".tar", "tar"))
-_UNITS = {"json": "line", "parquet": "row", "arrow": "row", "tar": "sample"}
+SAMPLE_INCLUDE = ("*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.json", "*.csv", "*.parquet", "*.arrow")
+"""The same for samples to fine-tune on."""
+_FORMATS = ((".jsonl", "json"), (".ndjson", "json"), (".json", "array"), (".csv", "csv"),
+            (".parquet", "parquet"), (".arrow", "arrow"), (".tar", "tar"))
+_UNITS = {"json": "line", "array": "item", "csv": "row", "parquet": "row", "arrow": "row", "tar": "sample"}
 _EXPANDS = 4
 """Text bytes of a byte of a compressed file, about: only parts are planned with it."""
 _CHUNK_BYTES = 1 << 20
@@ -38,7 +42,7 @@ class Piece:
     """Relative to the input; shown and stored."""
     path: str
     format: str
-    """json, parquet, arrow, tar or text."""
+    """json, array, csv, parquet, arrow, tar or text."""
     start: int
     """First byte (json) or row group (parquet); 0 for whole files."""
     stop: int
@@ -95,6 +99,7 @@ def rows(piece: Piece, columns: Sequence[str] | None = None) -> Iterator[tuple[i
     path = Path(piece.path)
     reader: Callable[[], Iterator[tuple[Row, int]]] = {
         "json": lambda: _json(path, piece), "parquet": lambda: _parquet_rows(path, piece, columns),
+        "array": lambda: _array(path), "csv": lambda: _csv(path),
         "arrow": lambda: _arrow_rows(path, columns), "tar": lambda: _tar(path), "text": lambda: _whole(path)}[piece.format]
     try:
         for number, (row, done_bytes) in enumerate(reader(), 1):
@@ -140,6 +145,42 @@ def _parsed(line: bytes) -> Row:
     except ValueError as exc:
         return BadRow(f"no JSON object ({type(exc).__name__})")
     return row if isinstance(row, dict) else BadRow(f"no JSON object but a {type(row).__name__}")
+
+
+def _array(path: Path) -> Iterator[tuple[Row, int]]:
+    """A file that is one JSON list of objects."""
+    content = _content(path)
+    try:
+        found = json.loads(content)
+    except ValueError as exc:
+        raise DataError(f"{path}: is no JSON ({type(exc).__name__}). One object a line is read from a file named "
+                        ".jsonl.") from exc
+    if not isinstance(found, list):
+        raise DataError(f"{path}: expected a JSON list of objects; it is a {type(found).__name__}. One object a line is read "
+                        "from a file named .jsonl.")
+    for number, row in enumerate(found, 1):
+        yield (row if isinstance(row, dict) else BadRow(f"no JSON object but a {type(row).__name__}"),
+               len(content) * number // len(found))
+
+
+def _csv(path: Path) -> Iterator[tuple[Row, int]]:
+    """The first line names the columns; a row may hold line breaks within quotes."""
+    content = _content(path)
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        for row in reader:
+            wrong = None in row or None in row.values()
+            columns = len(reader.fieldnames or ())
+            yield BadRow(f"expected {columns} columns, as the first line has") if wrong else row, len(content)
+    except UnicodeDecodeError as exc:
+        raise DataError(f"{path}: is not UTF-8. Convert it: iconv -f latin1 -t utf-8") from exc
+    except csv.Error as exc:
+        raise DataError(f"{path}: cannot be read ({exc}). Restore the file, or leave it out.") from exc
+
+
+def _content(path: Path) -> bytes:
+    with open(path, "rb") as raw:
+        return _unpacked(raw, path).read() if path.name.endswith((".gz", ".zst")) else raw.read()
 
 
 def _rows_before(piece: Piece) -> int:

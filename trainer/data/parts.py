@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from officina.trainer.data.chat import Chat
 from officina.trainer.data.documents import NO_LANGUAGE, Document, Fields, Filter, LeftOut, load_filter, read_documents
 from officina.trainer.data.duplicates import write_run
 from officina.trainer.data.formats import Piece, pieces_of
 from officina.trainer.data.manifest import ShardEntry, TokenizerInfo, write_whole
 from officina.trainer.data.shards import DTYPES, ShardWriter
 from officina.trainer.data.sources import TextSource
-from officina.trainer.data.tokenizer import Encoder, dtype_of
+from officina.trainer.data.tokenizer import Encoder, SampleEncoder, dtype_of
 from officina.trainer.data.workers import Report
 from officina.trainer.errors import DataError
 
@@ -48,6 +49,8 @@ class Job:
     fields: Fields
     filters: tuple[str, ...]
     max_bad_rows: int
+    chat: Chat | None = None
+    """Rows are samples; none: documents."""
 
     def file(self, kind: str, suffix: str) -> Path:
         """Its file in the work folder."""
@@ -145,7 +148,7 @@ def scan(job: Job, report: Report) -> Scan:
         runs, digests = runs + 1, bytearray()
 
     try:
-        for document in read_documents(job.pieces, job.fields, left_out, progress=progress):
+        for document in read_documents(job.pieces, job.fields, left_out, chat=job.chat, progress=progress):
             sources.setdefault(document.source)
             languages.add(document.language)
             digests += document.digest[:16]
@@ -213,7 +216,13 @@ class _Item:
     """As read, with all that was left out before it."""
     steps: list[tuple[str, int]] = field(default_factory=list)
     """(filter, 0 = left out, 1 = changed) of it and of all that was left out before it."""
-    tokens: np.ndarray | None = None
+    arrays: list[tuple[np.ndarray, np.ndarray | None]] = field(default_factory=list)
+    """Tokens, and which are trained on (None: all), of the document; of a pair's two answers."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all arrays."""
+        return sum(len(tokens) for tokens, _ in self.arrays)
 
 
 def _items(job: Job, writing: Writing, first: int) -> Iterator[_Item]:
@@ -221,7 +230,8 @@ def _items(job: Job, writing: Writing, first: int) -> Iterator[_Item]:
     filters = [load_filter(name) for name in job.filters]
     drops = set(np.fromfile(job.file("drops", ""), "<u8").tolist())
     item, number = _Item(None, first), -1
-    for number, document in enumerate(read_documents(job.pieces, job.fields, LeftOut(), all_fields=bool(filters))):
+    found = read_documents(job.pieces, job.fields, LeftOut(), chat=job.chat, all_fields=bool(filters))
+    for number, document in enumerate(found):
         if number < first:
             continue
         item.bytes += document.bytes
@@ -253,7 +263,7 @@ def draw(digest: bytes) -> tuple[float, float]:
 
 def _tokenised(job: Job, writing: Writing, first: int, report: Report) -> Iterator[_Item]:
     """Items with their tokens; one batch is tokenised in a thread while the one before is written and the next is read."""
-    encoder = _encoder(writing.tokenizer, writing.info)
+    encoder = (_encoder if job.chat is None else _sample_encoder)(writing.tokenizer, writing.info)
     batches = _batches(_items(job, writing, first))
     with ThreadPoolExecutor(1) as thread:
         batch = next(batches, None)
@@ -261,7 +271,9 @@ def _tokenised(job: Job, writing: Writing, first: int, report: Report) -> Iterat
         while batch is not None or waiting is not None:
             submitted = None
             if batch is not None:
-                submitted = batch, thread.submit(encoder.encode, [i.document.text for i in batch if i.document is not None])
+                documents = [item.document for item in batch if item.document is not None]
+                given = documents if job.chat else [document.text for document in documents]
+                submitted = batch, thread.submit(encoder.encode, given)
             if waiting is not None:
                 yield from _with_tokens(*waiting, encoder)
                 report(sum(item.bytes for item in waiting[0]))
@@ -274,11 +286,16 @@ def _encoder(text: str, info: TokenizerInfo) -> Encoder:
     return Encoder(text, info)
 
 
-def _with_tokens(batch: list[_Item], encodings: Any, encoder: Encoder) -> Iterator[_Item]:
+@lru_cache(maxsize=1)
+def _sample_encoder(text: str, info: TokenizerInfo) -> SampleEncoder:
+    return SampleEncoder(text, info)
+
+
+def _with_tokens(batch: list[_Item], encodings: Any, encoder: Encoder | SampleEncoder) -> Iterator[_Item]:
     found = iter(encodings.result())
     for item in batch:
         if item.document is not None:
-            item.tokens = encoder.ids(next(found))
+            item.arrays = encoder.arrays(next(found))
         yield item
 
 
@@ -311,7 +328,7 @@ class _OpenSegment:
         """Would the document make its shard too large?"""
         writer = self._writers.get(item.split)
         return writer is not None and (
-            writer.bytes + len(item.tokens) * DTYPES[self._dtype].itemsize > self._writing.shard_bytes)
+            writer.bytes + item.tokens * DTYPES[self._dtype].itemsize > self._writing.shard_bytes)
 
     def add(self, item: _Item) -> None:
         """Write the item's document, if there is one, and count."""
@@ -324,13 +341,14 @@ class _OpenSegment:
             path = self._job.work / f"{item.split}-{self._job.part:05d}-{self._number:05d}.dls"
             self._writers[item.split] = ShardWriter(path, dtype=self._dtype, tokenizer_sha256=self._writing.info.sha256)
         document, languages = item.document, self._writing.languages
-        self._writers[item.split].add(item.tokens, self._writing.sources[document.source],
-                                      languages[document.language or NO_LANGUAGE] if languages else None, document.id)
+        language = languages[document.language or NO_LANGUAGE] if languages else None
+        for tokens, trained in item.arrays:
+            self._writers[item.split].add(tokens, self._writing.sources[document.source], language, document.id, trained)
+            self._lengths[item.split, 1 << len(tokens).bit_length()] += 1
         content = document.text.encode()
         key = (item.split, document.source, document.language)
         sums = self._groups.setdefault(key, np.zeros(5, np.int64))
-        sums += (1, len(item.tokens), len(content), len(document.text), count_words(content))
-        self._lengths[item.split, 1 << len(item.tokens).bit_length()] += 1
+        sums += (len(item.arrays), item.tokens, len(content), len(document.text), count_words(content))
 
     def close(self, *, last: bool) -> Segment:
         """Finish the shards, then write the record."""

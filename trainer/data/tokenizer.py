@@ -2,14 +2,19 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from officina.trainer.data.manifest import TokenizerInfo
 from officina.trainer.data.shards import DTYPES
 from officina.trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from officina.trainer.data.documents import Document
+    from officina.trainer.data.samples import Part
 
 EOS = "<|endoftext|>"
 EOS_NAMES = (EOS, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>")
@@ -33,6 +38,7 @@ def given_tokenizer(path: Path) -> str:
     """The text of a tokenizer.json. Raises DataError if it is none."""
     from tokenizers import Tokenizer
 
+    path = path / "tokenizer.json" if path.is_dir() else path
     try:
         text = path.read_text(encoding="utf-8")
         Tokenizer.from_str(text)
@@ -72,12 +78,61 @@ class Encoder:
         """Encodings, without the end of document: the part that needs no Python, so that it runs beside it in a thread."""
         return self._encode(texts, add_special_tokens=False)
 
-    def ids(self, encoding: Any) -> np.ndarray:
-        """(n + 1,) ids in the shards' dtype."""
+    def arrays(self, encoding: Any) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """(n + 1,) ids in the shards' dtype, all of them trained on."""
         ids = encoding.ids
         out = np.empty(len(ids) + 1, DTYPES[self.dtype])
         out[:-1], out[-1] = ids, self._eos_id
-        return out
+        return [(out, None)]
+
+
+class SampleEncoder:
+    """Samples to token ids and to which of them are trained on: those that begin within an answer.
+
+    Special tokens that the text spells are special tokens. A token never holds a part of a prompt and a part of its answer:
+    there the text is divided and each part tokenised by itself.
+    """
+
+    def __init__(self, text: str, info: TokenizerInfo) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_str(text)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.post_processor = None  # some trim white space off the offsets
+        self.dtype = dtype_of(info.vocab_size)
+
+    def encode(self, documents: Sequence["Document"]) -> list[Any]:
+        """Per document its encodings, with what `arrays` needs beside them."""
+        encodings = iter(self._tokenizer.encode_batch([part.text for document in documents for part in document.parts],
+                                                      add_special_tokens=False))
+        return [(document, [next(encodings) for _ in document.parts]) for document in documents]
+
+    def arrays(self, encoded: Any) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """(n,) ids in the shards' dtype and (n,) bool, for each part. Raises DataError naming the row, and no text."""
+        document, encodings = encoded
+        return [self._part(part, encoding, document.place) for part, encoding in zip(document.parts, encodings, strict=True)]
+
+    def _part(self, part: "Part", encoding: Any, place: str) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = np.asarray(encoding.ids), np.asarray(encoding.offsets).reshape(-1, 2)
+        cuts = sorted({a for a, _ in part.spans if ((offsets[:, 0] < a) & (offsets[:, 1] > a)).any()})
+        if cuts:
+            bounds = [0, *cuts, len(part.text)]
+            pieces = [self._tokenizer.encode(part.text[a:b], add_special_tokens=False) for a, b in pairwise(bounds)]
+            whole = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+            ids = np.concatenate([np.asarray(piece.ids, np.int64) for piece in pieces])
+            offsets = np.concatenate([np.asarray(piece.offsets).reshape(-1, 2) + a for piece, a in
+                                      zip(pieces, bounds, strict=False)])
+            if self._tokenizer.decode(ids.tolist(), skip_special_tokens=False) != whole:
+                raise DataError(f"{place}: a token lies across the border of prompt and answer, and this tokenizer gives "
+                                "another text when they are tokenised one by one. End the prompt with a line break, or with a "
+                                "template that ends it with a special token.")
+        trained = np.zeros(len(ids), bool)
+        for a, b in part.spans:
+            trained |= (offsets[:, 0] >= a) & (offsets[:, 0] < b)
+        if not trained[1:].any():
+            raise DataError(f"{place}: no token of it is trained on. Leave the row out.")
+        return ids.astype(DTYPES[self.dtype]), trained
 
 
 def dtype_of(vocab_size: int) -> str:
