@@ -39,6 +39,7 @@ _COMMANDS = {
     "plan": "what a run will take: ranks, mesh, memory by part, hours, cost; on a site or on a number of ranks",
     "check": "every problem of a configuration at once, else what the run would be",
     "generate": "text from a run's checkpoint",
+    "convert": "models in Hugging Face's form, in and out",
     "data": "build, check, describe, stage and audit data sets",
     "report": "report.html and report.json of a run",
     "sites": "the supercomputers officina knows: shape, limits and rules of each, and where every value comes from",
@@ -51,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0 done; 2 the user can mend it (message on stderr); 75 to be continued; 76 no progress; 1 our bug."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["generate"]:  # the one command here that computes, so it brings torch in
+        if argv[:1] == ["generate"]:  # what computes where it is called brings torch in
             return import_module("officina.trainer.generate").main(argv[1:])
+        if argv[:1] == ["convert"]:
+            return import_module("officina.trainer.convert").main(argv[1:])
         args = _read(argv)
         module, function = args.command.split(":")
         return getattr(import_module(module), function)(args)
@@ -150,6 +153,10 @@ def _generate(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Its arguments are read by `officina.trainer.generate`, which brings torch in; `main` goes there directly."""
 
 
+def _convert(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Its arguments are read by `officina.trainer.convert`, as those of `generate`."""
+
+
 def _data(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.epilog = """\
 examples:
@@ -216,7 +223,7 @@ def _force(command: argparse.ArgumentParser) -> None:
 
 
 _ARGUMENTS = {"train": _train, "resume": _resume, "submit": _submit, "plan": _plan, "check": _check, "generate": _generate,
-              "data": _data, "report": _report, "sites": _sites, "demo": _demo, "bench": _bench}
+              "convert": _convert, "data": _data, "report": _report, "sites": _sites, "demo": _demo, "bench": _bench}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -143,6 +143,9 @@ def _read_origin(text: str, exact: bool = False) -> Origin:
     run = load_config(run_dir / CONFIG)
     if step and not step.isdigit():
         raise ConfigError([Problem("from", text, "STEP must be a number", f"from={run_dir}@{(_steps(run_dir) or [100])[-1]}")])
+    if (history := read_history(run_dir)) and history[0].get("action") == "import":
+        raise ConfigError([Problem("from", text, "holds the weights of a model that was imported, and no run",
+                                   f"officina train init_from={run_dir} model=from_init")])
     there = _steps(run_dir)
     if step and int(step) not in there:
         known = ", ".join(map(str, there)) or "none"

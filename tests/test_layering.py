@@ -23,7 +23,8 @@ LEVELS = (
     {"checkpoint"},
     {"step", "validate", "resume", "init_from", "initial"},
     {"assemble"},
-    {"loop", "generate"},
+    {"loop", "generate", "card"},
+    {"convert"},
     {"__main__"},
 )
 """Modules and packages of trainer from the ground up; those of one level may import each other, but see SIBLINGS."""
@@ -33,7 +34,8 @@ SIBLINGS = {"model", "data", "parallel"}
 HEAVY = {"torch", "triton", "deepspeed", "transformers"}
 """What a login node does not have."""
 BRINGS_TORCH = {
-    ("launch/cli.py", "officina.trainer.generate"): "the one command that computes where it is called",
+    ("launch/cli.py", "officina.trainer.generate"): "computes where it is called",
+    ("launch/cli.py", "officina.trainer.convert"): "reads and writes weights where it is called",
 }
 """Modules with torch that launch may load when a command needs them, and why."""
 ONLY_IN = {"hydra": {"configs/compose.py"}, "omegaconf": {"configs/compose.py"},

@@ -1,8 +1,9 @@
 """Text from a checkpoint: `officina generate RUN "prompt"`."""
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from officina.trainer.checkpoint.read import open_checkpoint
 from officina.trainer.config import DecoderConfig, LoraConfig, RunConfig
 from officina.trainer.data.tokenizer import EOS_NAMES
 from officina.trainer.errors import OfficinaError
+from officina.trainer.hf.base import BASE_DIR
 from officina.trainer.model.build import build_transformer, check_attention
 from officina.trainer.model.lora import MergedSource
 from officina.trainer.model.transformer import Transformer
@@ -26,14 +28,15 @@ EXAMPLES = """examples:
 
 
 def generate(module: Transformer, tokens: Sequence[int], *, max_new_tokens: int, temperature: float = 1.0,
-             top_p: float = 1.0, seed: int = 0, stop_id: int | None = None) -> Iterator[int]:
+             top_p: float = 1.0, seed: int = 0, stop_id: int | Collection[int] | None = None) -> Iterator[int]:
     """Continue `tokens` one token at a time; the same seed gives the same tokens.
 
     temperature: 0 takes the most likely token. top_p: draw from the fewest tokens whose probability reaches this.
-    stop_id: end before this token. Raises OfficinaError for values that make no sense.
+    stop_id: end before this token, or any of these. Raises OfficinaError for values that make no sense.
     """
     _check(tokens, module.config.vocab_size, max_new_tokens, temperature, top_p)
-    return _continue(module, tokens, max_new_tokens, temperature, top_p, seed, stop_id)
+    stop_ids = () if stop_id is None else (stop_id,) if isinstance(stop_id, int) else tuple(stop_id)
+    return _continue(module, tokens, max_new_tokens, temperature, top_p, seed, stop_ids)
 
 
 def load(run: RunConfig, source: Source, device: torch.device) -> Transformer:
@@ -66,12 +69,12 @@ def main(argv: Sequence[str]) -> int:
         for fault in checkpoint.passed_over:
             print(f"officina generate: {fault}", file=sys.stderr)
         module = load(run, checkpoint, torch.device("cuda" if use_gpu else "cpu"))
-    stop_id = _end_of_document(tokenizer)
-    tokens = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [0 if stop_id is None else stop_id]
+    stop_ids = _stop_ids(run_dir, tokenizer)
+    tokens = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [stop_ids[0] if stop_ids else 0]
     said = [args.prompt]
     sys.stdout.write(args.prompt)
     new = generate(module, tokens, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                   top_p=args.top_p, seed=args.seed, stop_id=stop_id)
+                   top_p=args.top_p, seed=args.seed, stop_id=stop_ids)
     for text in stream_text(tokenizer.decode, tokens, new):
         said.append(text)
         sys.stdout.write(text)
@@ -96,7 +99,7 @@ def stream_text(decode: Callable[[list[int]], str], prompt: Sequence[int], new: 
 
 @torch.no_grad()
 def _continue(module: Transformer, tokens: Sequence[int], max_new_tokens: int, temperature: float, top_p: float,
-              seed: int, stop_id: int | None) -> Iterator[int]:
+              seed: int, stop_ids: tuple[int, ...]) -> Iterator[int]:
     device = module.embed.weight.device
     random = torch.Generator().manual_seed(seed)  # on the CPU: the same draws whatever the device
     cache = module.new_cache()
@@ -104,7 +107,7 @@ def _continue(module: Transformer, tokens: Sequence[int], max_new_tokens: int, t
     for _ in range(max_new_tokens):
         logits_V = module(fed, cache=cache)[0, -1]
         token = _sample(logits_V.cpu(), temperature, top_p, random)
-        if token == stop_id:
+        if token in stop_ids:
             return
         yield token
         fed = torch.tensor([[token]], device=device)
@@ -133,10 +136,15 @@ def _check(tokens: Sequence[int], vocab_size: int, max_new_tokens: int, temperat
         raise OfficinaError(f"--top-p {top_p} must be above 0 and at most 1, for example 0.95")
 
 
-def _end_of_document(tokenizer: Tokenizer) -> int | None:
-    """The token that ends documents; None if the tokenizer has none that `officina data build` would take."""
+def _stop_ids(run_dir: Path, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end a text: those of the model the run started from, else the one that ends documents of its data."""
+    for name in ("generation_config.json", "config.json"):
+        path = run_dir / BASE_DIR / name
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            return found if isinstance(found, list) else [found]
     ids = (tokenizer.token_to_id(name) for name in EOS_NAMES)
-    return next((found for found in ids if found is not None), None)
+    return [found for found in ids if found is not None][:1]
 
 
 def _parser() -> argparse.ArgumentParser:

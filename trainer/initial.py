@@ -17,7 +17,7 @@ from officina.trainer.checkpoint.read import open_checkpoint
 from officina.trainer.checkpoint.verify import RankGroup, threads_here
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import ConfigError
-from officina.trainer.hf.base import BASE_DIR, Base, open_base
+from officina.trainer.hf.base import BASE_DIR, Base, card_licence, open_base
 from officina.trainer.hf.source import FolderSource
 from officina.trainer.init_from import init_problems
 from officina.trainer.state import PARAM, Source
@@ -100,10 +100,12 @@ def keep_base(base: Base, run_dir: Path, facts: Mapping[str, object]) -> None:
     for name, path in base.small_files.items():
         shutil.copyfile(path, folder / name)
     if base.tensors:
+        if licence := card_licence(base.path):
+            facts = {**facts, "licence": licence}
         dtypes = {name: stored.dtype for name, stored in base.tensors.items()}
         common = max(set(dtypes.values()), key=list(dtypes.values()).count)
         facts = {**facts, "dtype": common, "other_dtypes": {n: d for n, d in dtypes.items() if d != common}}
     elif before := read_weights_record(base.path):
-        kept = {key: before[key] for key in ("dtype", "other_dtypes") if key in before}
+        kept = {key: before[key] for key in ("dtype", "other_dtypes", "licence") if key in before}
         facts = {**facts, **kept, "base": {key: before[key] for key in ("name", "kind", "hash", "base") if key in before}}
     (folder / WEIGHTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

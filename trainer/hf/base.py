@@ -46,6 +46,17 @@ class Base:
         return {name: folder / name for folder in folders for name in SMALL_FILES if (folder / name).is_file()}
 
 
+def card_licence(folder: Path) -> str:
+    """`license` in the front matter of the folder's model card; empty if there is none."""
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        return ""
+    front = re.match(r"---\s*\n(.*?)\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    found = {key: match[1].strip().strip("'\"") for key in ("license", "license_name")
+             if front and (match := re.search(rf"^{key}:\s*(\S.*)$", front[1], re.MULTILINE))}
+    return found.get("license_name" if found.get("license") == "other" else "license", found.get("license", ""))
+
+
 def open_base(text: str) -> Base:
     """FOLDER, RUN or RUN@STEP. OfficinaError says what is there instead."""
     path, step = Path(text), None
@@ -60,8 +71,8 @@ def open_base(text: str) -> Base:
     if (path / CONFIG_FILE).is_file() and step is None:
         return _open_folder(path)
     if not path.exists():
-        raise OfficinaError(f"{path} does not exist. Name a folder that holds config.json and *.safetensors, or a run: "
-                            "init_from=runs/demo or init_from=runs/demo@200")
+        raise OfficinaError(f"{path} does not exist. Name a folder that holds config.json and *.safetensors, or a run of "
+                            "officina: runs/demo or runs/demo@200")
     raise OfficinaError(f"{path} has neither {CONFIG_FILE} (a model in Hugging Face's form) nor {CONFIG} (a run of officina). "
                         "Name a folder that holds one, for example init_from=runs/demo")
 

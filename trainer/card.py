@@ -1,0 +1,142 @@
+"""The model card of an export, README.md: base, data, languages, licences, compute, evaluation, from the run's records.
+
+What the records do not say is said to be missing; nothing is guessed.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from officina.trainer.config import RunConfig
+from officina.trainer.data.manifest import open_dataset
+from officina.trainer.errors import DataError
+from officina.trainer.initial import read_weights_record
+from officina.trainer.metrics import RunMetrics, read_metrics
+from officina.trainer.model.flops import parameter_count
+from officina.trainer.run_dir import read_history, read_run_id
+
+
+def model_card(run_dir: Path, run: RunConfig, export: Mapping[str, Any]) -> str:
+    """Markdown with the front matter that hubs read. export: the result of `export_run`."""
+    metrics, record = read_metrics(run_dir), read_weights_record(run_dir)
+    trained = bool(metrics.steps)
+    data = _data(run)
+    languages = sorted({code for _, facts in data for code in facts.get("languages", [])})
+    base = record.get("name")
+    parts = [
+        _front_matter(base, record.get("licence"), languages),
+        f"# {run.name}\n\n{_first_words(run, record, trained)}",
+        "## Base\n\n" + (_base(record) if record else "None: trained from random weights."),
+        "## Model\n\n" + _model(run, export),
+        "## Data\n\n" + _data_table(data),
+        "## Licence\n\n" + _licence(record, data),
+        "## Compute\n\n" + (_compute(run, metrics) if trained else "No training was done here."),
+        "## Evaluation\n\n" + _evaluation(metrics),
+        "## Origin\n\n" + _origin(run_dir, export),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(base: str | None, licence: str | None, languages: list[str]) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    lines += [f"base_model: {json.dumps(base)}"] if base else []
+    lines += [f"license: {json.dumps(licence)}"] if licence else []
+    lines += ["language:", *(f"- {json.dumps(code)}" for code in languages)] if languages else []
+    return "\n".join(["---", *lines, "---"])
+
+
+def _first_words(run: RunConfig, record: Mapping[str, Any], trained: bool) -> str:
+    if not record:
+        return "A language model trained with officina."
+    return f"{record['name']}, trained further with officina." if trained else f"{record['name']}, as it was imported."
+
+
+def _base(record: Mapping[str, Any]) -> str:
+    lines = [f"- {record['name']} ({record['parameters']:,} parameters), hash of the weights `{record['hash']}`"]
+    before = record.get("base")
+    while before:
+        lines.append(f"- which came from {before['name']}, hash of the weights `{before['hash']}`")
+        before = before.get("base")
+    return "\n".join(lines)
+
+
+def _model(run: RunConfig, export: Mapping[str, Any]) -> str:
+    model, counts = run.model, parameter_count(run.model)
+    rows = [("architecture", export["family"]), ("parameters", f"{counts.total:,}"),
+            ("layers, width, MLP", f"{model.n_layers}, {model.d_model}, {model.d_ff}"),
+            ("heads, key-value heads, head width", f"{model.n_heads}, {model.kv_heads}, {model.head_size}"),
+            ("vocabulary", f"{model.vocab_size:,}"), ("stored as", export["dtype"])]
+    return _table(("", ""), rows)
+
+
+def _data(run: RunConfig) -> list[tuple[str, dict[str, Any]]]:
+    found = []
+    for name, source in run.data.sources.items():
+        facts: dict[str, Any] = {"weight": source.weight}
+        try:
+            manifest = open_dataset(source.path).manifest
+            facts |= {"title": f"{manifest.name} {manifest.version}", "licence": manifest.licence,
+                      "languages": list(manifest.languages), "creators": list(manifest.creators), "url": manifest.url,
+                      "personal_data": manifest.personal_data}
+        except DataError:
+            facts["title"] = "not at hand when this was written"
+        found.append((name, facts))
+    return found
+
+
+def _data_table(data: list[tuple[str, dict[str, Any]]]) -> str:
+    if not data:
+        return "The records name none."
+    total = sum(facts["weight"] for _, facts in data)
+    rows = [(name, facts["title"], f"{facts['weight'] / total:.1%}", facts.get("licence") or "not stated",
+             ", ".join(facts.get("languages", [])) or "not stated", ", ".join(facts.get("creators", [])) or "not stated")
+            for name, facts in data]
+    return _table(("source", "data set", "share of rows", "licence", "languages", "creators"), rows)
+
+
+def _licence(record: Mapping[str, Any], data: list[tuple[str, dict[str, Any]]]) -> str:
+    lines = [f"- base: {record.get('licence') or 'its card was not beside the weights; look it up'}"] if record else []
+    lines += [f"- {name}: {facts.get('licence') or 'not stated'}" for name, facts in data]
+    return "\n".join([*lines, "- these weights: to be decided by who publishes them, within the licences above"])
+
+
+def _compute(run: RunConfig, metrics: RunMetrics) -> str:
+    starts = [generation.start for generation in metrics.generations]
+    seconds = sum(step.step_time_s for step in metrics.steps)
+    processed = len(metrics.steps) * run.batch.rows * run.batch.seq_len
+    rows = [("optimizer steps", f"{metrics.steps[-1].step:,}"), ("tokens with a loss", f"{metrics.tokens:,}"),
+            ("tokens processed", f"{processed:,}"), ("time in steps", f"{seconds / 3600:.2f} h"),
+            ("ranks", ", ".join(sorted({f"{s.world_size} x {s.device}" for s in starts}))),
+            ("device hours", f"{seconds / 3600 * max(s.world_size for s in starts):.2f}"),
+            ("engine, precision", ", ".join(sorted({f"{s.engine}, {s.precision}" for s in starts})))]
+    per_token = starts[-1].flops_per_token_causal
+    if per_token:
+        rows.append(("training FLOPs (architecture, attention causal, no recomputation)", f"{per_token * processed:.2e}"))
+    return _table(("", ""), rows)
+
+
+def _evaluation(metrics: RunMetrics) -> str:
+    if not metrics.evals:
+        return "None in the run's records."
+    last = {record.source: record for record in metrics.evals}
+    rows = [(name, f"{r.step:,}", f"{r.loss_nats:.4f}", f"{math.exp(min(r.loss_nats, 700)):.3f}", f"{r.tokens:,}")
+            for name, r in last.items()]
+    return "Held-out loss at the last evaluation of each source.\n\n" + _table(
+        ("source", "step", "loss (nats/token)", "perplexity", "tokens"), rows)
+
+
+def _origin(run_dir: Path, export: Mapping[str, Any]) -> str:
+    history = read_history(run_dir)
+    versions = history[-1].get("versions", {}) if history else {}
+    rows = [("run", read_run_id(run_dir) or "unknown"), ("step", f"{export['step']:,}"),
+            ("hash of the weights", f"`{export['hash']}`"),
+            ("officina", f"{versions.get('officina', 'unknown')}, commit {history[-1].get('commit') if history else None}"),
+            *((f"SHA-256 of {name}", f"`{digest}`") for name, digest in export["files"].items())]
+    return _table(("", ""), rows)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
