@@ -114,6 +114,8 @@ def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devi
            branch: bool) -> Plan:
     composed = recompose(origin.run, words)
     found = _all_problems(composed, world_size, devices, _going(origin, branch))
+    if composed.run.adapter.kind != "none" and not composed.problems:  # frozen weights are read at every start
+        found += init_problems(composed.run, force=True)
     against = resume_problems(origin.run, composed.run, step=origin.step, position=origin.position, force=force, branch=branch)
     reported = {problem.key for problem in found}
     found += [problem for problem in against if problem.key not in reported]

@@ -6,7 +6,7 @@ import math
 import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,7 +27,7 @@ from officina.trainer.data.register import Uses
 from officina.trainer.environment import describe, device_facts, rank_facts, write_environment
 from officina.trainer.errors import EXIT_DONE, CheckpointError
 from officina.trainer.hf.base import BASE_DIR
-from officina.trainer.initial import initial_weights
+from officina.trainer.initial import all_weights, content_of, initial_weights
 from officina.trainer.loggers import Trackers, open_trackers
 from officina.trainer.metrics import (
     EvalMetrics,
@@ -37,7 +37,7 @@ from officina.trainer.metrics import (
     StepMetrics,
     StopMetrics,
 )
-from officina.trainer.model.build import build_model
+from officina.trainer.model.build import Built, build_model
 from officina.trainer.model.flops import flops_per_token
 from officina.trainer.model.lora import AdapterSource
 from officina.trainer.model.peaks import peak_bf16_flops
@@ -48,6 +48,7 @@ from officina.trainer.ranks import Ranks
 from officina.trainer.run_dir import committed_steps, read_history, read_run_id
 from officina.trainer.schema import dump_run
 from officina.trainer.spikes import SpikeDetector
+from officina.trainer.state import Piece
 
 
 @dataclass(slots=True)
@@ -76,6 +77,8 @@ class Job:
     flops: tuple[float, float] | None
     """Training FLOPs per token, attention counted causally and in full; None for custom models."""
     peak_flops: float | None
+    frozen: Mapping[str, str]
+    """Frozen weights, which a checkpoint names by the hash of their values."""
     step: int = 0
     """Steps done."""
     tokens: int = 0
@@ -109,7 +112,11 @@ class Job:
             step=self.step, tokens=self.tokens, position=self.position, optimizer_steps=self.engine.optimizer_steps,
             loader=loader, rng={"scheme": "seed, step and rank", "seed": self.run.seed},
             config_fingerprint=fingerprint(self.run), data_fingerprints=loader["fingerprints"],
-            spikes={"loss": self.loss_spikes.state(), "grad_norm": self.norm_spikes.state()})
+            spikes={"loss": self.loss_spikes.state(), "grad_norm": self.norm_spikes.state()}, frozen=self.frozen)
+
+    def trained_state(self) -> Iterator[Piece]:
+        """This rank's share of what a checkpoint holds of the engine."""
+        return _trained(self.engine, self.frozen)
 
     def save(self, *, wait: bool) -> None:
         """Write a checkpoint of this step; `wait`: return only when it is committed or has failed."""
@@ -121,7 +128,7 @@ class Job:
             self.ledger.sync()
         if wait:
             self.saved(self.saver.wait())
-        self.saved(self.saver.save(self.step, self.engine.export_state(), self.train_state()))
+        self.saved(self.saver.save(self.step, self.trained_state(), self.train_state()))
         if wait:
             self.saved(self.saver.wait())
         self.progress.phase("")
@@ -194,19 +201,9 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
         stack.callback(engine.close)
 
         opened = _newest_checkpoint(run_dir, ranks)
-        if opened is None:
-            base = {name: shape for name, shape in shapes.items() if not built.adapters or name not in built.adapters.fills}
-            with initial_weights(run, built.source, run_dir, base, ranks) as source:
-                first = AdapterSource(source, built.adapters) if built.adapters else source
-                engine.import_state(first, optimizer_steps=None)
-            state = TrainState(step=0)
-        else:
-            stack.enter_context(opened)
-            state = opened.train_state
-            opened.check_fits(shapes)
-            engine.import_state(opened, optimizer_steps=state.optimizer_steps)
-            if precision != "bf16_pure":  # which holds fewer bits than were saved
-                verify_loaded(engine.export_state(), opened, ranks)
+        state, frozen = _fill(engine, run, run_dir, built, shapes, opened, ranks, stack)
+        if opened is not None and precision != "bf16_pure":  # which holds fewer bits than were saved
+            verify_loaded(_trained(engine, frozen), opened, ranks)
 
         loader = stack.enter_context(Loader(run, rank=ranks.rank, world_size=ranks.world_size, position=state.position,
                                             device=ranks.device))
@@ -230,14 +227,45 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
             trackers=stack.enter_context(
                 open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),
             loss_spikes=spikes["loss"], norm_spikes=spikes["grad_norm"], flops=_flops(run),
-            peak_flops=_peak(ranks, precision),
+            peak_flops=_peak(ranks, precision), frozen=frozen,
             step=state.step, tokens=state.tokens, position=state.position,
             saved_step=state.step if opened is not None else -1)
-        job.saver.prepare(engine.export_state())
+        job.saver.prepare(job.trained_state())
         _announce(job, precision, sum(math.prod(shape) for shape in shapes.values()), opened)
         if opened is not None:
             opened.close()
         yield job
+
+
+def _fill(engine: Engine, run: RunConfig, run_dir: Path, built: Built, shapes: Mapping[str, tuple[int, ...]],
+          opened: OpenCheckpoint | None, ranks: Ranks, stack: ExitStack) -> tuple[TrainState, Mapping[str, str]]:
+    """Fill the engine from the checkpoint, or from the beginning. Returns the train state, and the frozen weights by hash."""
+    adapters = built.adapters.fills if built.adapters else {}
+    model = {name: shape for name, shape in shapes.items() if name not in adapters}
+    frozen = {name: shapes[name] for name in built.frozen}
+    if opened is None:
+        with initial_weights(run, built.source, run_dir, model, ranks) as base:
+            first = AdapterSource(base, built.adapters) if built.adapters else base
+            engine.import_state(first, optimizer_steps=None)
+            return TrainState(step=0), _hex(content_of(base, frozen, ranks))
+    stack.enter_context(opened)
+    state = opened.train_state
+    opened.check_fits({name: shape for name, shape in shapes.items() if name not in frozen})
+    if not frozen:
+        engine.import_state(opened, optimizer_steps=state.optimizer_steps)
+        return state, {}
+    with all_weights(run_dir, opened, ranks) as source:
+        engine.import_state(source, optimizer_steps=state.optimizer_steps)
+    return state, state.frozen
+
+
+def _hex(sums: Mapping[str, int]) -> dict[str, str]:
+    return {name: f"{value:016x}" for name, value in sums.items()}
+
+
+def _trained(engine: Engine, frozen: Mapping[str, str]) -> Iterator[Piece]:
+    """The engine's state without the weights that are kept by reference."""
+    return (piece for piece in engine.export_state() if piece.name not in frozen)
 
 
 def _newest_checkpoint(run_dir: Path, ranks: Ranks) -> OpenCheckpoint | None:

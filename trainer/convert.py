@@ -29,7 +29,7 @@ from officina.trainer.hf.config_file import CONFIG_FILE, FAMILIES, family_for, l
 from officina.trainer.hf.family import Family
 from officina.trainer.hf.files import ToWrite, Writer
 from officina.trainer.hf.source import DTYPES, FolderSource
-from officina.trainer.initial import keep_base, read_weights_record, weights_hash
+from officina.trainer.initial import keep_base, plain_weights, read_weights_record, weights_hash
 from officina.trainer.metrics import read_metrics
 from officina.trainer.model.build import build_transformer
 from officina.trainer.run_dir import Start, append_history, load_config, new_run_id, save_config
@@ -125,10 +125,12 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
     with open_checkpoint(run_dir, step=step) as opened:
         for problem in opened.passed_over:
             print(f"officina convert: not taken: {problem}", file=sys.stderr)
-        opened.check_fits(shapes)
-        hash_ = weights_hash(opened, shapes, Alone())
-        for name, tensors in writer.shards.items():
-            writer.write(name, _bytes_of(tensors, ours, opened, family))
+        with plain_weights(run_dir, opened, Alone()) as source:
+            if source is opened:
+                opened.check_fits(shapes)
+            hash_ = weights_hash(source, shapes, Alone())
+            for name, tensors in writer.shards.items():
+                writer.write(name, _bytes_of(tensors, ours, source, family))
         step = opened.step
     writer.finish()
     result = {"family": family.architecture, "dtype": common, "hash": hash_, "step": step,

@@ -11,12 +11,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from officina.trainer.checkpoint.read import open_checkpoint
-from officina.trainer.config import DecoderConfig, LoraConfig, RunConfig
+from officina.trainer.checkpoint.verify import Alone
+from officina.trainer.config import DecoderConfig, RunConfig
 from officina.trainer.data.tokenizer import EOS_NAMES
 from officina.trainer.errors import OfficinaError
 from officina.trainer.hf.base import BASE_DIR
+from officina.trainer.initial import plain_weights
 from officina.trainer.model.build import build_transformer, check_attention
-from officina.trainer.model.lora import MergedSource
 from officina.trainer.model.transformer import Transformer
 from officina.trainer.run_dir import load_config
 from officina.trainer.state import PARAM, Source
@@ -47,8 +48,6 @@ def load(run: RunConfig, source: Source, device: torch.device) -> Transformer:
     check_attention(run.model, device.type)
     module = build_transformer(run.model).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     module = module.to_empty(device=device).eval().requires_grad_(False)
-    if isinstance(run.adapter, LoraConfig):
-        source = MergedSource(source, run.model, run.adapter)
     for name, parameter in module.named_parameters():
         parameter.copy_(source.read(name, PARAM, 0, parameter.numel()).view_as(parameter))
     return module
@@ -68,7 +67,8 @@ def main(argv: Sequence[str]) -> int:
     with open_checkpoint(run_dir, step=args.step) as checkpoint:
         for fault in checkpoint.passed_over:
             print(f"officina generate: {fault}", file=sys.stderr)
-        module = load(run, checkpoint, torch.device("cuda" if use_gpu else "cpu"))
+        with plain_weights(run_dir, checkpoint, Alone()) as source:
+            module = load(run, source, torch.device("cuda" if use_gpu else "cpu"))
     stop_ids = _stop_ids(run_dir, tokenizer)
     tokens = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [stop_ids[0] if stop_ids else 0]
     said = [args.prompt]

@@ -1,5 +1,7 @@
 """`init_from` judged before a rank starts: is there a model, and is it the one that the run describes? Torch-free."""
 
+from dataclasses import replace
+
 from officina.trainer.config import DecoderConfig, RunConfig
 from officina.trainer.errors import ConfigError, OfficinaError, Problem
 from officina.trainer.hf.base import Base, open_base
@@ -51,6 +53,9 @@ def _differences(base: Base, run: RunConfig, force: bool) -> list[Problem]:
     """Judged by the table of resume: what needs --force there needs it here."""
     there, here = RunConfig(model=canonical(base.model)), RunConfig(model=canonical(run.model))
     refused, found = [], []
+    grown = replace(there, model=replace(there.model, vocab_size=max(there.model.vocab_size, here.model.vocab_size)))
+    if not any(ruling(change.key)[0] == "refused" for change in changes(grown, here)):
+        there = grown  # the same model with more tokens: its new rows begin as the mean of the old ones
     for change in changes(there, here):
         rule, why = ruling(change.key)
         if rule == "refused":

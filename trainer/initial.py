@@ -1,29 +1,38 @@
-"""The first values of a run's weights: random ones, a folder in Hugging Face's form, or another run's checkpoint."""
+"""Where a run's weights come from: at its beginning random ones, a folder in Hugging Face's form or another run's checkpoint;
+later its own checkpoint, and for weights that an adapter leaves frozen still the beginning, checked by hash."""
 
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from officina.trainer.checkpoint.content import ContentHasher, add_shares
-from officina.trainer.checkpoint.read import open_checkpoint
+from officina.trainer.checkpoint.read import OpenCheckpoint, open_checkpoint
 from officina.trainer.checkpoint.verify import RankGroup, threads_here
-from officina.trainer.config import RunConfig
-from officina.trainer.errors import ConfigError
+from officina.trainer.config import LoraConfig, RunConfig
+from officina.trainer.errors import CheckpointError, ConfigError, OfficinaError
 from officina.trainer.hf.base import BASE_DIR, Base, card_licence, open_base
 from officina.trainer.hf.source import FolderSource
 from officina.trainer.init_from import init_problems
+from officina.trainer.model.build import build_model
+from officina.trainer.model.lora import MergedSource
+from officina.trainer.model.shapes import parameter_shapes
+from officina.trainer.run_dir import CONFIG, load_config
 from officina.trainer.state import PARAM, Source
 
 WEIGHTS_FILE = "weights.json"
 """In RUN/base: name and hash of the weights that the run started from."""
+VOCABULARY = ("embed.weight", "head.weight")
+"""Matrices with a row per token."""
 _PART = 1 << 22
 """Elements hashed at a time."""
 
@@ -33,8 +42,9 @@ def initial_weights(run: RunConfig, random: Source, run_dir: Path, shapes: Mappi
                     ranks: RankGroup) -> Iterator[Source]:
     """Where the model of a run that has no checkpoint yet gets its values. Collective over `ranks`.
 
-    random: the source of a run without `init_from`. shapes: of every parameter. What the weights are is written to
-    RUN/base, beside the model's configuration and tokenizer. Raises ConfigError, OfficinaError or CheckpointError.
+    random: the source of a run without `init_from`. shapes: of every parameter of the model, adapters left out. What the
+    weights are is written to RUN/base, beside the model's configuration and tokenizer. Raises ConfigError, OfficinaError or
+    CheckpointError.
     """
     if not run.init_from:
         yield random
@@ -45,6 +55,8 @@ def initial_weights(run: RunConfig, random: Source, run_dir: Path, shapes: Mappi
     with open_weights(base, shapes, ranks) as source:
         facts = {"name": base.name, "kind": "folder" if base.family else "run",
                  "hash": weights_hash(source, shapes, ranks), "parameters": sum(map(math.prod, shapes.values()))}
+        if isinstance(source, GrownSource):
+            facts["new_rows"] = {"first": source.old_rows, "stop": source.new_rows, "values": "mean of the rows before"}
         if ranks.rank == 0:
             keep_base(base, run_dir, facts)
         yield source
@@ -52,20 +64,130 @@ def initial_weights(run: RunConfig, random: Source, run_dir: Path, shapes: Mappi
 
 @contextmanager
 def open_weights(base: Base, shapes: Mapping[str, tuple[int, ...]], ranks: RankGroup) -> Iterator[Source]:
-    """The weights of `base`, checked to be those of a module with these parameters. Collective."""
+    """The weights of `base`, checked to be those of a module with these parameters. Collective.
+
+    Where `shapes` has more rows of the vocabulary than the base, the new ones are the mean of the old.
+    """
+    old_rows = base.model.vocab_size
+    grown = {name: shape[0] for name, shape in shapes.items() if name in VOCABULARY and shape[0] > old_rows}
+    own = {name: (old_rows, *shape[1:]) if name in grown else shape for name, shape in shapes.items()}
+    with _open_own(base, own, ranks) as source:
+        yield GrownSource(source, old_rows, max(grown.values()), base.model.d_model) if grown else source
+
+
+@contextmanager
+def _open_own(base: Base, shapes: Mapping[str, tuple[int, ...]], ranks: RankGroup) -> Iterator[Source]:
     if base.family:
         yield FolderSource(base, shapes)
         return
-    with open_checkpoint(base.path, step=base.step, ranks=ranks) as opened:
-        opened.check_fits(shapes)
+    with open_checkpoint(base.path, step=base.step, ranks=ranks) as opened, \
+            plain_weights(base.path, opened, ranks) as source:
+        if source is opened:
+            opened.check_fits(shapes)
+        yield source
+
+
+# ---- frozen weights --------------------------------------------------------------------------------------------------
+@contextmanager
+def plain_weights(run_dir: Path, opened: OpenCheckpoint, ranks: RankGroup) -> Iterator[Source]:
+    """The weights of a checkpoint as those of the plain transformer: adapters merged, in fp32. Collective."""
+    run = load_config(run_dir)
+    if not isinstance(run.adapter, LoraConfig):
         yield opened
+        return
+    with all_weights(run_dir, opened, ranks) as source:
+        yield MergedSource(source, run.model, run.adapter)
 
 
-def weights_hash(source: Source, shapes: Mapping[str, tuple[int, ...]], ranks: RankGroup) -> str:
-    """What the weights are, 32 hex digits: the same for equal fp32 values, whatever file, dtype, sharding or engine they come
-    from. Collective; each rank reads its share of every tensor.
+@contextmanager
+def all_weights(run_dir: Path, opened: OpenCheckpoint, ranks: RankGroup) -> Iterator[Source]:
+    """All weights of a run with an adapter: its own from the checkpoint, frozen ones from the base, checked. Collective."""
+    run = load_config(run_dir)
+    built = build_model(run)
+    shapes = parameter_shapes(run.model)
+    with base_weights(run, built.source, shapes, ranks, run_dir) as base:
+        check_frozen(base, opened, content_of(base, {name: shapes[name] for name in built.frozen}, ranks), run_dir)
+        yield JoinedSource(opened, base, built.frozen)
 
-    It is the SHA-256 of all (name, shape, content sum of the values); content sums are those of checkpoints.
+
+@contextmanager
+def base_weights(run: RunConfig, random: Source, shapes: Mapping[str, tuple[int, ...]], ranks: RankGroup,
+                 run_dir: Path) -> Iterator[Source]:
+    """What the run started from, again: for its frozen weights. Collective."""
+    if not run.init_from:
+        yield random
+        return
+    try:
+        base = open_base(run.init_from)
+    except OfficinaError as error:
+        raise CheckpointError(f"the frozen weights of {run_dir} lie where it started from, init_from={run.init_from}: {error}. "
+                              f"If they have moved, say where to: init_from in {run_dir / CONFIG}") from error
+    with open_weights(base, shapes, ranks) as source:
+        yield source
+
+
+class JoinedSource:
+    """A `state.Source` of a checkpoint whose frozen weights lie elsewhere."""
+
+    def __init__(self, opened: Source, base: Source, frozen: Collection[str]) -> None:
+        self._opened, self._base, self._frozen = opened, base, frozenset(frozen)
+
+    def read(self, name: str, slot: str, start: int, stop: int) -> Tensor:
+        return (self._base if name in self._frozen else self._opened).read(name, slot, start, stop)
+
+
+class GrownSource:
+    """A `state.Source` of a model whose vocabulary has grown: each new row of embedding and head is the mean of the old ones.
+
+    The mean is taken in fp64 over whole columns in one order, so it does not depend on the sharding.
+    """
+
+    def __init__(self, source: Source, old_rows: int, new_rows: int, width: int) -> None:
+        self.source, self.old_rows, self.new_rows = source, old_rows, new_rows
+        self._width = width
+        self._means: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str, slot: str, start: int, stop: int) -> Tensor:
+        border = self.old_rows * self._width
+        if name not in VOCABULARY or stop <= border:
+            return self.source.read(name, slot, start, stop)
+        old = self.source.read(name, slot, start, border) if start < border else torch.empty(0)
+        first = max(start, border) - border
+        row, rows = first // self._width, -(-(stop - border) // self._width)
+        new = self._mean(name).repeat(rows - row)
+        return torch.cat([old, new[first - row * self._width:stop - border - row * self._width]])
+
+    def _mean(self, name: str) -> Tensor:
+        with self._lock:
+            if name not in self._means:
+                total, step = torch.zeros(self._width, dtype=torch.float64), max(1, _PART // self._width)
+                for row in range(0, self.old_rows, step):
+                    stop = min(self.old_rows, row + step)
+                    part = self.source.read(name, PARAM, row * self._width, stop * self._width)
+                    total += part.view(-1, self._width).sum(0, dtype=torch.float64)
+                self._means[name] = (total / self.old_rows).float()
+            return self._means[name]
+
+
+def check_frozen(base: Source, opened: OpenCheckpoint, found: Mapping[str, int], run_dir: Path) -> None:
+    """Raise CheckpointError unless the frozen weights have the content (of `content_of`) that the checkpoint names."""
+    stated = opened.train_state.frozen
+    wrong = [name for name, value in found.items() if stated.get(name) != f"{value:016x}"]
+    if wrong:
+        source = base.source if isinstance(base, GrownSource) else base
+        where = [f"{name} in {source.where(name)}" if hasattr(source, "where") else name for name in wrong]
+        more = f"\n  ... and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise CheckpointError(
+            f"{opened.path} was trained beside other frozen weights than those that are there now. Different are:\n  "
+            + "\n  ".join(where[:8]) + more + "\nName the folder or run that holds the very weights it started from: "
+            f"officina resume {run_dir} init_from=FOLDER")
+
+
+def content_of(source: Source, shapes: Mapping[str, tuple[int, ...]], ranks: RankGroup) -> dict[str, int]:
+    """Content sum of every tensor's fp32 values, whatever file, dtype, sharding or engine they come from: see content.py.
+
+    Collective; each rank reads its share of every tensor.
     """
     parts = []
     for name, shape in sorted(shapes.items()):
@@ -82,8 +204,12 @@ def weights_hash(source: Source, shapes: Mapping[str, tuple[int, ...]], ranks: R
     with ThreadPoolExecutor(threads_here(ranks)) as threads:
         for name, value in threads.map(share, parts):
             own[name] = (own[name] + value) % 2**64
-    sums = add_shares(list(own.values()), ranks)
-    lines = (f"{name} {list(shapes[name])} {total:016x}\n" for name, total in zip(own, sums, strict=True))
+    return dict(zip(own, add_shares(list(own.values()), ranks), strict=True))
+
+
+def weights_hash(source: Source, shapes: Mapping[str, tuple[int, ...]], ranks: RankGroup) -> str:
+    """What the weights are, 32 hex digits: the SHA-256 of all (name, shape, content sum). Collective."""
+    lines = (f"{name} {list(shapes[name])} {total:016x}\n" for name, total in content_of(source, shapes, ranks).items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
 
 

@@ -40,7 +40,7 @@ def train(run_dir: Path, ranks: Ranks) -> int:
         while job.step < run.steps and not stop_votes and not over_votes and not job.quarantine.is_over:
             factor = lr_factor(run.lr_schedule, job.step, run.steps)
             torch.manual_seed(_seed(run.seed, job.step, ranks.rank))  # dropout follows from the step, not from history
-            before = state_hashes(job.engine.export_state(), slots={PARAM}) if job.unchecked else None
+            before = state_hashes(job.trained_state(), slots={PARAM}) if job.unchecked else None
             job.profiler.step(job.step + 1)
             result = train_step(
                 job.engine, data.micros, device=ranks.device, step_tokens=max(int(step_tokens), 1), lr_factor=factor,
@@ -61,7 +61,7 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             _record(job, data, result, tokens=int(step_tokens), loss_sum=loss_sum, digest=digest, lr_factor=factor,
                     step_time_s=step_time_s, peak_bytes=int(peak_bytes / ranks.world_size))
             if before is not None and result.applied:
-                verify_changed(before, state_hashes(job.engine.export_state(), slots={PARAM}), ranks)
+                verify_changed(before, state_hashes(job.trained_state(), slots={PARAM}), ranks)
                 job.unchecked = False
             job.saved(job.saver.settle(save_votes))
 

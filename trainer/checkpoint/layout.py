@@ -53,6 +53,9 @@ class TrainState:
     data_fingerprints: Mapping[str, str] = field(default_factory=dict)
     spikes: Mapping[str, Any] = field(default_factory=dict)
     """Statistics of the spike detectors."""
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    """Weights that an adapter leaves as they were and that are not stored: name -> content sum of their fp32 values (16 hex
+    digits, see content.py)."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Whatever else the loop wants back."""
 

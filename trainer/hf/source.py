@@ -60,6 +60,10 @@ class FolderSource:
             raise IndexError(f"{name} has {stored.numel} elements; [{start}, {stop}) is outside")
         return read_stored(stored, start, stop)
 
+    def where(self, name: str) -> str:
+        """The file that holds a parameter, for messages."""
+        return str(self._stored[name].file)
+
 
 def read_stored(stored: Stored, start: int, stop: int) -> Tensor:
     """Elements [start, stop) of a stored tensor as fp32, on the CPU."""

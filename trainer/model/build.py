@@ -38,6 +38,8 @@ class Built:
     """Custom models: from one record's bytes to its fields. None for the decoder-only transformer."""
     adapters: FillSource | None = None
     """First values of the adapters, which no base model holds. None: there are none."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that an adapter leaves as they are."""
 
 
 def build_model(run: RunConfig) -> Built:
@@ -48,14 +50,14 @@ def build_model(run: RunConfig) -> Built:
     check_kernels(run.model, run.device)
     module = build_transformer(run.model)
     source: Source = InitSource(module, run.model, run.seed)
-    adapters = None
+    adapters, frozen = None, ()
     if isinstance(run.adapter, LoraConfig):
         if problems := list(adapter_problems(run)):
             raise ConfigError(problems)
         chosen = add_lora(module, run.model, run.adapter)
         adapters = adapter_fills(chosen, run.adapter.rank, run.seed)
-        source = AdapterSource(source, adapters)
-    return Built(module, source, next_token_loss(run.objective.z_loss), None, adapters)
+        source, frozen = AdapterSource(source, adapters), chosen.frozen
+    return Built(module, source, next_token_loss(run.objective.z_loss), None, adapters, frozen)
 
 
 def build_transformer(config: DecoderConfig) -> Transformer:
