@@ -84,7 +84,7 @@ class Request:
         """
         profile, rules = self.profile, self.profile.request
         if rules.memory_per_gpu_gb and self.gpus and "mem-per-gpu" not in rules.forbids:
-            return "mem-per-gpu", f"{rules.memory_per_gpu_gb:g}G"
+            return "mem-per-gpu", f"{int(rules.memory_per_gpu_gb * 1e9) >> 20}M"  # Slurm's units are powers of two
         if profile.node.slurm_memory_mb and profile.gpu.per_node and self.gpus and "mem" not in rules.forbids:
             return "mem", f"{profile.node.slurm_memory_mb * self.gpus // profile.gpu.per_node}M"
         return None

@@ -169,6 +169,9 @@ def _environment(script: Script) -> Iterator[str]:
         yield "# srun does not take the job's --cpus-per-task by itself (Slurm 22.05 and later): each task would get one core."
         yield "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"
         yield f"export OMP_NUM_THREADS={request.cores_per_rank}"
+    if request.job.launcher == "mpirun" and request.what in RANKED:
+        yield "# mpirun hands on what is set; its ranks believe to have a terminal, which the log is not."
+        yield "export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-} TERM=dumb"
     yield "# Output at once; packages only from where they are installed, never from the folder we stand in."
     yield "export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1" + (" PYTHONNOUSERSITE=1" if script.venv or request.image_kind else "")
     if profile.internet.compute is not True:

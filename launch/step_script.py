@@ -106,7 +106,7 @@ def _mask(cores: str) -> str:
 
 
 # ---- mpirun --------------------------------------------------------------------------------------------------------------
-_PASSED = ("PATH", "LD_LIBRARY_PATH", "RUN", "MASTER_ADDR", "MASTER_PORT", "OFFICINA_ATTEMPT", "OFFICINA_END_TIME",
+_PASSED = ("PATH", "LD_LIBRARY_PATH", "TERM", "RUN", "MASTER_ADDR", "MASTER_PORT", "OFFICINA_ATTEMPT", "OFFICINA_END_TIME",
            "OMP_NUM_THREADS", "PYTHONUNBUFFERED", "PYTHONSAFEPATH", "PYTHONNOUSERSITE", "SLURM_JOB_ID")
 
 

@@ -34,7 +34,7 @@ class Progress:
         self._steps, self._unit = steps, unit
         self._enabled = enabled
         self._stream = sys.stderr if stream is None else stream
-        self._live = enabled and (self._stream.isatty() if live is None else live)
+        self._live = enabled and (_is_terminal(self._stream) if live is None else live)
         self._plain_s = plain_s
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS)
         self.start(start_step)
@@ -156,6 +156,11 @@ class Progress:
         if last_step <= first_step:
             return None
         return (self._steps - last_step) * (last_s - first_s) / (last_step - first_step)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """One that can draw: mpirun gives its ranks a terminal whose other end is a log, and says so by TERM=dumb."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def duration(seconds: float) -> str:

@@ -142,3 +142,13 @@ def test_a_terminal_that_knows_only_ascii_or_goes_away_stops_nothing():
     (0.4, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (187, "3:07"), (7509, "2:05:09"), (356_400, "4 d 03 h")])
 def test_durations_read_well(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_dumb_terminal_is_a_log(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for term, live in (("xterm", True), ("dumb", False)):
+        monkeypatch.setenv("TERM", term)
+        assert Progress(10, stream=Terminal())._live is live

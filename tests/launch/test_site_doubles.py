@@ -1,0 +1,154 @@
+"""Rendered scripts on a double of each site: accepted, refused where the profile says so, and run to their end."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data_sets import tokenizer_info, write_tokens
+from site_doubles import start_double
+from slurm import SlurmCluster, _missing
+
+from officina.configs.sites import find_site
+from officina.launch import cli
+from officina.launch.site_rows import time_words
+from tests.launch.submit_cases import ACCOUNTS, SITES, cases
+
+pytestmark = pytest.mark.slurm
+GOLDEN = Path(__file__).parent / "sbatch"
+FOUR = ("lumi-g", "leonardo-booster", "marenostrum5-acc", "jupiter-booster")
+
+
+@pytest.fixture(autouse=True)
+def needs_slurm():
+    if why := _missing():
+        if os.environ.get("CI"):
+            pytest.fail(f"the doubles must run in CI: {why}")
+        pytest.skip(f"no Slurm here: {why}")
+
+
+def judged(cluster: SlurmCluster, text: str, folder: Path, *options: str) -> tuple[bool, str]:
+    """What sbatch says of a script."""
+    script = folder / "judged.sbatch"
+    script.write_text(text)
+    done = cluster.run("sbatch", "--test-only", *options, str(script))
+    return done.returncode == 0, done.stderr
+
+
+def without(text: str, option: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not line.startswith(f"#SBATCH --{option}")) + "\n"
+
+
+def test_scripts_are_accepted_and_what_the_profile_refuses_is_refused(tmp_path):
+    for site in SITES:
+        profile = find_site(site).profile
+        with start_double(site) as cluster:
+            texts = {mode: (GOLDEN / f"{site}-{mode}.sbatch").read_text() for s, mode, _ in cases() if s == site}
+            for mode, text in texts.items():
+                # The double has no pyxis, whose options are srun's; sbatch judges the rest.
+                taken, said = judged(cluster, text, tmp_path)
+                assert taken, f"{site} {mode}: {said}"
+            srun = texts["srun"]
+            for option in set(profile.request.requires) & {"account", "qos"}:
+                assert not judged(cluster, without(srun, option), tmp_path)[0], f"{site}: without {option}"
+            if profile.request.account_pattern:
+                text = srun.replace(f"--account={ACCOUNTS[site]}", "--account=wrong!")
+                assert not judged(cluster, text, tmp_path)[0], f"{site}: a wrong account"
+            for option in set(profile.request.forbids) - {"mem-per-gpu"}:  # which job_submit.lua of Slurm 22.05 does not see
+                value = "normal" if option == "qos" else "1G"
+                assert not judged(cluster, srun, tmp_path, f"--{option}={value}")[0], f"{site}: --{option}"
+            queue = profile.queues.train
+            limits = [q for q in (profile.qos.get(queue.qos), profile.partitions.get(queue.partition)) if q]
+            if longest := next((q.max_time for q in limits if q.max_time), 0):
+                text = re.sub(r"--time=\S+", f"--time={int(longest // 60) + 1}", srun)
+                assert not judged(cluster, text, tmp_path)[0], f"{site}: longer than {time_words(longest)}"
+            if most := next((q.max_nodes for q in limits if q.max_nodes), 0):
+                text = re.sub(r"--nodes=\S+", f"--nodes={most + 1}", srun)
+                assert not judged(cluster, text, tmp_path)[0], f"{site}: more than {most} nodes"
+            too_many = {"gpus": "--gpus=1000"}.get(profile.request.gpus, f"--gres=gpu:{profile.gpu.per_node + 1}")
+            assert not judged(cluster, without(srun, "gpus-per-task"), tmp_path, too_many)[0], f"{site}: too many GPUs"
+
+
+# ---- to the end ------------------------------------------------------------------------------------------------------------
+MODEL = ["name=mine", "model=tiny", "model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.d_ff=64",
+         "model.vocab_size=2048", "engine=fsdp2", "steps=4", "batch.seq_len=32", "batch.global_tokens=512",
+         "lr_schedule.warmup_steps=1", "device=cpu", "threads=1", "precision=fp32",
+         "logging.tensorboard=false", "data.sources.text.path=data", "stop_before=30s", "attempts=1"]
+"""CPU ranks, one for each of the site's (fake) GPUs: `gpus` is given, so the script is that of a run on GPUs."""
+RUNS = {
+    "leonardo-booster": ["nodes=2", "gpus=1"],
+    "lumi-g": ["partition=small-g", "nodes=2", "gpus=1", "launcher=torchrun", "container=image.sif"],
+    "marenostrum5-acc": ["qos=acc_debug", "nodes=1", "gpus=2", "launcher=mpirun"],
+    "jupiter-booster": ["nodes=2", "gpus=4", "container=image.sif"],
+}
+WHOLE = {
+    "leonardo-booster": ["nodes=4", "gpus=4", "launcher=torchrun"],
+    "lumi-g": ["nodes=2", "gpus=8"],
+    "marenostrum5-acc": ["nodes=2", "gpus=4", "engine=zero2"],
+    "jupiter-booster": ["nodes=4", "gpus=4", "launcher=torchrun"],
+}
+
+
+def run_to_the_end(site: str, more: list[str], folder: Path) -> tuple[str, Path]:
+    """Submit as a person would, wait; the job's log and the run directory."""
+    write_tokens(folder / "data", {"train": [300] * 6, "validation": [64]}, tokenizer=tokenizer_info("0" * 64, 2048))
+    (folder / "image.sif").touch()
+    changed = {w.split("=")[0] for w in more}
+    base = [w for w in [*MODEL, f"site={site}", f"account={ACCOUNTS[site]}", "time=20m"] if w.split("=")[0] not in changed]
+    with start_double(site) as cluster:
+        environ = cluster.environ | {
+            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1",
+            "OMPI_MCA_hwloc_base_binding_policy": "none", "XDG_CONFIG_HOME": "/nowhere"}
+        sent = cluster.run(sys.executable, "-m", "officina.launch.cli", "submit", *base, *more, env=environ, cwd=folder)
+        assert sent.returncode == 0, sent.stderr
+        job = re.search(r"batch job ([0-9]+)", sent.stdout)[1]
+        end = time.monotonic() + 240
+        while "RUNNING" in (state := cluster.run("scontrol", "show", "job", "-o", job).stdout) or "PENDING" in state \
+                or "COMPLETING" in state:
+            assert time.monotonic() < end, state + log(folder, job)
+            time.sleep(0.2)
+        assert "JobState=COMPLETED" in state, state + log(folder, job)
+        return log(folder, job), folder / "runs/mine"
+
+
+def log(folder: Path, job: str) -> str:
+    files = [folder / f"runs/mine/logs/slurm-{job}.out", *sorted((folder / "runs/mine/logs").glob("rank-*.log"))]
+    return "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in files if file.exists())
+
+
+def check(site: str, more: list[str], folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    said, run_dir = run_to_the_end(site, more, folder)
+    assert '"event": "stop", "reason": "done"' in (run_dir / "metrics.jsonl").read_text().splitlines()[-1], said
+    assert cli.main(["data", "audit", str(run_dir)]) == 0, said
+    assert (run_dir / "job.sbatch").exists() and (run_dir / "jobs.jsonl").exists()
+
+
+@pytest.mark.parametrize("site", FOUR)
+def test_a_run_comes_to_its_end(site, tmp_path, monkeypatch):
+    check(site, RUNS[site], tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", FOUR)
+def test_a_run_on_whole_nodes_comes_to_its_end(site, tmp_path, monkeypatch):
+    check(site, WHOLE[site], tmp_path, monkeypatch)
+
+
+def test_a_node_without_an_address_ends_the_job_and_nothing_hangs(tmp_path):
+    """The part of the script that finds MASTER_ADDR, where the name service knows nothing: an error, never localhost."""
+    text = (GOLDEN / "leonardo-booster-srun.sbatch").read_text()
+    stop = next(line for line in text.splitlines() if line.startswith("stop()"))
+    body = f"{stop}\n" + text[text.index("first=$("):text.index("export MASTER_ADDR")]
+    (tmp_path / "scontrol").write_text("#!/bin/bash\necho no-such-host-7\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    done = subprocess.run(["bash", "-c", body], capture_output=True, text=True, check=False,
+                          env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "x"})
+    assert done.returncode == 2 and "MASTER_ADDR: no-such-host-7 has no IPv4 address" in done.stderr
+    (tmp_path / "scontrol").write_text("#!/bin/bash\necho localhost\n")
+    done = subprocess.run(["bash", "-c", body], capture_output=True, text=True, check=False,
+                          env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "x"})
+    assert done.returncode == 2 and "this node itself to each node" in done.stderr
