@@ -7,6 +7,7 @@ from officina.trainer.hf.keys import Keys, Values
 
 def _read(keys: Keys) -> Values:
     keys.only("pretraining_tp", 1, None, 2, why="splits the matrix products, which officina does not imitate")
+    keys.skip("max_window_layers")  # in the published file, and read by no code of the family
     values = common(keys, "silu")
     bias, n_layers = keys.may("attention_bias", False), values["n_layers"] or 0
     interval, ropes = keys.may("no_rope_layer_interval", None), keys.may("no_rope_layers", None)
