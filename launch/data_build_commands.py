@@ -44,7 +44,8 @@ def add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     option("--chat-template", default="", metavar="FILE", help="Jinja, or the word plain (default: the tokenizer's own)")
     option("--chat-date", default="", metavar="DATE", help="for templates that ask for today's date, such as 2026-11-25")
     option("--train-on", choices=("all", "last"), default="all", help="answers of a conversation (default: all)")
-    option("--tokenizer", metavar="FILE", help="tokenizer.json to use, or its folder (default: train a byte-level BPE)")
+    option("--tokenizer", metavar="FILE", help="tokenizer.json, SentencePiece tokenizer.model or tekken.json, or its folder "
+           "(default: train a byte-level BPE)")
     option("--vocab-size", type=count, default=4096, metavar="N", help="of the trained one (default: 4096)")
     option("--eos", default="", metavar="TOKEN", help="token that ends a document (default: found by name)")
     option("--validation", type=share, default=0.05, metavar="SHARE", help="share of documents held out (default: 0.05)")

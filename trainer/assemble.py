@@ -26,8 +26,7 @@ from officina.trainer.data.loader import Loader, StepData
 from officina.trainer.data.register import Uses
 from officina.trainer.environment import describe, device_facts, rank_facts, write_environment
 from officina.trainer.errors import EXIT_DONE, CheckpointError
-from officina.trainer.hf.base import BASE_DIR
-from officina.trainer.initial import all_weights, content_of, initial_weights
+from officina.trainer.initial import all_weights, content_of, initial_weights, keep_tokenizer
 from officina.trainer.loggers import Trackers, open_trackers
 from officina.trainer.metrics import (
     EvalMetrics,
@@ -346,5 +345,5 @@ def _keep_tokenizer(job: Job) -> None:
         if found.exists():
             shutil.copyfile(found, job.run_dir / "tokenizer.json")
             return
-    if (found := job.run_dir / BASE_DIR / "tokenizer.json").exists():
-        shutil.copyfile(found, job.run_dir / "tokenizer.json")
+    if problem := keep_tokenizer(job.run_dir):
+        job.progress.say(f"the run has no tokenizer: {problem}")

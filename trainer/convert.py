@@ -29,7 +29,7 @@ from officina.trainer.hf.config_file import CONFIG_FILE, FAMILIES, family_for, l
 from officina.trainer.hf.family import Family
 from officina.trainer.hf.files import ToWrite, Writer
 from officina.trainer.hf.source import DTYPES, FolderSource
-from officina.trainer.initial import keep_base, plain_weights, read_weights_record, weights_hash
+from officina.trainer.initial import keep_base, keep_tokenizer, plain_weights, read_weights_record, weights_hash
 from officina.trainer.metrics import read_metrics
 from officina.trainer.model.build import build_transformer
 from officina.trainer.run_dir import Start, append_history, load_config, new_run_id, save_config
@@ -66,8 +66,8 @@ def import_model(folder: Path, run_dir: Path, words: Sequence[str] = ()) -> str:
     hash_ = weights_hash(source, shapes, Alone())
     keep_base(base, run_dir, {"name": base.name, "kind": "folder", "hash": hash_,
                               "parameters": sum(map(math.prod, shapes.values()))})
-    if (run_dir / BASE_DIR / "tokenizer.json").exists():
-        shutil.copyfile(run_dir / BASE_DIR / "tokenizer.json", run_dir / "tokenizer.json")
+    if problem := keep_tokenizer(run_dir):
+        print(f"officina convert: imported without a tokenizer: {problem}", file=sys.stderr)
     saver = Saver(run_dir, Alone(), CheckpointConfig(), run_id)
     saver.prepare(_pieces(_Nothing(), shapes))
     outcome = saver.save(0, _pieces(source, shapes), TrainState(step=0))

@@ -1,11 +1,14 @@
 """`init_from` judged before a rank starts: is there a model, and is it the one that the run describes? Torch-free."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from officina.trainer.config import DecoderConfig, RunConfig
 from officina.trainer.errors import ConfigError, OfficinaError, Problem
 from officina.trainer.hf.base import Base, open_base
 from officina.trainer.hf.family import canonical
+from officina.trainer.hf.tokenizers import tokenizer_text
 from officina.trainer.keys import Values, as_text
 from officina.trainer.resume import changes, ruling
 from officina.trainer.schema import dump_run
@@ -39,7 +42,29 @@ def init_problems(run: RunConfig, *, force: bool = False) -> list[Problem]:
         base = open_base(run.init_from)
     except OfficinaError as error:
         return _told(run.init_from, error)
-    return _differences(base, run, force)
+    return _differences(base, run, force) + ([] if force else list(_other_tokenizers(base, run)))
+
+
+def _other_tokenizers(base: Base, run: RunConfig) -> Iterator[Problem]:
+    """Data whose ids mean other tokens than the model learned; tokens that were added to its own are no fault."""
+    from tokenizers import Tokenizer
+
+    try:
+        of_model = tokenizer_text(base.path)
+    except OfficinaError:
+        return  # it brought none that could be compared
+    for name, source in run.data.sources.items():
+        path = Path(source.path) / "tokenizer.json"
+        of_data = path.read_text(encoding="utf-8") if path.is_file() else of_model
+        if of_data == of_model:
+            continue
+        there, here = (Tokenizer.from_str(text).get_vocab(with_added_tokens=True) for text in (of_model, of_data))
+        other = next((token for token, id_ in there.items() if here.get(token) != id_), None)
+        if other is not None:
+            told = f"{other!r} is {here.get(other, 'no token')} here and {there[other]} there"
+            yield Problem(f"data.sources.{name}", source.path, "was built with another tokenizer than that of "
+                          f"{base.path}, which init_from names: {told}",
+                          f"officina data build NEW --tokenizer {base.path} ..., or the same command with --force")
 
 
 def _told(init_from: str, error: OfficinaError) -> list[Problem]:

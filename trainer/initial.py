@@ -22,6 +22,7 @@ from officina.trainer.config import LoraConfig, RunConfig
 from officina.trainer.errors import CheckpointError, ConfigError, OfficinaError
 from officina.trainer.hf.base import BASE_DIR, Base, card_licence, open_base
 from officina.trainer.hf.source import FolderSource
+from officina.trainer.hf.tokenizers import TOKENIZER_FILES, tokenizer_text
 from officina.trainer.init_from import init_problems
 from officina.trainer.model.build import build_model
 from officina.trainer.model.lora import MergedSource
@@ -211,6 +212,17 @@ def weights_hash(source: Source, shapes: Mapping[str, tuple[int, ...]], ranks: R
     """What the weights are, 32 hex digits: the SHA-256 of all (name, shape, content sum). Collective."""
     lines = (f"{name} {list(shapes[name])} {total:016x}\n" for name, total in content_of(source, shapes, ranks).items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+
+def keep_tokenizer(run_dir: Path) -> str:
+    """Give the run the tokenizer of the model it started from, as a tokenizer.json, if that has one. Returns why not."""
+    folder = Path(run_dir) / BASE_DIR
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        try:
+            (Path(run_dir) / "tokenizer.json").write_text(tokenizer_text(folder), encoding="utf-8")
+        except OfficinaError as error:
+            return str(error)
+    return ""
 
 
 def read_weights_record(run_dir: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A run that starts from a model that is there: a folder in Hugging Face's form, or another run."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -134,6 +135,34 @@ def test_what_does_not_fit_is_refused(llama, tmp_path, words, key, told):
     plan = plan_train([*words, "data.sources.x.path=x"], tmp_path, world_size=1)
     assert key in {p.key for p in plan.problems}
     assert told in next(str(p) for p in plan.problems if p.key == key)
+
+
+def byte_level(*tokens):
+    """A tokenizer with these tokens first, then bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate([*tokens, *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+def test_data_of_another_tokenizer_are_refused_and_added_tokens_are_not(llama, tmp_path):
+    folder, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(llama, folder)
+    data.mkdir()
+    words = ["model=from_init", f"init_from={folder}", f"data.sources.x.path={data}"]
+    byte_level("</s>").save(str(folder / "tokenizer.json"))
+    for tokens, fits in ((["</s>"], True), (["<s>"], False), (["<s>", "</s>"], False)):
+        byte_level(*tokens).save(str(data / "tokenizer.json"))
+        found = init_problems(compose(words))
+        assert [p.key for p in found] == ([] if fits else ["data.sources.x"])
+        assert fits or "was built with another tokenizer" in str(found[0])
+        assert init_problems(compose(words), force=True) == []
+    grown = byte_level("</s>")
+    grown.add_special_tokens(["<|im_start|>"])
+    grown.save(str(data / "tokenizer.json"))
+    assert init_problems(compose(words)) == []
 
 
 def test_positions_may_be_changed_by_force_and_equal_spellings_are_equal(llama):

@@ -10,7 +10,8 @@ import numpy as np
 
 from officina.trainer.data.manifest import TokenizerInfo
 from officina.trainer.data.shards import DTYPES
-from officina.trainer.errors import DataError
+from officina.trainer.errors import DataError, OfficinaError
+from officina.trainer.hf.tokenizers import tokenizer_text
 
 if TYPE_CHECKING:
     from officina.trainer.data.documents import Document
@@ -35,13 +36,15 @@ def train_tokenizer(batches: Iterable[list[str]], vocab_size: int, eos: str) -> 
 
 
 def given_tokenizer(path: Path) -> str:
-    """The text of a tokenizer.json. Raises DataError if it is none."""
+    """The text of a tokenizer.json, or one made from a tokenizer.model (SentencePiece) or tekken.json; `path` may be their
+    folder. Raises DataError if it is none."""
     from tokenizers import Tokenizer
 
-    path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        text = path.read_text(encoding="utf-8")
+        text = tokenizer_text(path)
         Tokenizer.from_str(text)
+    except OfficinaError as exc:
+        raise DataError(f"--tokenizer {exc}, or leave the option out") from exc
     except Exception as exc:  # tokenizers raises bare Exception
         raise DataError(f"--tokenizer {path}: is no tokenizer.json ({exc}). "
                         "Name a file in the format of Hugging Face tokenizers, or leave the option out.") from exc
