@@ -14,24 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from officina.trainer.card import model_card
 from officina.trainer.checkpoint.layout import TrainState, checkpoints_dir, parse_step_dir
 from officina.trainer.checkpoint.read import open_checkpoint
 from officina.trainer.checkpoint.verify import Alone
 from officina.trainer.checkpoint.write import Saver
-from officina.trainer.config import CheckpointConfig, DecoderConfig, RunConfig
+from officina.trainer.config import CheckpointConfig, DecoderConfig, LoraConfig, RunConfig
 from officina.trainer.data.tokenizer import EOS_NAMES
 from officina.trainer.environment import describe
 from officina.trainer.errors import CheckpointError, OfficinaError
+from officina.trainer.hf import peft
 from officina.trainer.hf.base import BASE_DIR, SMALL_FILES, open_base
 from officina.trainer.hf.config_file import CONFIG_FILE, FAMILIES, family_for, load_raw, write_config
 from officina.trainer.hf.family import Family
 from officina.trainer.hf.files import ToWrite, Writer
+from officina.trainer.hf.peft import peft_name
 from officina.trainer.hf.source import DTYPES, FolderSource
 from officina.trainer.initial import keep_base, keep_tokenizer, plain_weights, read_weights_record, weights_hash
 from officina.trainer.metrics import read_metrics
 from officina.trainer.model.build import build_transformer
+from officina.trainer.model.shapes import parameter_shapes
+from officina.trainer.model.targets import choose
 from officina.trainer.run_dir import Start, append_history, load_config, new_run_id, save_config
 from officina.trainer.state import PARAM, Piece, Source
 
@@ -42,6 +47,8 @@ EXAMPLES = """examples:
   officina convert import models/EuroLLM-1.7B --to runs/eurollm
   officina convert export runs/demo --to exported/demo
   officina convert export runs/demo@200 --to exported/demo-200 --dtype float32
+  officina convert export runs/lora --to exported/merged
+  officina convert export runs/lora --to exported/adapter --adapter
   officina train init_from=models/EuroLLM-1.7B model=from_init data.sources.x.path=DATASET   needs no import
 """
 
@@ -146,6 +153,40 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
     return result
 
 
+def export_adapter(text: str, folder: Path) -> dict[str, Any]:
+    """Write the adapter of a run's checkpoint to `folder` in PEFT's form, in fp32.
+
+    Returns `base` (its name), `hash` (of its weights), `step`, `bytes` and `targets`.
+    """
+    run_dir, step = _which(text)
+    run = load_config(run_dir)
+    if not isinstance(run.adapter, LoraConfig):
+        raise OfficinaError(f"{run_dir} has no adapter (adapter=none); its whole model: officina convert export {text} --to "
+                            f"{folder}")
+    folder = _new_folder(folder)
+    record, raw = read_weights_record(run_dir), _base_config(run_dir)
+    family = FAMILIES[raw["model_type"]] if raw else family_for(run.model)
+    chosen = choose(run.model, run.adapter)
+    shapes = parameter_shapes(run.model)
+    wanted = {**chosen.adapter_shapes(run.adapter.rank), **{name: shapes[name] for name in chosen.whole}}
+    with open_checkpoint(run_dir, step=step) as opened:
+        for problem in opened.passed_over:
+            print(f"officina convert: not taken: {problem}", file=sys.stderr)
+        opened.check_fits(wanted)
+        tensors = {peft_name(name, family): opened.read(name, PARAM, 0, math.prod(shape)).view(shape)
+                   for name, shape in wanted.items()}
+        step = opened.step
+    if run.model.tie_embeddings and "embed.weight" in chosen.whole:  # PEFT looks for a tied matrix at both ends
+        tensors[f"{peft.PREFIX}lm_head.weight"] = tensors[peft_name("embed.weight", family)].clone()
+    save_file(tensors, folder / peft.WEIGHTS_FILE, {"format": "pt"})
+    _write_small_files(run_dir, run, folder)
+    base = str(record.get("name", ""))
+    config = peft.peft_config(run.model, run.adapter, chosen, family, base)
+    _write_json(folder / peft.CONFIG_FILE, config)  # last: without it the folder is no adapter
+    return {"base": base, "hash": record.get("hash"), "step": step, "bytes": (folder / peft.WEIGHTS_FILE).stat().st_size,
+            "targets": config["target_modules"]}
+
+
 def _tensors(family: Family, model: DecoderConfig,
              shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes as the family's files have them, layer by layer."""
@@ -248,6 +289,14 @@ def main(argv: Sequence[str]) -> int:
               f"  officina generate {args.to} \"Once upon a time\"\n"
               f"  officina train init_from={args.to} model=from_init data.sources.NAME.path=DATASET")
         return 0
+    if args.adapter:
+        told = export_adapter(args.checkpoint, Path(args.to))
+        base = told["base"] or "BASE"
+        print(f"{args.to}: adapter of step {told['step']}, {_human(told['bytes'])}, for {base}"
+              + (f" (weights {told['hash']})" if told["hash"] else "") +
+              f"\n  python -c \"from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
+              f"P.from_pretrained(M.from_pretrained('{base}'), '{args.to}')\"")
+        return 0
     limit = _size(args.max_shard)
     found = export_run(args.checkpoint, Path(args.to), dtype=args.dtype, max_shard_bytes=limit)
     n = len(found["files"])
@@ -285,5 +334,6 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--to", required=True, metavar="DIR", help="new folder")
     out.add_argument("--dtype", choices=sorted(_NAMES), help="default: of the model the run started from, else the one it "
                      "computed in")
+    out.add_argument("--adapter", action="store_true", help="only the adapter, in PEFT's form; else it is merged")
     out.add_argument("--max-shard", default="5GB", metavar="SIZE", help="largest file; default: %(default)s")
     return parser
