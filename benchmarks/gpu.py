@@ -106,7 +106,7 @@ class Session:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         peak, found = peak_bf16_flops(name), {"tokens_per_s": speed, "parameters": parameter_count(run.model).total}
         for convention, causal in (("causal", True), ("full", False)):
-            rate = flops_per_token(run.model, T, causal=causal) * speed["median"]
+            rate = flops_per_token(run.model, T, causal=causal, adapter=run.adapter) * speed["median"]
             found[f"flops_per_s_{convention}"] = rate
             found[f"mfu_{convention}"] = rate / peak if peak else None
             found[f"of_ceiling_{convention}"] = rate / self.ceiling if self.ceiling else None

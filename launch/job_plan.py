@@ -126,7 +126,8 @@ def _speed(request: Request, run: RunConfig, run_dir: Path | None) -> Speed | No
                  f"{fact.date}); this run was not measured")
     else:
         return None
-    flops = flops_per_token(run.model, run.batch.seq_len, causal=False)  # as these figures are counted: attention in full
+    # As these figures are counted: attention in full.
+    flops = flops_per_token(run.model, run.batch.seq_len, causal=False, adapter=run.adapter)
     return Speed(per_gpu * 1e12 * request.world_size / flops, basis)
 
 

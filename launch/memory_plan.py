@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 from officina.trainer.config import DecoderConfig, FSDP2Config, HSDPConfig, RunConfig, ZeroConfig
 from officina.trainer.model.flops import ParameterCounts, parameter_count
+from officina.trainer.model.targets import choose, trained_count
 
 _LOSS_CHUNK = 2**28
 """Logits that exist at a time: `CHUNK_LOGITS_GPU` of kernels/linear_cross_entropy.py, which needs torch to be imported."""
@@ -59,7 +60,7 @@ def plan_memory(run: RunConfig, world_size: int, *, precision: str = "") -> Memo
     parameters, gathered, gradients, moments = _state(run, world_size, size, counts, pure=precision == "bf16_pure")
     tokens = min(run.batch.micro_rows, max(-(-run.batch.rows // world_size), 1)) * run.batch.seq_len
     return MemoryPlan(int(parameters), int(gathered), int(gradients), int(moments),
-                      int(tokens * _activations(run, size.compute)), int(_logits(run.model, tokens, size)))
+                      int(tokens * _activations(run, size.compute)), int(_logits(run, tokens, size)))
 
 
 State = tuple[float, float, float, float]
@@ -67,42 +68,48 @@ State = tuple[float, float, float, float]
 
 
 def _state(run: RunConfig, world: int, size: _Bytes, counts: ParameterCounts, pure: bool) -> State:
-    engine, P = run.engine, counts.total
+    engine = run.engine
+    T, P = trained_count(run.model, run.adapter)
+    own = T * size.master + (P - T) * size.compute  # frozen weights have no master
     moments = _moments(run, size, counts)
-    block = counts.non_embedding / run.model.n_layers
     outside = counts.embedding + counts.head
-    cast = P * size.compute if size.compute != size.master else 0
+    block = (P - outside) / run.model.n_layers
+    trained = T / P
+    cast = T * size.compute if size.compute != size.master else 0
     if isinstance(engine, ZeroConfig):
-        return _zero(engine, world, size, P, moments, pure)
+        return _zero(engine, world, size, P, T, moments, pure)
     if isinstance(engine, FSDP2Config | HSDPConfig):
         shards = engine.shard_size if isinstance(engine, HSDPConfig) else world
-        gathered, whole = (2 * block + outside) * size.compute, 2 * block * (size.compute + size.gradient)
+        gathered = (2 * block + outside) * size.compute
+        whole = 2 * block * trained * (size.compute + size.gradient)
         if not engine.reshard_after_forward:
-            gathered, whole = P * size.compute, P * size.gradient
+            gathered, whole = P * size.compute, T * size.gradient
         if shards == 1:
             gathered, whole = cast, 0
         here = 0 if engine.cpu_offload else 1 / shards
-        return P * size.master * here, gathered, P * size.gradient * here + whole, moments * here
-    return P * size.master, cast, P * size.gradient, moments  # DDP's gradients are views of its buckets
+        return own * here, gathered, T * size.gradient * here + whole, moments * here
+    return own, cast, T * size.gradient, moments  # DDP's gradients are views of its buckets
 
 
 def _moments(run: RunConfig, size: _Bytes, counts: ParameterCounts) -> float:
-    """AdamW keeps two numbers a parameter, Muon one for each of the blocks' matrices."""
+    """AdamW keeps two numbers a trained parameter, Muon one for each of the blocks' matrices."""
+    if run.adapter.kind != "none":
+        return 2 * trained_count(run.model, run.adapter)[0] * size.moment
     inner = counts.non_embedding if run.optim.kind == "muon" else 0
     return (2 * (counts.total - inner) + inner) * size.moment
 
 
-def _zero(engine: ZeroConfig, world: int, size: _Bytes, P: int, moments: float, pure: bool) -> State:
+def _zero(engine: ZeroConfig, world: int, size: _Bytes, P: int, T: int, moments: float, pure: bool) -> State:
     """DeepSpeed: weights in use beside the master partition; stage 1 and 2 hold all of them, stage 3 its share."""
     host = 0 if engine.offload_optimizer else 1
-    masters = 0 if pure and engine.stage == 3 else P * size.master / world * host
-    buckets = 2 * min(P, _BUCKET) * size.compute
+    masters = 0 if pure and engine.stage == 3 else T * size.master / world * host
+    buckets = 2 * min(T, _BUCKET) * size.compute
     if engine.stage == 1:
-        return P * size.compute + masters, 0, P * (size.gradient + size.compute), moments / world * host
+        return P * size.compute + masters, 0, T * (size.gradient + size.compute), moments / world * host
     if engine.stage == 2:
-        return P * size.compute + masters, 0, P * size.gradient / world * host + buckets, moments / world * host
+        return P * size.compute + masters, 0, T * size.gradient / world * host + buckets, moments / world * host
     kept = 0 if engine.offload_params else P * size.compute / world
-    gathered, gradients = min(P, 2 * _BUCKET) * size.compute, P * size.gradient / world * host + buckets
+    gathered, gradients = min(P, 2 * _BUCKET) * size.compute, T * size.gradient / world * host + buckets
     return kept + masters, gathered, gradients, moments / world * host
 
 
@@ -125,18 +132,21 @@ def _activations(run: RunConfig, a: int) -> float:
     return model.n_layers * whole
 
 
-def _logits(model: DecoderConfig, tokens: int, size: _Bytes) -> float:
-    """A chunk of the logits, what the last norm keeps, its gradient, and the head's in fp32, which the loss makes."""
+def _logits(run: RunConfig, tokens: int, size: _Bytes) -> float:
+    """A chunk of the logits, what the last norm keeps, its gradient, and a trained head's in fp32, which the loss makes."""
+    model = run.model
+    head = "embed.weight" if model.tie_embeddings else "head.weight"
+    trains_head = run.adapter.kind == "none" or head in choose(model, run.adapter).whole
     chunk = min(tokens * model.vocab_size, _LOSS_CHUNK) * size.compute
-    return chunk + 3 * tokens * model.d_model * size.compute + model.vocab_size * model.d_model * 4
+    return chunk + 3 * tokens * model.d_model * size.compute + model.vocab_size * model.d_model * 4 * trains_head
 
 
 def checkpoint_bytes(run: RunConfig) -> int:
-    """Size of one checkpoint: parameters and moments in fp32, whatever the engine; 0 for a user's own model."""
+    """Size of one checkpoint: trained parameters and their moments in fp32, whatever the engine; 0 for a user's own model."""
     if not isinstance(run.model, DecoderConfig):
         return 0
     counts = parameter_count(run.model)
-    return counts.total * 4 + int(_moments(run, _PRECISION["fp32"], counts))
+    return trained_count(run.model, run.adapter)[0] * 4 + int(_moments(run, _PRECISION["fp32"], counts))
 
 
 def checkpoint_files(world_size: int) -> int:

@@ -196,6 +196,7 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
         precision = resolve_precision(run.precision, ranks.device)
         built = build_model(run)
         shapes = {name: tuple(p.shape) for name, p in built.module.named_parameters()}  # an engine may hide them
+        trained = built.trained
         engine = build_engine(Parts(run, ranks, built.module, built.loss_fn, precision))
         stack.callback(engine.close)
 
@@ -230,7 +231,8 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
             step=state.step, tokens=state.tokens, position=state.position,
             saved_step=state.step if opened is not None else -1)
         job.saver.prepare(job.trained_state())
-        _announce(job, precision, sum(math.prod(shape) for shape in shapes.values()), opened)
+        counts = [sum(math.prod(shapes[name]) for name in names) for names in (shapes, trained)]
+        _announce(job, precision, *counts, opened)
         if opened is not None:
             opened.close()
         yield job
@@ -291,7 +293,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 def _flops(run: RunConfig) -> tuple[float, float] | None:
     if run.model.kind != "decoder":
         return None
-    causal, full = (flops_per_token(run.model, run.batch.seq_len, causal=causal) for causal in (True, False))
+    causal, full = (flops_per_token(run.model, run.batch.seq_len, causal=causal, adapter=run.adapter)
+                    for causal in (True, False))
     return causal, full
 
 
@@ -302,7 +305,7 @@ def _peak(ranks: Ranks, precision: str) -> float | None:
     return peak_bf16_flops(torch.cuda.get_device_name(ranks.device))
 
 
-def _announce(job: Job, precision: str, parameters: int, opened: OpenCheckpoint | None) -> None:
+def _announce(job: Job, precision: str, parameters: int, trained: int, opened: OpenCheckpoint | None) -> None:
     """Say and record what starts here, and on what."""
     run, ranks = job.run, job.ranks
     facts = [json.loads(text) for text in ranks.gather_text(json.dumps(rank_facts(ranks.rank, ranks.env.local_rank)))]
@@ -319,7 +322,7 @@ def _announce(job: Job, precision: str, parameters: int, opened: OpenCheckpoint 
     causal, full = job.flops or (None, None)
     job.write(StartMetrics(
         step=job.step, action=str(history[-1]["action"]) if history else "start", engine=engine_name(run),
-        world_size=ranks.world_size, device=device, precision=precision, parameters=parameters,
+        world_size=ranks.world_size, device=device, precision=precision, parameters=parameters, trained_parameters=trained,
         flops_per_token_causal=causal, flops_per_token_full=full, peak_flops=job.peak_flops,
         checkpoint=opened and f"checkpoints/{opened.path.name}", problems=opened.passed_over if opened else ()))
     for problem in opened.passed_over if opened else ():
@@ -328,7 +331,8 @@ def _announce(job: Job, precision: str, parameters: int, opened: OpenCheckpoint 
     why = ""
     if run.precision == "auto":
         why = " (this processor has no bf16 arithmetic)" if precision == "fp32" else " (the hardware has it)"
-    job.progress.say(f"{run.name}{from_step}: {parameters / 1e6:,.1f}M parameters, {engine_name(run)} on "
+    part = f" ({trained / 1e6:,.1f}M of them trained)" if trained < parameters else ""
+    job.progress.say(f"{run.name}{from_step}: {parameters / 1e6:,.1f}M parameters{part}, {engine_name(run)} on "
                      f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} ({device}), {precision}{why}, "
                      f"{run.batch.rows * run.batch.seq_len:,} {run.batch_unit} a step")
 

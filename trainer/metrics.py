@@ -105,7 +105,9 @@ class StartMetrics:
     precision: str
     """`fp32`, `bf16` or `bf16_pure`: `auto` is decided here."""
     parameters: int | None = None
-    """Elements of all trained tensors; a tied one counts once."""
+    """Elements of all parameters; a tied one counts once."""
+    trained_parameters: int | None = None
+    """Those that an optimizer step changes."""
     flops_per_token_causal: float | None = None
     """FLOPs of training on one token, forward and backward, recomputation not counted; attention causal."""
     flops_per_token_full: float | None = None

@@ -11,10 +11,10 @@ import pytest
 
 from officina.launch import cli
 from officina.launch.memory_plan import checkpoint_bytes, plan_memory
-from officina.trainer.config import CustomModelConfig, MuonConfig, RunConfig
+from officina.trainer.config import CustomModelConfig, LoraConfig, MuonConfig, RunConfig
 from officina.trainer.model.flops import flops_per_token
 from tests.launch.submit_cases import data_set, prepared, words
-from tests.trainer.parallel.cases import Case
+from tests.trainer.parallel.cases import NONE, Case
 
 GB8 = ["model=llama3_8b", "batch.seq_len=4096", "batch.global_tokens=4194304", "steps=1000"]
 
@@ -27,10 +27,14 @@ def project(tmp_path, monkeypatch):
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("engine", "ranks"), [
-    ("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero3", 2)])
-def test_state_is_what_ranks_hold(pool, engine, ranks):
-    case = Case(engine=engine)
+LORA = LoraConfig(rank=8, train=["head"])
+
+
+@pytest.mark.parametrize(("engine", "ranks", "adapter"), [
+    ("single", 1, NONE), ("ddp", 2, NONE), ("fsdp2", 2, NONE), ("hsdp", 4, NONE), ("zero1", 2, NONE), ("zero3", 2, NONE),
+    ("single", 1, LORA), ("fsdp2", 2, LORA)])
+def test_state_is_what_ranks_hold(pool, engine, ranks, adapter):
+    case = Case(engine=engine, adapter=adapter)
     found = pool.run(ranks, "tests.launch.held_state:held", case)
     plan = plan_memory(case.run, ranks, precision="fp32")
     assert sum(f["moments"] for f in found) == pytest.approx(plan.moments * ranks, rel=0.02)

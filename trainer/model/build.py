@@ -41,6 +41,11 @@ class Built:
     frozen: tuple[str, ...] = ()
     """Parameters that an adapter leaves as they are."""
 
+    @property
+    def trained(self) -> list[str]:
+        """Names of the parameters that have a gradient."""
+        return [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
 
 def build_model(run: RunConfig) -> Built:
     """Build the model of `run`, the same on every rank; ConfigError names the key that has to change."""

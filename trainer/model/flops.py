@@ -5,9 +5,14 @@ published MFU does. Attention is counted in both conventions: `causal` counts th
 through, full counts every pair (6 P + 12 L D T, PaLM's appendix B, arXiv:2204.02311). Recomputation is never counted.
 """
 
+import math
 from dataclasses import dataclass
 
-from officina.trainer.config import DecoderConfig
+from officina.trainer.config import AdapterConfig, DecoderConfig, LoraConfig, NoAdapterConfig
+from officina.trainer.model.shapes import parameter_shapes
+from officina.trainer.model.targets import choose
+
+_NONE = NoAdapterConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +41,25 @@ def parameter_count(config: DecoderConfig) -> ParameterCounts:
     return ParameterCounts(inner + vocabulary + head, vocabulary, head, inner)
 
 
-def flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool) -> float:
+def flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool, adapter: AdapterConfig = _NONE) -> float:
     """Training FLOPs (3 x forward) per token, mean over a row of seq_len tokens.
 
-    causal: count the query-key pairs that the mask lets through; else min(seq_len, window) keys a query.
+    causal: count the query-key pairs that the mask lets through; else min(seq_len, window) keys a query. adapter: with LoRA a
+    frozen matrix has no gradient of its own, so it costs 2 x forward (about 4 P + 2 P_trained); the inputs of the first block,
+    whose gradient nobody needs, are counted with the rest.
     """
     matmuls = 2 * (config.n_layers * _matrix_parameters(config) + config.vocab_size * config.d_model)
+    saved = 0
+    if isinstance(adapter, LoraConfig):
+        chosen = choose(config, adapter)
+        head = "embed.weight" if config.tie_embeddings else "head.weight"
+        frozen = {name: shape for name, shape in parameter_shapes(config).items()
+                  if name not in chosen.whole and (name == head or (name.startswith("blocks.") and len(shape) == 2))}
+        saved = 2 * sum(map(math.prod, frozen.values()))
+        matmuls += 2 * sum(map(math.prod, chosen.adapter_shapes(adapter.rank).values()))
     keys = sum(mean_keys(seq_len, _window(config, layer), causal=causal) for layer in range(config.n_layers))
     attention = 4 * config.n_heads * config.head_size * keys
-    return 3 * (matmuls + attention)
+    return 3 * (matmuls + attention) - saved
 
 
 def mean_keys(seq_len: int, window: int, *, causal: bool) -> float:

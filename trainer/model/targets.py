@@ -4,11 +4,12 @@ A pattern is a name or the end of one at a dot, `*` stands for anything: `attn.q
 """
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from officina.trainer.config import CustomModelConfig, DecoderConfig, LoraConfig, MuonConfig, RunConfig
+from officina.trainer.config import AdapterConfig, CustomModelConfig, DecoderConfig, LoraConfig, MuonConfig, RunConfig
 from officina.trainer.errors import Problem
 from officina.trainer.keys import as_text
 from officina.trainer.model.shapes import parameter_shapes
@@ -33,6 +34,11 @@ class Chosen:
         return {f"{name}.{leaf}": shape for name, (n_out, n_in) in self.linears.items()
                 for leaf, shape in ((LORA_A, (rank, n_in)), (LORA_B, (n_out, rank)))}
 
+    def trained(self, model: DecoderConfig, rank: int) -> int:
+        """Number of trained parameters."""
+        shapes = parameter_shapes(model) | self.adapter_shapes(rank)
+        return sum(math.prod(shapes[name]) for name in (*self.whole, *self.adapter_shapes(rank)))
+
 
 def choose(model: DecoderConfig, adapter: LoraConfig) -> Chosen:
     """The layers that `adapter` names in `model`."""
@@ -46,6 +52,15 @@ def linear_layers(model: DecoderConfig) -> dict[str, tuple[int, int]]:
     """The linear layers of the blocks, which can have an adapter -> (n_out, n_in)."""
     return {name.removesuffix(".weight"): shape for name, shape in parameter_shapes(model).items()
             if name.startswith("blocks.") and len(shape) == 2}
+
+
+def trained_count(model: DecoderConfig, adapter: AdapterConfig) -> tuple[int, int]:
+    """(trained, all) parameters of the model with its adapters, if it has any."""
+    total = sum(map(math.prod, parameter_shapes(model).values()))
+    if not isinstance(adapter, LoraConfig):
+        return total, total
+    chosen = choose(model, adapter)
+    return chosen.trained(model, adapter.rank), total + sum(map(math.prod, chosen.adapter_shapes(adapter.rank).values()))
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -13,10 +13,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from helpers import filled, random_config, small
 
 from officina.kernels.attention import dense_mask
-from officina.trainer.config import DecoderConfig
+from officina.trainer.config import DecoderConfig, LoraConfig, NoAdapterConfig
 from officina.trainer.model.build import build_transformer
 from officina.trainer.model.flops import flops_per_token, mean_keys, parameter_count
+from officina.trainer.model.lora import add_lora
 from officina.trainer.model.peaks import PEAK_BF16_FLOPS, peak_bf16_flops
+from officina.trainer.model.targets import trained_count
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -106,3 +108,29 @@ def test_peaks_are_exact_names_and_nothing_is_guessed():
     for unknown in ("NVIDIA H20", "NVIDIA H200 ", "nvidia h200", "H200", "NVIDIA B300", "", "cpu"):
         assert peak_bf16_flops(unknown) is None
     assert all(1e14 < peak < 2e15 for peak in PEAK_BF16_FLOPS.values())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_flops_with_adapters_are_those_that_torch_counts(seed):
+    """The embedding is trained in full here, so that the first block's inputs need a gradient like all others."""
+    drawn = random_config(random.Random(seed))
+    config = DecoderConfig(**{**{k: getattr(drawn, k) for k in drawn.__dataclass_fields__}, "window": 0,
+                              "local_rope": None, "attention_impl": "reference"})
+    adapter = LoraConfig(rank=2, targets=["attn.q", "mlp.up"], train=["embed", *(["head"] if seed % 2 == 0 else [])][:1 + (
+        not config.tie_embeddings)])
+    module, tokens = filled(config), torch.randint(0, 37, (2, 12))
+    chosen = add_lora(module, config, adapter)
+    assert trained_count(config, adapter) == tuple(
+        sum(p.numel() for p in module.parameters() if p.requires_grad or not only) for only in (True, False))
+    assert chosen.linears
+    with FlopCounterMode(display=False) as counter:
+        module(tokens, labels_BT=tokens).backward()
+    counted = flops_per_token(config, 12, causal=False, adapter=adapter)
+    assert counter.get_total_flops() == counted * tokens.numel() < flops_per_token(config, 12, causal=False) * tokens.numel()
+
+
+def test_an_adapter_costs_about_four_flops_a_frozen_parameter():
+    config = PUBLISHED["Llama-3.1-8B"][0]
+    whole, lora = (flops_per_token(config, 4096, causal=True, adapter=a) for a in (NoAdapterConfig(), LoraConfig(rank=16)))
+    assert 0.66 < lora / whole < 0.72
+    assert trained_count(config, LoraConfig(rank=16))[0] == 41_943_040  # as PEFT prints for r16 on all projections
