@@ -70,8 +70,8 @@ class JobConfig:
     """Shell lines that load modules; null = those of the site."""
     prologue: list[str] = field(default_factory=list)
     """Shell lines of yours, after everything else is set and before the ranks start."""
-    cpus_per_gpu: Positive | None = None
-    """CPUs of each rank as Slurm counts them; null = as the site says."""
+    cpus: Positive | None = None
+    """CPUs of each rank, or of a command that is no run, as Slurm counts them; null = as the site says."""
     cpu_bind: str = ""
     """srun's --cpu-bind; empty = as the site says."""
     stop_before: Duration = 300.0
@@ -230,7 +230,7 @@ def _drop(values: dict, path: list[str]) -> None:
 
 
 _WORKS = {"nodes": "2", "gpus": "4", "time": "8h", "queue": "debug", "launcher": "srun", "stop_before": "5m", "attempts": "3",
-          "jobs": "3", "budget": "5000", "at_once": "2", "tflops": "150", "requeue": "true", "cpus_per_gpu": "8",
+          "jobs": "3", "budget": "5000", "at_once": "2", "tflops": "150", "requeue": "true", "cpus": "8",
           "slurm.extra": "[--reservation=NAME]", "env.extra": "{NCCL_DEBUG:INFO}", "setup": "[module load NAME]",
           "prologue": "[ulimit -n 65536]"}
 

@@ -23,11 +23,12 @@ examples:
   officina submit experiment=mine site=lumi nodes=4 account=project_465000000 time=2d jobs=3
   officina submit experiment=mine site=jupiter nodes=8 account=mine time=12h container=/e/project1/mine/pytorch.sif
   officina submit resume runs/mine site=mn5 nodes=8 account=ehpc00 time=1d budget=20000
-  officina submit data build corpus --input texts site=lumi account=project_465000000 time=2h
+  officina submit experiment=mine optim.lr=1e-3,3e-4,1e-4 site=lumi account=project_465000000 time=4h at_once=2   a sweep
+  officina submit site=lumi account=project_465000000 time=2h data build corpus texts
 
 words of the job:
   site= nodes= gpus= account= partition= qos= queue=train|debug|data time= launcher=srun|torchrun|mpirun
-  container=IMAGE venv=DIR setup=[LINES] prologue=[LINES] cpus_per_gpu= cpu_bind=
+  container=IMAGE venv=DIR setup=[LINES] prologue=[LINES] cpus= cpu_bind=
   stop_before=5m attempts=3 jobs=N budget=COST requeue=true at_once=N tflops=N
   slurm.extra=[--OPTION=VALUE,...] env.extra.NAME=VALUE
 What is the same for all your jobs may stand in ~/.config/officina/mine.yaml below `submit:`.
@@ -131,7 +132,8 @@ examples:
 
 
 def _submit(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    command.add_argument("words", nargs="*", metavar="WORD", help="words of the run and of the job, or another command")
+    command.add_argument("words", nargs=argparse.REMAINDER, metavar="WORD",
+                         help="words of the run and of the job, or another command with its own words and options")
     command.add_argument("--dry-run", action="store_true", help="print script (stdout) and plan (stderr), write nothing")
     _runs_dir(command)
     _force(command)

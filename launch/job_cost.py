@@ -24,6 +24,24 @@ def cost_of_job(request: Request) -> float | None:
     return request.nodes * share * rate * request.time_s / 3600
 
 
+def sweep_problems(request: Request, n_runs: int) -> list[Problem]:
+    """What an array of `n_runs` jobs must not ask for."""
+    job, cost, most = request.job, cost_of_job(request), most_jobs(request)
+    found = []
+    if n_runs < 2:
+        return found
+    if job.jobs and job.jobs > 1 and not job.requeue:
+        found.append(Problem("jobs", job.jobs, "is a chain, and the runs of a sweep are an array, whose jobs queue themselves",
+                             f"jobs={job.jobs} requeue=true"))
+    if most and n_runs > most:
+        found.append(Problem("jobs", None, f"the sweep is {n_runs} jobs, and {request.profile.name} takes {most} of one user "
+                             "at once there", f"a sweep of {most} runs"))
+    if job.budget and cost and cost * n_runs > job.budget:
+        found.append(Problem("budget", f"{job.budget:g}", f"{n_runs} runs may cost {cost * n_runs:,.0f} "
+                             f"{request.profile.billing.unit}s", f"budget={-(-cost * n_runs // 1):.0f}"))
+    return found
+
+
 def chain_length(request: Request) -> int:
     """Jobs of the chain: as said, else as many as the budget pays for."""
     if request.job.jobs:

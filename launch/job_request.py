@@ -77,6 +77,12 @@ class Request:
         return self.profile.qos.get(self.qos) or (self.qos == self.account and self.profile.qos.get("{account}")) or Qos()
 
     @property
+    def online(self) -> bool | None:
+        """Do its nodes reach the internet? None = not known."""
+        own = self.partition_limits.internet
+        return self.profile.internet.compute if own is None else own
+
+    @property
     def memory(self) -> tuple[str, str] | None:
         """sbatch's option for memory and its value; None where the site forbids it or nothing is known.
 
@@ -126,7 +132,7 @@ def make_request(site: Site, job: JobConfig, *, what: str = "train", account: st
     share = 0
     if gpus and profile.gpu.per_node and profile.node.cores:
         share = profile.node.cores // profile.gpu.per_node
-    cpus = job.cpus_per_gpu or profile.request.cpus_per_gpu or share
+    cpus = job.cpus or profile.request.cpus_per_gpu or share
     return Request(
         site=site, job=job, partition=partition, qos=qos, account=account, nodes=job.nodes, gpus=gpus,
         ranks_per_node=ranks, tasks_per_node=1 if one_per_node else ranks, cpus_per_rank=cpus, time_s=job.time or 0.0,

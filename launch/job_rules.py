@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from officina.configs.job import expand
-from officina.configs.site_profile import Partition, Qos
+from officina.configs.site_profile import Partition, Qos, SiteProfile
 from officina.launch.image_facts import machine_of
 from officina.launch.job_cost import money_problems
 from officina.launch.job_request import IMAGE_FILE, PYXIS, Request
@@ -15,7 +15,7 @@ from officina.trainer.errors import Problem
 
 OURS = {
     "job-name": "name=NAME", "account": "account=NAME", "partition": "partition=NAME", "qos": "qos=NAME", "nodes": "nodes=N",
-    "ntasks-per-node": "gpus=N", "ntasks": "gpus=N", "cpus-per-task": "cpus_per_gpu=N", "time": "time=8h",
+    "ntasks-per-node": "gpus=N", "ntasks": "gpus=N", "cpus-per-task": "cpus=N", "time": "time=8h",
     "gres": "gpus=N", "gpus": "gpus=N", "gpus-per-node": "gpus=N", "gpus-per-task": "gpus=N", "output": "",
     "error": "", "open-mode": "", "signal": "stop_before=5m", "requeue": "", "no-requeue": "", "dependency": "jobs=N",
     "array": "optim.lr=1e-3,1e-4", "chdir": "", "export": "env.extra.NAME=VALUE", "wrap": "", "parsable": "",
@@ -42,10 +42,10 @@ def _required(request: Request) -> Iterator[Problem]:
     rules, profile = request.profile.request, request.profile
     if "account" in rules.requires and not request.account:
         yield Problem("account", None, f"{profile.name} takes no job without the project that is charged",
-                      f"account={_example_account(request)}")
+                      f"account={example_account(profile)}")
     elif rules.account_pattern and request.account and not re.fullmatch(rules.account_pattern, request.account):
-        yield Problem("account", request.account, f"accounts of {profile.name} look like {_example_account(request)}",
-                      f"account={_example_account(request)}")
+        yield Problem("account", request.account, f"accounts of {profile.name} look like {example_account(profile)}",
+                      f"account={example_account(profile)}")
     if "qos" in rules.requires and not request.qos:
         known = _first([profile.queues.train.qos, *profile.qos]).replace("{account}", request.account or "PROJECT")
         yield Problem("qos", None, f"{profile.name} takes no job without a qos", f"qos={known}")
@@ -60,8 +60,9 @@ def _required(request: Request) -> Iterator[Problem]:
         yield Problem("queue", request.job.queue, f"it is not known where such jobs go on {profile.name}", "partition=NAME")
 
 
-def _example_account(request: Request) -> str:
-    pattern = request.profile.request.account_pattern
+def example_account(profile: SiteProfile) -> str:
+    """A name that the site's accounts could have."""
+    pattern = profile.request.account_pattern
     return re.sub(r"\.[+*]", "X", pattern) if pattern else "PROJECT"
 
 
@@ -86,8 +87,8 @@ def _shape(request: Request) -> Iterator[Problem]:
                                       and not request.job.gpus and request.ranks_per_node == 1 and profile.request.gpus):
         yield Problem("gpus", None, f"it is not known how many GPUs a node of {profile.name} has", "gpus=4")
     elif request.gpus and not request.cpus_per_rank:
-        yield Problem("cpus_per_gpu", None, f"it is not known how many CPUs go with a GPU on {profile.name}, and "
-                      "srun gives one, silently", "cpus_per_gpu=8")
+        yield Problem("cpus", None, f"it is not known how many CPUs go with a GPU on {profile.name}, and "
+                      "srun gives one, silently", "cpus=8")
     if per_node and request.gpus and request.gpus < per_node:
         if limits.whole_nodes:
             shared = [name for name, other in profile.partitions.items() if other.gpus and other.whole_nodes is False]
@@ -97,10 +98,10 @@ def _shape(request: Request) -> Iterator[Problem]:
             yield Problem("gpus", request.gpus, f"jobs of several nodes take whole nodes on {profile.name}", f"gpus={per_node}")
     cores = profile.node.cores or 0
     cpus = cores * (profile.node.threads_per_core or 1)
-    if request.job.cpus_per_gpu and cpus and request.cpus_per_rank * max(request.gpus, 1) > cpus:
-        yield Problem("cpus_per_gpu", request.job.cpus_per_gpu, f"{request.gpus} GPUs a node would take "
+    if request.job.cpus and cpus and request.cpus_per_rank * max(request.gpus, 1) > cpus:
+        yield Problem("cpus", request.job.cpus, f"{request.gpus} GPUs a node would take "
                       f"{request.cpus_per_rank * request.gpus} CPUs, and a node has {cpus}",
-                      f"cpus_per_gpu={profile.request.cpus_per_gpu or cpus // max(request.gpus, 1)}")
+                      f"cpus={profile.request.cpus_per_gpu or cpus // max(request.gpus, 1)}")
 
 
 def _limits(request: Request) -> Iterator[Problem]:

@@ -100,7 +100,8 @@ def directives(script: Script) -> Iterator[tuple[str, str, str]]:
     if request.exclusive:
         yield "exclusive", "", "nodes of its own"
     yield "time", slurm_time(request.time_s), ""
-    yield "output", f"{script.folder}/logs/slurm-{'%A_%a' if array else '%j'}.out", (
+    logs = f"{script.folder.parent}/{script.name}-%a/logs/slurm-%A_%a" if array else f"{script.folder}/logs/slurm-%j"
+    yield "output", f"{logs}.out", (
         "ranks have files of their own beside it" if run else "")
     yield "open-mode", "append", "a requeued job goes on in the same file"
     yield "chdir", str(script.chdir), "where the words were typed: relative paths start there"
@@ -174,9 +175,10 @@ def _environment(script: Script) -> Iterator[str]:
         yield "export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-} TERM=dumb"
     yield "# Output at once; packages only from where they are installed, never from the folder we stand in."
     yield "export PYTHONUNBUFFERED=1 PYTHONSAFEPATH=1" + (" PYTHONNOUSERSITE=1" if script.venv or request.image_kind else "")
-    if profile.internet.compute is not True:
-        known = "Compute nodes do not reach the internet" if profile.internet.compute is False else (
-            "Whether compute nodes reach the internet is not known")
+    online = request.online
+    if online is not True:
+        known = "These nodes do not reach the internet" if online is False else (
+            "Whether these nodes reach the internet is not known")
         yield f"# {known}: whatever would try fails at once."
         yield "export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=offline"
     if request.gpus and profile.env.set:

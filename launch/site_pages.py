@@ -4,7 +4,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from officina.configs.job import JobConfig
 from officina.configs.sites import GRADES, IDENTITY, Site, announced, find_site, site_ids
+from officina.launch.job_request import Request, make_request
+from officina.launch.job_rules import example_account
+from officina.launch.render import Script, directives
 from officina.launch.site_rows import (
     GRADE_WORDS,
     data_words,
@@ -12,10 +16,12 @@ from officina.launch.site_rows import (
     limit_words,
     net_words,
     sections,
+    time_words,
     unverified_words,
 )
 
 _PACKAGED_ONLY = {"XDG_CONFIG_HOME": "/nonexistent", "XDG_CONFIG_DIRS": "/nonexistent"}
+_USUAL_S = 8 * 3600.0
 _MADE = "<!-- Made from the profile by: python -m officina.launch.site_pages docs/sites -->"
 
 
@@ -55,6 +61,7 @@ def _page(site: Site) -> str:
         lines.append(f"The site's own documentation: <{profile.docs}>.")
     lines += ["", f"Of what follows, {unverified_words(site)}. Where nothing stands, nothing is known. Limits change: on a",
               f"login node, `officina sites probe {site.id}` shows where Slurm says something else.", ""]
+    lines += _submitting(site)
     for title, note, rows in sections(site):
         lines += [f"## {title}", ""] + ([f"{note}.", ""] if note else [])
         lines += _table(("", "value", "grade", "source", "date"), [
@@ -65,6 +72,38 @@ def _page(site: Site) -> str:
         lines.append("")
     lines += ["## Sources", "", *_sources(site)]
     return "\n".join(lines) + "\n"
+
+
+def _submitting(site: Site) -> list[str]:
+    """The words, and what sbatch is told then: from the code that renders scripts."""
+    profile = site.profile
+    account = example_account(profile)
+    request = _request(site, account)
+    limit = limit_words(site)
+    charged = f"account={account} " if request.account else ""
+    largest = f"; the largest usual job: {limit}" if limit else ""
+    lines = ["## How to submit", "",
+             "On a login node; `--dry-run` shows the plan and the whole script, also from elsewhere:", "",
+             f"    officina submit experiment=mine site={(profile.aliases or [site.id])[0]} nodes={request.nodes} {charged}"
+             f"time={time_words(request.time_s)}", "",
+             f"Whole nodes of {profile.gpu.per_node} GPUs, one rank a GPU{largest}. Of such a job sbatch is told:", ""]
+    told = directives(Script(request, "mine", Path("RUN"), ()))
+    lines += [f"    --{option}{'=' if value else ''}{value}{f'    # {why}' if why else ''}"
+              for option, value, why in told if option not in ("output", "chdir")]
+    data = profile.queues.data
+    where = f"partition {data.partition}" if data.partition else f"qos {data.qos}" if data.qos else ""
+    lines += ["", f"Commands that need no GPU (`data build`, `convert`) go to {where}." if where else
+              "Where commands without GPUs go is not known: name a `partition=`.",
+              f"Images run under {profile.container.runtime}: `container=IMAGE.sif`." if profile.container.runtime else
+              "Which program runs images is not known.", ""]
+    return lines
+
+
+def _request(site: Site, account: str) -> Request:
+    queue, needed = site.profile.queues.train, "account" in site.profile.request.requires
+    limits = (site.profile.partitions.get(queue.partition), site.profile.qos.get(queue.qos))
+    longest = min((known.max_time for known in limits if known and known.max_time), default=_USUAL_S)
+    return make_request(site, JobConfig(nodes=2, account=account if needed else "", time=min(longest, _USUAL_S)))
 
 
 def _sources(site: Site) -> Iterator[str]:

@@ -113,7 +113,7 @@ _PASSED = ("PATH", "LD_LIBRARY_PATH", "TERM", "RUN", "MASTER_ADDR", "MASTER_PORT
 def _mpirun(request: Request) -> list[list[str]]:
     """Open MPI's mpirun: other nodes get only the variables that are named."""
     profile = request.profile
-    offline = () if profile.internet.compute is True else (
+    offline = () if request.online is True else (
         "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "WANDB_MODE")
     site = profile.env.set if request.gpus else {}
     names = dict.fromkeys([*_PASSED, *offline, *site, *request.job.env.extra])

@@ -7,14 +7,16 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from officina.configs.job import JobConfig, expand, read_job, split_words
+from officina.configs.job import JobConfig, read_job, split_words
+from officina.configs.job import expand as expand_path
 from officina.configs.sites import Site, detect_site, find_site
-from officina.launch.job_cost import chain_length
+from officina.configs.sweep import expand
+from officina.launch.job_cost import chain_length, sweep_problems
 from officina.launch.job_places import place_problems
 from officina.launch.job_plan import JobPlan, make_plan, memory_problems, plan_lines
 from officina.launch.job_record import JobRecord, append_job
@@ -52,6 +54,7 @@ class Prepared:
 
 def submit(args: argparse.Namespace) -> int:
     """Submit, or with --dry-run show the script (stdout) and the plan (stderr)."""
+    args = _own_options(args)
     prepared = prepare(args.words, Path(args.runs_dir), dry_run=args.dry_run, force=args.force)
     if prepared.problems:
         raise ConfigError(prepared.problems, "the job")
@@ -63,6 +66,23 @@ def submit(args: argparse.Namespace) -> int:
         print(prepared.text, end="")
         return EXIT_DONE
     return send(prepared)
+
+
+def _own_options(args: argparse.Namespace) -> argparse.Namespace:
+    """Options of `submit` that stand among the words: a command's own options are words too, and after `--` all are."""
+    words, rest = list(args.words), []
+    while words and words[0] != "--":
+        word = words.pop(0)
+        if word in ("--dry-run", "--force"):
+            setattr(args, word[2:].replace("-", "_"), True)
+        elif word.startswith("--runs-dir"):
+            args.runs_dir = word.partition("=")[2] or (words.pop(0) if words else args.runs_dir)
+        else:
+            rest.append(word)
+    args.words = [*rest, *words]
+    if split_command(args.words)[0] in RANKED and (unknown := [word for word in args.words if word.startswith("-")]):
+        raise LaunchError(f"{' '.join(unknown)}: is no option of submit. Try: officina submit --help")
+    return args
 
 
 def show_plan(lines: list[tuple[str, str]]) -> None:
@@ -93,43 +113,68 @@ def prepare(words: Sequence[str], runs_dir: Path, *, dry_run: bool = False, forc
     if what not in RANKED:
         own_words = [word for word in own_words if not word.startswith("site=")]
         return _prepare_command(what, job, problems, own_words, words, runs_dir, dry_run, environ)
-    run_words = [word for word in own_words if not word.startswith("site=") or what == "train"]
-    if job.site and not any(word.startswith("site=") for word in run_words) and what == "train":
-        run_words.append(f"site={job.site}")
-    make = _planner(what, run_words, runs_dir, force)
-    first = make(None)
+    if what == "resume":
+        own_words = [word for word in own_words if not word.startswith("site=")]
+    elif job.site and not any(word.startswith("site=") for word in own_words):
+        own_words.append(f"site={job.site}")
+    sweep = expand(own_words)
+    makers = [_planner(what, one, runs_dir, force, i if len(sweep) > 1 else None) for i, (one, _) in enumerate(sweep)]
+    first = makers[0](None)
     site = _site(job, first, environ, problems)
     request = make_request(site, job, what=what, account=first.run.site.account,
                            cpu_ranks=(first.run.ranks or 1) if first.run.device == "cpu" else 0)
-    plan = make(request.world_size)
-    if request.gpus and plan.run.device == "auto":
-        plan = replace(plan, run=replace(plan.run, device="cuda"))  # a rank whose GPU is broken must not train on the CPU
-    planned = make_plan(request, plan.run, run_dir=plan.run_dir if what == "resume" else None,
-                        steps_done=plan.origin.step if plan.origin else 0)
-    problems += [*plan.problems, *_ranks(request, plan), *site_problems(request)]
+    plans, planned = [], []
+    for make in makers:
+        plan = make(request.world_size)
+        if request.gpus and plan.run.device == "auto":
+            plan = replace(plan, run=replace(plan.run, device="cuda"))  # a rank without its GPU must not train on the CPU
+        plans.append(plan)
+        planned.append(make_plan(request, plan.run, run_dir=plan.run_dir if what == "resume" else None,
+                                 steps_done=plan.origin.step if plan.origin else 0))
+    problems += _unique([p for plan in plans for p in [*plan.problems, *_ranks(request, plan)]])
+    problems += [*site_problems(request), *sweep_problems(request, len(plans))]
     if not problems:
-        problems += memory_problems(planned)
-    notes = []
-    here = detect_site(socket.gethostname(), environ) == site.id
-    folder = expand(str(plan.run_dir))
-    places = [*place_problems(request, folder, checkpoint_bytes=checkpoint_bytes(plan.run),
-                              checkpoint_files=checkpoint_files(request.world_size), kept=checkpoints_kept(plan.run)),
-              *missing_paths(request)]
-    if not here and dry_run:  # planned from elsewhere: what lies at the site cannot be seen
+        problems += _unique([p for one in planned for p in memory_problems(one)])
+    notes = [f"{plan.run_dir}: {' '.join(varied)}" for plan, (_, varied) in zip(plans, sweep, strict=True) if varied]
+    places = [*_unique([p for plan in plans for p in _places(request, plan)]), *missing_paths(request)]
+    if detect_site(socket.gethostname(), environ) != site.id and dry_run:
+        # Planned from elsewhere: what lies at the site cannot be seen.
         unseen = [p for p in problems if p.key.startswith("data.sources") and p.rule.startswith("is no data set")]
         problems = [p for p in problems if p not in unseen]
         notes += [f"seen from this host, which is not one of {site.profile.name}: {p}" for p in [*places, *unseen]]
     else:
         problems += places
-    return Prepared(request, _script(request, plan, folder, words, environ), (plan,), problems, notes, planned)
+    return Prepared(request, _script(request, plans, words, environ), tuple(plans), problems, notes, planned[0])
 
 
-def _planner(what: str, run_words: list[str], runs_dir: Path, force: bool):
+def _places(request: Request, plan: Plan) -> list[Problem]:
+    return place_problems(request, expand_path(str(plan.run_dir)), checkpoint_bytes=checkpoint_bytes(plan.run),
+                          checkpoint_files=checkpoint_files(request.world_size), kept=checkpoints_kept(plan.run))
+
+
+def _unique(problems: Iterable[Problem]) -> list[Problem]:
+    """Runs of a sweep have most faults in common."""
+    return list({str(problem): problem for problem in problems}.values())
+
+
+def _planner(what: str, words: list[str], runs_dir: Path, force: bool, place: int | None) -> Callable[[int | None], Plan]:
+    """Plans the run for a number of ranks. place: in a sweep, where each run has a name of its own."""
     if what == "resume":
-        if not run_words or "=" in run_words[0]:
+        if not words or "=" in words[0]:
             raise LaunchError("resume: names no run directory. Try: officina submit resume runs/mine site=lumi nodes=2 time=8h")
-        return lambda n: plan_resume(Path(run_words[0]), run_words[1:], world_size=n, force=force)
-    return lambda n: plan_train(run_words, runs_dir, world_size=n, force=force)
+        if place is not None:
+            raise LaunchError(f"resume: goes on with one run, and {' '.join(words[1:])} asks for several. Try: officina submit "
+                              f"train from={words[0]} {' '.join(words[1:])}")
+        return lambda n: plan_resume(Path(words[0]), words[1:], world_size=n, force=force)
+    if place is None:
+        return lambda n: plan_train(words, runs_dir, world_size=n, force=force)
+
+    def plan(n: int | None) -> Plan:
+        found = plan_train(words, runs_dir, world_size=n, force=force)
+        run = replace(found.run, name=f"{found.run.name}-{place}")
+        return replace(found, run=run, run_dir=runs_dir / run.name)
+
+    return plan
 
 
 def _site(job: JobConfig, plan: Plan, environ: Mapping[str, str], problems: list[Problem]) -> Site:
@@ -156,18 +201,22 @@ def _ranks(request: Request, plan: Plan) -> list[Problem]:
 
 
 # ---- the script --------------------------------------------------------------------------------------------------------
-def _script(request: Request, plan: Plan, folder: Path, words: Sequence[str], environ: Mapping[str, str]) -> Script:
+def _script(request: Request, plans: list[Plan], words: Sequence[str], environ: Mapping[str, str]) -> Script:
     venv, python = _python(request, environ)
-    data = [expand(source.path) for source in plan.run.data.sources.values()]
-    own = [folder.parent, *data, *([Path(venv)] if venv else [])]
-    return Script(request, plan.run.name, folder, tuple(words), python=python, venv=venv,
+    folders = [expand_path(str(plan.run_dir)) for plan in plans]
+    data = [expand_path(source.path) for plan in plans for source in plan.run.data.sources.values()]
+    own = [folders[0].parent, *data, *([Path(venv)] if venv else [])]
+    name = plans[0].run.name
+    name = name.rpartition("-")[0] if len(plans) > 1 else name
+    return Script(request, name, folders[0], tuple(words), python=python, venv=venv,
+                  run_dirs=tuple(folders) if len(plans) > 1 else (),
                   binds=bind_folders(request, own) if request.image_kind else (), chdir=Path.cwd())
 
 
 def _python(request: Request, environ: Mapping[str, str]) -> tuple[str, str]:
     """(virtual environment, interpreter) where the ranks are: the one named, else the image's, else the one we run in."""
     if request.job.venv:
-        venv = str(expand(request.job.venv))
+        venv = str(expand_path(request.job.venv))
         return venv, f"{venv}/bin/python"
     if request.image_kind:
         return "", "python3"
@@ -184,7 +233,7 @@ def _prepare_command(what: str, job: JobConfig, problems: list[Problem], own: li
     site = find_site(found, environ)
     request = make_request(site, job, what=what)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([what, *[w for w in own[:1] if not w.startswith("-")]]))
-    folder = expand(str(_free(runs_dir, name)))
+    folder = expand_path(str(_free(runs_dir, name)))
     venv, python = _python(request, environ)
     own_paths = [folder.parent, Path.cwd(), *([Path(venv)] if venv else [])]
     script = Script(request, name, folder, tuple(words), command=(what, *own), python=python, venv=venv, chdir=Path.cwd(),
@@ -215,18 +264,22 @@ def send(prepared: Prepared) -> int:
         with claim(plan.run_dir):
             write_start(plan, request.world_size)
         _supervisor(plan.run_dir)
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    for run_dir in script.run_dirs or (folder,):
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     path = _write_script(folder, prepared.text)
     jobs = 1 if request.job.requeue else chain_length(request)
-    first = ""
-    for place in range(1, jobs + 1):
-        job_id = _sbatch(path)
-        first = first or job_id
-        append_job(folder, JobRecord(
-            job_id=job_id, what=request.what, site=request.site.id, cluster=_cluster(), script=path.name, nodes=request.nodes,
-            chain=first if jobs > 1 else "", place=place))
-    print(f"Submitted batch job {first}" + (f" and {jobs - 1} more of its chain" if jobs > 1 else "")
-          + f": {folder}\n  officina jobs · officina logs -f {folder} · officina cancel {folder}")
+    sent = [_sbatch(path) for _ in range(jobs)]
+    about = JobRecord(job_id=sent[0], what=request.what, site=request.site.id, cluster=_cluster(), script=path.name,
+                      nodes=request.nodes)
+    for place, job_id in enumerate(sent, 1):
+        if not script.run_dirs:
+            append_job(folder, replace(about, job_id=job_id, chain=sent[0] if jobs > 1 else "", place=place))
+    for index, run_dir in enumerate(script.run_dirs):
+        append_job(run_dir, replace(about, job_id=f"{sent[0]}_{index}", array_index=index,
+                                    script=os.path.relpath(path, run_dir)))
+    more = f" and {jobs - 1} more of its chain" if jobs > 1 else ""
+    more = more or (f", an array of {len(script.run_dirs)} runs" if script.run_dirs else "")
+    print(f"Submitted batch job {sent[0]}{more}: {folder}")
     return EXIT_DONE
 
 

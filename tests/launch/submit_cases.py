@@ -21,6 +21,7 @@ MODES = {
     "chain": ["nodes=1", "jobs=3", "env.extra.NCCL_DEBUG=INFO", "slurm.extra=[--mail-type=END]", "prologue=[nvidia-smi -L]"],
 }
 EXTRA = {"pyxis": ("deucalion-a100", ["nodes=2", "container=images/officina.sqsh"]),
+         "sweep": ("leonardo-booster", ["nodes=2", "optim.lr=1e-3,1e-4", "seed=range(0,2)", "at_once=2", "requeue=true"]),
          "part-of-a-node": ("lumi-g", ["nodes=2", "gpus=2", "partition=small-g"])}
 NOT_THERE = {("jupiter-booster", "mpirun"), ("juwels-booster", "image"), ("juwels-booster", "zero")}
 """Modes that a site refuses, or of which nothing is known."""
@@ -41,6 +42,15 @@ def words(site: str, *more: str, time: str = "2h") -> list[str]:
     return [*(word for word in base if word.split("=")[0] not in given), *more]
 
 
+WITH_DATA_QUEUE = ("deucalion-a100", "karolina-gpu", "leonardo-booster", "lumi-g", "marenostrum5-acc", "vega-gpu")
+"""Sites of which it is known where jobs without GPUs go."""
+
+
+def job_of(site: str) -> list[str]:
+    """The words of a job alone."""
+    return [f"site={site}", *([f"account={ACCOUNTS[site]}"] if ACCOUNTS[site] else []), "time=20m", "venv=venv", "cpus=4"]
+
+
 def prepared(*given: str, dry_run: bool = True, runs_dir: str = "runs") -> Prepared:
     """The submission as it would be from the folder of this process."""
     return prepare(list(given), Path(runs_dir), dry_run=dry_run, environ=NOBODY)
@@ -50,4 +60,6 @@ def cases() -> list[tuple[str, str, list[str]]]:
     """(site, mode, words) of every golden file."""
     found = [(site, mode, words(site, *more)) for site in SITES for mode, more in MODES.items()
              if (site, mode) not in NOT_THERE]
+    build = ["data", "build", "corpus", "texts", "--licence", "MIT"]
+    found += [(site, "data", [*job_of(site), *build]) for site in WITH_DATA_QUEUE]
     return found + [(site, mode, words(site, *more)) for mode, (site, more) in EXTRA.items()]

@@ -14,7 +14,9 @@ from slurm import SlurmCluster, _missing
 
 from officina.configs.sites import find_site
 from officina.launch import cli
+from officina.launch.job_record import read_jobs
 from officina.launch.site_rows import time_words
+from officina.trainer.run_dir import load_config
 from tests.launch.submit_cases import ACCOUNTS, SITES, cases
 
 pytestmark = pytest.mark.slurm
@@ -92,44 +94,86 @@ WHOLE = {
 }
 
 
-def run_to_the_end(site: str, more: list[str], folder: Path) -> tuple[str, Path]:
-    """Submit as a person would, wait; the job's log and the run directory."""
+def environ_of(cluster: SlurmCluster) -> dict[str, str]:
+    return cluster.environ | {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "OMPI_MCA_hwloc_base_binding_policy": "none", "XDG_CONFIG_HOME": "/nowhere"}
+
+
+def submit(cluster: SlurmCluster, folder: Path, *given: str) -> str:
+    """Submit as a person would; the job's id."""
+    sent = cluster.run(sys.executable, "-m", "officina.launch.cli", "submit", *given, env=environ_of(cluster), cwd=folder)
+    assert sent.returncode == 0, sent.stderr
+    return re.search(r"batch job ([0-9]+)", sent.stdout)[1]
+
+
+def wait(cluster: SlurmCluster, job: str, folder: Path, timeout_s: float = 240) -> None:
+    """Return when all tasks of the job have COMPLETED."""
+    end = time.monotonic() + timeout_s
+    while set(states := re.findall(r"JobState=(\w+)", cluster.run("scontrol", "show", "job", "-o", job).stdout)) & {
+            "RUNNING", "PENDING", "COMPLETING", "CONFIGURING"}:
+        assert time.monotonic() < end, f"{states}\n{log(folder)}"
+        time.sleep(0.2)
+    assert set(states) == {"COMPLETED"}, f"{states}\n{log(folder)}"
+
+
+def base(site: str, more: list[str], folder: Path) -> list[str]:
     write_tokens(folder / "data", {"train": [300] * 6, "validation": [64]}, tokenizer=tokenizer_info("0" * 64, 2048))
-    (folder / "image.sif").touch()
     changed = {w.split("=")[0] for w in more}
-    base = [w for w in [*MODEL, f"site={site}", f"account={ACCOUNTS[site]}", "time=20m"] if w.split("=")[0] not in changed]
+    given = [*MODEL, f"site={site}", f"account={ACCOUNTS[site]}", "time=20m"]
+    return [*(w for w in given if w.split("=")[0] not in changed), *more]
+
+
+def run_to_the_end(site: str, more: list[str], folder: Path) -> Path:
+    (folder / "image.sif").touch()
     with start_double(site) as cluster:
-        environ = cluster.environ | {
-            "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1",
-            "OMPI_MCA_hwloc_base_binding_policy": "none", "XDG_CONFIG_HOME": "/nowhere"}
-        sent = cluster.run(sys.executable, "-m", "officina.launch.cli", "submit", *base, *more, env=environ, cwd=folder)
-        assert sent.returncode == 0, sent.stderr
-        job = re.search(r"batch job ([0-9]+)", sent.stdout)[1]
-        end = time.monotonic() + 240
-        while "RUNNING" in (state := cluster.run("scontrol", "show", "job", "-o", job).stdout) or "PENDING" in state \
-                or "COMPLETING" in state:
-            assert time.monotonic() < end, state + log(folder, job)
-            time.sleep(0.2)
-        assert "JobState=COMPLETED" in state, state + log(folder, job)
-        return log(folder, job), folder / "runs/mine"
+        wait(cluster, submit(cluster, folder, *base(site, more, folder)), folder)
+    return folder / "runs/mine"
 
 
-def log(folder: Path, job: str) -> str:
-    files = [folder / f"runs/mine/logs/slurm-{job}.out", *sorted((folder / "runs/mine/logs").glob("rank-*.log"))]
-    return "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in files if file.exists())
+def log(folder: Path) -> str:
+    files = [*folder.glob("runs/*/logs/slurm-*.out"), *folder.glob("runs/*/logs/rank-*.log")]
+    return "\n".join(f"== {file.name}\n{file.read_text()[-2000:]}" for file in sorted(files))
 
 
 def check(site: str, more: list[str], folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
-    said, run_dir = run_to_the_end(site, more, folder)
-    assert '"event": "stop", "reason": "done"' in (run_dir / "metrics.jsonl").read_text().splitlines()[-1], said
-    assert cli.main(["data", "audit", str(run_dir)]) == 0, said
-    assert (run_dir / "job.sbatch").exists() and (run_dir / "jobs.jsonl").exists()
+    run_dir = run_to_the_end(site, more, folder)
+    done(run_dir, folder)
+    assert (run_dir / "job.sbatch").exists() and [r.site for r in read_jobs(run_dir)] == [site]
+
+
+def done(run_dir: Path, folder: Path) -> None:
+    assert '"event": "stop", "reason": "done"' in (run_dir / "metrics.jsonl").read_text().splitlines()[-1], log(folder)
+    assert cli.main(["data", "audit", str(run_dir)]) == 0, log(folder)
 
 
 @pytest.mark.parametrize("site", FOUR)
 def test_a_run_comes_to_its_end(site, tmp_path, monkeypatch):
     check(site, RUNS[site], tmp_path, monkeypatch)
+
+
+def test_a_sweep_and_another_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("A text to learn from. " * 200)
+    with start_double("leonardo") as cluster:
+        more = ["nodes=1", "gpus=1", "optim.lr=1e-3,1e-4"]
+        sweep = submit(cluster, tmp_path, *base("leonardo-booster", more, tmp_path))
+        account = f"account={ACCOUNTS['leonardo-booster']}"
+        build = submit(cluster, tmp_path, "site=leonardo", account, "time=20m", "data", "build", "corpus",
+                       "texts", "--vocab-size", "300")
+        wait(cluster, sweep, tmp_path)
+        wait(cluster, build, tmp_path)
+    for i, rate in enumerate(("1e-3", "1e-4")):
+        run_dir = tmp_path / f"runs/mine-{i}"
+        done(run_dir, tmp_path)
+        assert [(r.job_id, r.array_index) for r in read_jobs(run_dir)] == [(f"{sweep}_{i}", i)]
+        assert (run_dir / read_jobs(run_dir)[0].script).resolve().is_file()
+        assert (run_dir / f"logs/slurm-{sweep}_{i}.out").exists()
+        assert load_config(run_dir).optim.lr == float(rate)
+    assert (tmp_path / "corpus/dataset.json").is_file(), log(tmp_path)
+    assert read_jobs(tmp_path / "runs/data-build-1")[0].what == "data"
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from officina.configs.sites import announced, find_site
+from officina.launch import cli
 from officina.launch.job_request import make_request
 from officina.launch.site_rows import time_words
-from officina.trainer.errors import ConfigError, Problem
+from officina.trainer.errors import ConfigError, LaunchError, Problem
 from tests.launch.submit_cases import ACCOUNTS, NOBODY, SITES, data_set, prepared, words
 
 
@@ -68,7 +69,7 @@ def impossible() -> Iterator[tuple[str, str, list[str]]]:
         whole = next((p for p in profile.partitions.values() if p is limits[0] and p.whole_nodes), None) if limits else None
         if whole:
             yield site, "gpus", words(site, "gpus=1")
-        yield site, "cpus_per_gpu", words(site, "cpus_per_gpu=1000")
+        yield site, "cpus", words(site, "cpus=1000")
         yield site, "stop_before", words(site, "stop_before=2h")
         for name, partition in profile.partitions.items():
             if partition.gpus is False:
@@ -160,8 +161,8 @@ def test_a_site_of_which_nothing_is_known_asks_for_what_it_must_know():
     keys = {problem.key for problem in prepared(*given).problems}
     assert keys == {"gpus"}
     keys = {problem.key for problem in prepared(*given, "gpus=4").problems}
-    assert keys == {"cpus_per_gpu"}
-    assert not prepared(*given, "gpus=4", "cpus_per_gpu=8").problems
+    assert keys == {"cpus"}
+    assert not prepared(*given, "gpus=4", "cpus=8").problems
 
 
 # ---- places --------------------------------------------------------------------------------------------------------
@@ -245,3 +246,41 @@ def test_every_command_has_a_queue(site):
     found = make_request(find_site(site, NOBODY), job, what="data")
     assert found.gpus == 0 and found.ranks_per_node == 1
     assert request(site).gpus == find_site(site, NOBODY).profile.gpu.per_node
+
+
+# ---- sweeps and other commands ---------------------------------------------------------------------------------------
+def test_runs_of_a_sweep_are_judged_each():
+    found = prepared(*words("leonardo-booster", "batch.global_tokens=65536,65537", "seed=1,2"))
+    assert [p.key for p in found.problems] == ["batch.global_tokens"], "told once, though two runs have it"
+    assert [plan.run.name for plan in found.plans] == ["mine-0", "mine-1", "mine-2", "mine-3"]
+    assert {p.key for p in prepared(*words("leonardo-booster", "seed=1,2", "jobs=2")).problems} == {"jobs"}
+    assert {p.key for p in prepared(*words("leonardo-booster", "seed=1,2", "nodes=1", "budget=100")).problems} == {"budget"}
+    assert not prepared(*words("leonardo-booster", "seed=1,2", "nodes=1", "budget=128")).problems
+    assert "takes 1 of one user" in str(prepared(*words("meluxina-gpu", "qos=long", "seed=1,2")).problems)
+    with pytest.raises(LaunchError, match="resume: goes on with one run"):
+        prepared("resume", "runs/mine", "seed=1,2", "site=lumi", "time=1h")
+    with pytest.raises(LaunchError, match="names no run directory"):
+        prepared("resume", "site=lumi", "time=1h")
+
+
+def test_other_commands():
+    found = prepared("data", "build", "corpus", "site=lumi", "account=project_1", "time=1h")
+    assert not found.problems and found.request.partition == "small"
+    keys = {p.key for p in prepared("data", "build", "corpus", "site=jupiter", "account=a", "time=1h").problems}
+    assert keys == {"partition"}, "nobody has told where such jobs go"
+    keys = {p.key for p in prepared("data", "build", "corpus", "site=leonardo", "account=a", "time=5h").problems}
+    assert keys == {"time"}
+    two = prepared("data", "build", "c", "site=lumi", "account=project_1", "time=1h", "nodes=2")
+    assert {p.key for p in two.problems} == {"nodes"}
+    bench = prepared("bench", "all", "site=lumi", "account=project_1", "time=1h", "gpus=1", "partition=small-g")
+    assert "#SBATCH --gpus-per-node=1" in bench.text and not bench.problems
+
+
+def test_options_of_submit_and_of_the_command(capsys):
+    job = ["site=lumi", "account=project_1", "time=1h"]
+    assert cli.main(["submit", *job, "data", "build", "corpus", "texts", "--licence", "MIT", "--dry-run"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("data build corpus texts --licence MIT")
+    assert cli.main(["submit", *words("lumi-g"), "--wrong", "--dry-run"]) == 2
+    assert "--wrong: is no option of submit" in capsys.readouterr().err
+    assert cli.main(["submit", "--dry-run", "--runs-dir", "elsewhere", *words("lumi-g")]) == 0
+    assert "/elsewhere/mine/logs/" in capsys.readouterr().out

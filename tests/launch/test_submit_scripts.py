@@ -86,11 +86,16 @@ def test_directives_keep_the_rules_of_the_profile(site, mode, given, project):
     seconds = parse_duration_s(found["time"])
     for limits in (profile.partitions.get(found.get("partition")), profile.qos.get(found.get("qos"))):
         if limits:
-            assert limits.gpus is not False
+            assert (limits.gpus is not False) == (mode != "data")
             assert (limits.min_nodes or 1) <= nodes <= (limits.max_nodes or nodes)
             assert seconds <= (limits.max_time or seconds)
     assert "partition" in found or "qos" in found
 
+    assert found["open-mode"] == "append"
+    if mode == "data":
+        assert not {"gres", "gpus", "gpus-per-node", "gpus-per-task", "signal"} & set(found) and "no-requeue" in found
+        assert lines[-1].startswith("exec ") and lines[-1].endswith("data build corpus texts --licence MIT")
+        return
     per_node = 2 if mode == "part-of-a-node" else profile.gpu.per_node
     asked = {"gres": lambda v: int(v.rpartition(":")[2]), "gpus-per-node": int, "gpus": lambda v: int(v) // nodes,
              "gpus-per-task": lambda v: int(v) * tasks}
@@ -101,7 +106,7 @@ def test_directives_keep_the_rules_of_the_profile(site, mode, given, project):
     cpus = tasks * int(found["cpus-per-task"])
     assert cpus == rules.cpus_per_gpu * per_node <= profile.node.cores * (profile.node.threads_per_core or 1)
     assert ("exclusive" in found) == (rules.exclusive == "always" or (rules.exclusive == "several_nodes" and nodes > 1))
-    assert found["open-mode"] == "append" and found["signal"] == "B:USR1@300"
+    assert found["signal"] == "B:USR1@300"
 
     for name, value in profile.env.set.items():
         assert re.search(rf"^export {name}=['\"]?{re.escape(value)}", text, re.MULTILINE), name
