@@ -66,6 +66,25 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z
                                      torch.is_grad_enabled())
 
 
+@torch.no_grad()
+def linear_token_scores(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, softcap: float = 0.0, chunk_tokens: int = 0,
+                        impl: Impl = "auto") -> Tensor:
+    """Of each label its loss, and 1 where it has the largest logit, else 0: (2, N) at least fp32, for evaluation.
+
+    Arguments as in `linear_cross_entropy`; both are 0 where the label is IGNORE.
+    """
+    N, V = x_ND.shape[0], weight_VD.shape[0]
+    chunk_tokens = chunk_tokens or max(1, (CHUNK_LOGITS_GPU if x_ND.is_cuda else CHUNK_LOGITS_CPU) // V)
+    impl, terms = choose(x_ND, labels_N, impl), Terms(0.0, 0.0, softcap)
+    scores = x_ND.new_empty((2, N), dtype=wide_dtype(x_ND.dtype))
+    for start in range(0, N, chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        logits = x_ND[rows] @ weight_VD.T
+        scores[0, rows] = _losses(logits, labels_N[rows], terms, None, impl)
+        scores[1, rows] = logits.argmax(-1) == labels_N[rows]
+    return scores
+
+
 def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z_loss: float = 0.0,
                                    label_smoothing: float = 0.0, softcap: float = 0.0) -> Tensor:
     """Same contract in plain torch on a whole vocabulary, all logits at once; the oracle for tests and benchmarks."""

@@ -41,6 +41,7 @@ _COMMANDS = {
     "check": "every problem of a configuration at once, else what the run would be",
     "generate": "text from a run's checkpoint",
     "convert": "models in Hugging Face's form, in and out",
+    "eval": "held-out loss or benchmarks of a run's checkpoint",
     "data": "build, check, describe, stage and audit data sets",
     "report": "report.html and report.json of a run",
     "sites": "the supercomputers officina knows: shape, limits and rules of each, and where every value comes from",
@@ -159,6 +160,23 @@ def _convert(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Its arguments are read by `officina.trainer.convert`, as those of `generate`."""
 
 
+def _eval(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.add_argument("run", metavar="RUN", help="run directory, such as runs/demo")
+    command.add_argument("words", nargs="*", metavar="WORD",
+                         help="step=N (default: the newest), tasks=NAME,NAME, or a key=value of the configuration")
+    command.add_argument("--tasks-dir", default="", metavar="DIR", help="folder with task files of your own")
+    command.add_argument("--shots", type=int, default=None, metavar="N", help="examples in the prompt (default: the task's)")
+    command.add_argument("--limit", type=int, default=None, metavar="N", help="documents of each task (default: all)")
+    command.epilog = """\
+examples:
+  officina eval runs/demo                                  loss, bits per byte and perplexity by source and language
+  officina eval runs/demo step=200 eval.max_rows=1000 engine=ddp ranks=2
+  officina eval runs/demo data.sources.laws.path=data/laws   also on data it was not trained on
+  officina eval runs/demo tasks=belebele_fin_Latn --shots 5  lm-evaluation-harness, offline
+  officina eval runs/demo tasks=mine --tasks-dir my_tasks    a task of your own on local files
+"""
+
+
 def _data(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.epilog = """\
 examples:
@@ -225,7 +243,8 @@ def _force(command: argparse.ArgumentParser) -> None:
 
 
 _ARGUMENTS = {"train": _train, "resume": _resume, "submit": _submit, "plan": _plan, "check": _check, "generate": _generate,
-              "convert": _convert, "data": _data, "report": _report, "sites": _sites, "demo": _demo, "bench": _bench}
+              "convert": _convert, "eval": _eval, "data": _data, "report": _report, "sites": _sites, "demo": _demo,
+              "bench": _bench}
 
 if __name__ == "__main__":
     sys.exit(main())

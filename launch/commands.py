@@ -125,6 +125,11 @@ def _explain(plan: Plan) -> None:
         print("\n".join(["conditions of use:", *gate.explained(findings)]) if findings else "conditions of use: none")
 
 
+def eval(args: argparse.Namespace) -> int:
+    """Held-out loss or benchmarks."""
+    return import_module("officina.launch.eval_commands").evaluate(args)
+
+
 def data(args: argparse.Namespace) -> int:
     """`args.run` is the function that the chosen data command set."""
     status: int = args.run(args)

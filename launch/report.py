@@ -45,7 +45,8 @@ def summary(f: Facts) -> str:
         ("steps", f"{f.steps_done:,}{planned}, {count(f.useful_tokens)} {items} that carried loss in {clock(f.wall_s)}"),
         ("loss", _loss(f.final_loss_nats, f.final_perplexity)),
     ]
-    rows += [(f"held-out {h.source}", f"{_loss(h.loss_nats, h.perplexity)}, step {h.step:,}") for h in f.held_out]
+    rows += [(f"held-out {h.source}", f"{_loss(h.loss_nats, h.perplexity)}{_bits(h.bits_per_byte)}, step {h.step:,}")
+             for h in f.held_out]
     rows.append(("speed", f"{count(f.tokens_per_s)} {items}/s" + (
         f", MFU {f.mfu_causal:.1%}" if f.mfu_causal is not None else "")))
     if f.peak_memory_bytes:
@@ -63,6 +64,10 @@ def summary(f: Facts) -> str:
 
 def _loss(value: float | None, perplexity: float | None) -> str:
     return loss(value) if perplexity is None else f"{loss(value)} nats, perplexity {number(perplexity)}"
+
+
+def _bits(value: float | None) -> str:
+    return "" if value is None else f", {value:.4f} bits per byte"
 
 
 def _write(run_dir: Path) -> tuple[Path, Facts]:

@@ -16,7 +16,7 @@ from typing import Any
 from officina.trainer.config import DecoderConfig, RunConfig
 from officina.trainer.environment import ENVIRONMENT_FILE
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, OfficinaError
-from officina.trainer.metrics import Generation, RunMetrics, StepMetrics, read_metrics
+from officina.trainer.metrics import Generation, RunMetrics, StepMetrics, bits_per_byte, read_metrics
 from officina.trainer.model.flops import parameter_count
 from officina.trainer.run_dir import LEDGER, committed_steps, load_config, read_history
 from officina.trainer.schema import dump_run
@@ -37,6 +37,10 @@ class HeldOut:
     perplexity: float | None
     """exp(loss_nats); none for custom models, whose loss need not be one of nats."""
     tokens: int
+    bits_per_byte: float | None = None
+    """Compares across tokenizers; none where the bytes of the texts are not known."""
+    languages: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """tokens, loss_nats and text_bytes by language, where there are several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,9 +272,11 @@ def pooled(metrics: RunMetrics, *, text: bool) -> list[HeldOut]:
         by_step.setdefault(e.step, []).append(e)
     most = max((len(found) for found in by_step.values()), default=0)
     return [HeldOut(
-        source="all", step=step, loss_nats=loss, perplexity=_exp(loss) if text else None, tokens=tokens)
+        source="all", step=step, loss_nats=loss, perplexity=_exp(loss) if text else None, tokens=tokens,
+        bits_per_byte=bits_per_byte(loss, tokens, sum(e.text_bytes or math.nan for e in found)) if text_known else None)
         for step, found in by_step.items() if len(found) == most
         for tokens in [sum(e.tokens for e in found)] if tokens
+        for text_known in [all(e.text_bytes for e in found)]
         for loss in [math.fsum(e.loss_nats * e.tokens for e in found) / tokens]]
 
 
@@ -279,7 +285,7 @@ def _held_out(metrics: RunMetrics, text: bool) -> tuple[list[HeldOut], HeldOut |
     if not together:
         return [], None
     each = [HeldOut(source=e.source, step=e.step, loss_nats=e.loss_nats, tokens=e.tokens,
-                    perplexity=_exp(e.loss_nats) if text else None)
+                    perplexity=_exp(e.loss_nats) if text else None, bits_per_byte=e.bits_per_byte, languages=e.languages)
             for e in metrics.evals if e.step == together[-1].step]
     finite = [h for h in together if math.isfinite(h.loss_nats)]
     best = min(finite, key=lambda h: h.loss_nats) if finite else None

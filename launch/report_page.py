@@ -10,7 +10,7 @@ from officina.launch.report_charts import Chart, Mark, Series, Span, draw
 from officina.launch.report_facts import FINAL_STEPS, Facts, Life, pooled
 from officina.launch.report_style import CSS, LOGO, SCRIPT
 from officina.launch.report_words import clock, count, date, loss, number, seconds, shown, size
-from officina.trainer.metrics import RunMetrics
+from officina.trainer.metrics import RunMetrics, bits_per_byte
 
 WIDE, NARROW = (1036, 340), (480, 300)
 SMALL = (490, 200)
@@ -56,7 +56,7 @@ def _tiles(f: Facts) -> str:
     if f.held_out:
         h = f.held_out[0]
         best = f.best_held_out
-        notes = [_perplexity(h.perplexity)]
+        notes = [_perplexity(h.perplexity), "" if h.bits_per_byte is None else f"{h.bits_per_byte:.3f} bits per byte"]
         if best and best.step != h.step:
             notes.append(f"best {loss(best.loss_nats)} at step {best.step:,}")
         final.append(("Held-out loss", loss(h.loss_nats), unit, "<br>".join(filter(None, notes))))
@@ -281,8 +281,13 @@ def _data(f: Facts) -> str:
             "–" if epochs is None else f"{epochs:.2f}",
             loss(held[s.name].loss_nats) if s.name in held else "–", escape(s.licence or "not stated"),
             f'<span class="mono muted">{escape((s.fingerprint or "")[:12])}</span>' or "–"])
-    return _section("Data", "What each source gave (rows × row length, by the ledger), and under which terms.", _table(
-        ["Source", "#Tokens read", "#Share", "#Epochs", "#Held-out loss", "Licence", "Fingerprint"], rows))
+    tables = _table(["Source", "#Tokens read", "#Share", "#Epochs", "#Held-out loss", "Licence", "Fingerprint"], rows)
+    by_language = [[escape(h.source), escape(name), count(of["tokens"]), loss(of["loss_nats"]),
+                    "–" if (bits := bits_per_byte(of["loss_nats"], of["tokens"], of["text_bytes"])) is None else f"{bits:.3f}"]
+                   for h in f.held_out for name, of in sorted(h.languages.items(), key=lambda item: -item[1]["tokens"])]
+    if by_language:
+        tables += _table(["Source", "Language", "#Tokens held out", "#Loss", "#Bits per byte"], by_language)
+    return _section("Data", "What each source gave (rows × row length, by the ledger), and under which terms.", tables)
 
 
 def _sample(f: Facts) -> str:

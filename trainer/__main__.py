@@ -62,9 +62,14 @@ def _run(run_dir: Path, env: RankEnv, start_timeout_s: float) -> int:
     run = load_config(run_dir)
     ranks = start_ranks(env, device=run.device, threads=run.threads, timeout_s=start_timeout_s)
     try:
-        from officina.trainer.loop import train
+        from officina.trainer.evaluation import REQUEST, evaluate
 
-        status = train(run_dir, ranks)
+        if (run_dir / REQUEST).exists():
+            status = evaluate(run_dir, ranks)
+        else:
+            from officina.trainer.loop import train
+
+            status = train(run_dir, ranks)
         ranks.barrier()  # leave together: srun --kill-on-bad-exit kills the others when the first one leaves with 75
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

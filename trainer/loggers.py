@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from officina.trainer.config import RunConfig
-from officina.trainer.metrics import EvalMetrics, StepMetrics
+from officina.trainer.metrics import EvalMetrics, StepMetrics, bits_per_byte
 
 MAX_WAITING = 10_000
 """Records a slow tracker may be behind before new ones are dropped."""
@@ -38,7 +38,16 @@ class Tracker(Protocol):
 def values_of(record: StepMetrics | EvalMetrics) -> dict[str, float]:
     """What trackers see of a record, by the names they show."""
     if isinstance(record, EvalMetrics):
-        return {f"eval/{record.source}/loss_nats": record.loss_nats}
+        found = {"": (record.loss_nats, record.bits_per_byte)}
+        for name, of in record.languages.items():
+            found[f"{name}/"] = of["loss_nats"], bits_per_byte(of["loss_nats"], of["tokens"], of["text_bytes"])
+        shown = {}
+        for name, (loss, bits) in found.items():
+            if loss is not None:
+                shown[f"eval/{record.source}/{name}loss_nats"] = loss
+            if bits is not None:
+                shown[f"eval/{record.source}/{name}bits_per_byte"] = bits
+        return shown
     names = ("loss_nats", "grad_norm", "lr", "step_time_s", "data_wait_s", "tokens_per_s", "mfu_causal", "mfu_full",
              "peak_memory_bytes")
     shown = {f"train/{name}": getattr(record, name) for name in names}

@@ -8,9 +8,10 @@ import torch
 
 from officina.trainer.assemble import Job, assemble, peak_memory_bytes
 from officina.trainer.checkpoint.content import state_hashes, verify_changed
-from officina.trainer.data.loader import StepData, validation_rows, validation_sources
+from officina.trainer.data.loader import StepData
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_USER, DataError, NoProgressError
-from officina.trainer.metrics import EvalMetrics, StepMetrics
+from officina.trainer.evaluate import held_out
+from officina.trainer.metrics import StepMetrics
 from officina.trainer.ranks import Ranks
 from officina.trainer.run_dir import load_config
 from officina.trainer.schedule import lr_factor
@@ -92,15 +93,8 @@ def train(run_dir: Path, ranks: Ranks) -> int:
 def evaluate(job: Job) -> None:
     """Held-out loss of every source that has a validation split; the same rows whatever the number of ranks."""
     job.progress.phase("evaluating")
-    for source in validation_sources(job.run):
-        began_s = time.perf_counter()
-        loss_sum, tokens = torch.zeros((), device=job.ranks.device, dtype=torch.float64), 0
-        for batch in validation_rows(job.run, job.ranks.rank, job.ranks.world_size, source, job.ranks.device):
-            loss_sum += job.engine.evaluate(batch.to(job.ranks.device))
-            tokens += batch.loss_tokens
-        total, count = job.ranks.sum([loss_sum.item(), tokens])
-        job.write(EvalMetrics(step=job.step, source=source, loss_nats=total / max(count, 1), tokens=int(count),
-                              eval_time_s=time.perf_counter() - began_s))
+    for found in held_out(job.engine, job.run, job.ranks, job.step, job.progress.say):
+        job.write(found)
     job.progress.phase("")
 
 

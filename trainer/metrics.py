@@ -67,8 +67,19 @@ class EvalMetrics:
     """Mean over `tokens`."""
     tokens: int
     """Loss-bearing tokens that were evaluated."""
+    text_bytes: float | None = None
+    """UTF-8 bytes of text that these tokens stand for; none = not known."""
+    languages: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """The same by language, where there are several: `tokens`, `loss_nats`, `text_bytes`."""
+    lost_blocks: int = 0
+    """Damaged blocks under the rows, whose tokens were not evaluated."""
     eval_time_s: float | None = None
     time: float = 0.0
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Compares across tokenizers."""
+        return bits_per_byte(self.loss_nats, self.tokens, self.text_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +142,11 @@ class StopMetrics:
     exit_status: int
     message: str | None = None
     time: float = 0.0
+
+
+def bits_per_byte(loss_nats: float | None, tokens: float, text_bytes: float | None) -> float | None:
+    """Of a mean loss per token."""
+    return loss_nats * tokens / math.log(2) / text_bytes if text_bytes and loss_nats is not None else None
 
 
 Record = StepMetrics | EvalMetrics | SaveMetrics | StartMetrics | StopMetrics

@@ -21,6 +21,12 @@ def next_token_loss(z_loss: float = 0.0) -> LossFn:
     return loss
 
 
+def token_scores(module: nn.Module, fields: dict[str, Tensor]) -> Tensor:
+    """(2, B, T) fp32: loss of each label in nats, and 1 where it is the most likely token; 0 where there is no label."""
+    return module(fields["tokens"], labels_BT=fields["labels"], documents_BT=fields.get("documents"),
+                  positions_BT=fields.get("positions"), scores=True)
+
+
 def record_loss(losses_of: Callable[[nn.Module, dict[str, Tensor]], Tensor], path: str) -> LossFn:
     """The user's losses per record (B,), summed over the records that are there.
 

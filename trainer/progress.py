@@ -69,8 +69,9 @@ class Progress:
     def evaluated(self, metrics: EvalMetrics) -> None:
         """Show this held-out loss from now on."""
         self._eval[metrics.source] = metrics
+        bits = "" if metrics.bits_per_byte is None else f", {_number(metrics.bits_per_byte)} bits per byte"
         if self._enabled and not self._live:
-            self._write(f"step {metrics.step:,} · held-out loss of {metrics.source} {_number(metrics.loss_nats)}\n")
+            self._write(f"step {metrics.step:,} · held-out loss of {metrics.source} {_number(metrics.loss_nats)}{bits}\n")
 
     def phase(self, text: str) -> None:
         """What goes on instead of a step, e.g. `evaluating` or `saving`; empty when steps go on."""

@@ -22,7 +22,7 @@ from officina.trainer.data.buffers import Buffers
 from officina.trainer.data.integrity import mend
 from officina.trainer.data.plan import PlannedStep, plan_steps
 from officina.trainer.data.reader import Record, RowReader, Rows, Stream, validation_streams
-from officina.trainer.data.shards import Lost
+from officina.trainer.data.shards import Lost, merge_lost
 from officina.trainer.errors import DataError
 
 Decode = Callable[[bytes], dict[str, torch.Tensor]]
@@ -224,14 +224,15 @@ def validation_rows(run: RunConfig, rank: int, world_size: int, source: str | No
 
     The same rows on any number of ranks, and the same number of batches on every rank (padded by rows without loss).
     """
-    decode, memory = _decoder(run), Memory(torch.device(device).type == "cuda")
     for name, stream in validation_streams(run).items():
         if source in (None, name):
-            yield from _validation_batches(run, stream, rank, world_size, decode, memory)
+            yield from (batch for batch, _, _ in validation_batches(run, stream, rank, world_size, device))
 
 
-def _validation_batches(run: RunConfig, stream: Stream, rank: int, world_size: int, decode: Decode | None,
-                        memory: Memory) -> Iterator[Batch]:
+def validation_batches(run: RunConfig, stream: Stream, rank: int, world_size: int,
+                       device: torch.device | str = "cpu") -> Iterator[tuple[Batch, np.ndarray, Lost]]:
+    """As `validation_rows`, of one stream: batches, the numbers of their rows, and the lost blocks under them."""
+    decode, memory = _decoder(run), Memory(torch.device(device).type == "cuda")
     available = stream.rows(run.batch.seq_len) if decode is None else int(stream.document_starts[-1])
     total = min(available, run.eval.max_rows)
     own = range(rank * total // world_size, (rank + 1) * total // world_size)
@@ -241,10 +242,11 @@ def _validation_batches(run: RunConfig, stream: Stream, rank: int, world_size: i
         here = np.asarray(own[first:first + size], np.int64)
         if decode is None:
             found = stream.gather(here, run.batch.seq_len, borders=run.data.mask_documents)
-            yield _token_batches(found, [size], run.data.mask_documents, memory)[0]
+            yield _token_batches(found, [size], run.data.mask_documents, memory)[0], here, found.lost
         else:
             records = [stream.record(int(i)) for i in here]
-            yield _record_batches(records, stream.record(0), [size], decode, memory)[0]
+            lost = merge_lost(*({"": record.lost} for record in records)).get("", {})
+            yield _record_batches(records, stream.record(0), [size], decode, memory)[0], here, lost
 
 
 def _micro_sizes(run: RunConfig, world_size: int) -> list[int]:

@@ -341,11 +341,13 @@ class _OpenSegment:
             path = self._job.work / f"{item.split}-{self._job.part:05d}-{self._number:05d}.dls"
             self._writers[item.split] = ShardWriter(path, dtype=self._dtype, tokenizer_sha256=self._writing.info.sha256)
         document, languages = item.document, self._writing.languages
-        language = languages[document.language or NO_LANGUAGE] if languages else None
-        for tokens, trained in item.arrays:
-            self._writers[item.split].add(tokens, self._writing.sources[document.source], language, document.id, trained)
-            self._lengths[item.split, 1 << len(tokens).bit_length()] += 1
         content = document.text.encode()
+        language = languages[document.language or NO_LANGUAGE] if languages else None
+        known = len(content) if self._job.chat is None else None  # a sample's text is not what its tokens spell
+        for tokens, trained in item.arrays:
+            self._writers[item.split].add(
+                tokens, self._writing.sources[document.source], language, document.id, trained, known)
+            self._lengths[item.split, 1 << len(tokens).bit_length()] += 1
         key = (item.split, document.source, document.language)
         sums = self._groups.setdefault(key, np.zeros(5, np.int64))
         sums += (len(item.arrays), item.tokens, len(content), len(document.text), count_words(content))

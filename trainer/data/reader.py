@@ -118,6 +118,22 @@ class Stream:
                     raise
                 self._on_damage(self.dataset, self.entries[number], shard, damaged.block)
 
+    def places(self, rows: np.ndarray, seq_len: int) -> np.ndarray:
+        """Where the tokens of `rows` (n,) lie in the stream: (n, seq_len + 1) int64, -1 for padding."""
+        if self.plan is None:
+            return rows[:, None] * seq_len + np.arange(seq_len + 1)
+        piece, row = self.plan.pieces(rows)
+        lengths = self.plan.lengths[piece].astype(np.int64)
+        nth = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        filled = np.bincount(row, weights=lengths, minlength=len(rows)).astype(np.int64)
+        found = np.full((len(rows), seq_len + 1), -1)
+        found[np.arange(seq_len + 1) < filled[:, None]] = np.repeat(self.plan.starts[piece], lengths) + nth
+        return found
+
+    def tokens(self, number: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of shard `number`, verified; of lost blocks whatever lies there."""
+        return self._check(number, np.asarray([start]), np.asarray([stop])).part(start, stop)
+
     def record(self, number: int) -> "Record":
         """A record, verified."""
         of_shard = bisect_right(self.document_starts, number) - 1
@@ -474,13 +490,13 @@ def _same_tokenizer(run: RunConfig, streams: dict[str, Stream]) -> None:
                         "Build one again with `officina data build --tokenizer OTHER/tokenizer.json`.")
 
 
-def validation_streams(run: RunConfig) -> dict[str, Stream]:
+def validation_streams(run: RunConfig, on_damage: OnDamage | None = None) -> dict[str, Stream]:
     """The validation split of every source in the mixture that has one, by source name: one that left it is read no more."""
     streams: dict[str, Stream] = {}
     for name in sources_in_use(run.data):
         dataset = open_source(run, name)
         if run.data.validation_split in dataset.manifest.splits:
-            streams[name] = Stream(dataset, run.data.validation_split, read=run.data.read)
+            streams[name] = Stream(dataset, run.data.validation_split, on_damage=on_damage, read=run.data.read)
             if dataset.manifest.kind == "tokens":
                 streams[name].lay_out(run.data, run.batch.seq_len, f"data.sources.{name}")
     return streams

@@ -6,6 +6,7 @@
                document_ends   u64 per document: offset in tokens just after its last token
                source_ids      u16 per document: number of its source in dataset.json
                language_ids    u16 per document: number of its language in dataset.json (where languages are known)
+               document_bytes  u32 per document: UTF-8 bytes of its text (where the writer knew)
                document_ids    16 bytes per document, see `officina.trainer.data.documents.document_id` (not in old shards)
                trained         a bit per token, lowest first: is it trained on, as a label? (only where not all tokens are)
                granule_xxh3    u64 per granule: xxh3-64 of 256 KiB of tokens (the last granule may be shorter)
@@ -88,6 +89,7 @@ class ShardWriter:
         self._language_ids: list[int] = []
         self._document_ids: list[bytes] = []
         self._trained: list[np.ndarray] = []
+        self._document_bytes: list[int] = []
         self.tokens = 0
 
     @property
@@ -96,9 +98,11 @@ class ShardWriter:
         return self.tokens * DTYPES[self._dtype].itemsize
 
     def add(self, document: np.ndarray, source_id: int = 0, language_id: int | None = None,
-            document_id: bytes = b"", trained: np.ndarray | None = None) -> None:
-        """Append one document, (n,) integers, n > 0. All documents of a shard have a language id, or none; so with ids and
-        with `trained`, (n,) bool."""
+            document_id: bytes = b"", trained: np.ndarray | None = None, text_bytes: int | None = None) -> None:
+        """Append one document, (n,) integers, n > 0; text_bytes: of its text in UTF-8.
+
+        All documents of a shard have a language id, or none; so with ids, bytes and with `trained`, (n,) bool.
+        """
         if not len(document):
             raise DataError(f"{self.path}: document {len(self._ends)} is empty; a document has at least one token or byte. "
                             "Leave empty documents out.")
@@ -127,6 +131,8 @@ class ShardWriter:
             self._document_ids.append(document_id)
         if trained is not None:
             self._trained.append(trained)
+        if text_bytes is not None:
+            self._document_bytes.append(text_bytes)
 
     def _end_granule(self) -> None:
         self._hashes.append(self._granule.intdigest())
@@ -140,6 +146,8 @@ class ShardWriter:
                   "source_ids": np.asarray(self._source_ids, "<u2").tobytes()}
         if self._language_ids:
             footer["language_ids"] = np.asarray(self._language_ids, "<u2").tobytes()
+        if self._document_bytes:
+            footer["document_bytes"] = np.minimum(self._document_bytes, 2**32 - 1).astype("<u4").tobytes()
         if self._document_ids:
             footer["document_ids"] = b"".join(self._document_ids)
         if self._trained:
@@ -189,7 +197,7 @@ class SplitWriter:
         self._entries: list[ShardEntry] = []
 
     def add(self, document: np.ndarray, source_id: int = 0, language_id: int | None = None,
-            document_id: bytes = b"", trained: np.ndarray | None = None) -> None:
+            document_id: bytes = b"", trained: np.ndarray | None = None, text_bytes: int | None = None) -> None:
         """Append one document, (n,) integers; see `ShardWriter.add`."""
         if self._writer and self._writer.bytes + len(document) * self._itemsize > self._shard_bytes:
             self._end_shard()
@@ -197,7 +205,7 @@ class SplitWriter:
             (self._folder / "shards").mkdir(parents=True, exist_ok=True)
             path = self._folder / "shards" / f"{self._split}-{len(self._entries):05d}.dls"
             self._writer = ShardWriter(path, **self._how)
-        self._writer.add(document, source_id, language_id, document_id, trained)
+        self._writer.add(document, source_id, language_id, document_id, trained, text_bytes)
 
     def _end_shard(self) -> None:
         assert self._writer is not None
@@ -277,6 +285,8 @@ class Shard:
         self.source_ids = self._section(header, "source_ids", "<u2")
         self.language_ids = self._section(header, "language_ids", "<u2")
         """(documents,), or (0,) where languages are not known."""
+        self.document_bytes = self._section(header, "document_bytes", "<u4")
+        """(documents,) UTF-8 bytes of each text, or (0,) where they are not known."""
         self.document_ids = self._section(header, "document_ids", "u1").reshape(-1, 16)
         """(documents, 16), or (0, 16) in shards without ids."""
         self._trained = self._section(header, "trained", "u1")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from officina.kernels.activations import geglu, swiglu, xielu
-from officina.kernels.linear_cross_entropy import linear_cross_entropy
+from officina.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_scores
 from officina.kernels.rms_norm import add_rms_norm, rms_norm
 from officina.trainer.config import DecoderConfig
 from officina.trainer.model.rope import at_least_fp32
@@ -79,12 +79,16 @@ class Vocabulary(nn.Module):
         self.softcap, self.impl = config.logit_softcap, config.kernels
 
     def forward(self, x: Tensor, use: str, labels_BT: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
-        """`embed`: (B, T) -> (B, T, D). `logits`: (B, T, D) -> (B, T, V) fp32. `loss`: -> 0-dim fp32 sum."""
+        """`embed`: (B, T) -> (B, T, D). `logits`: (B, T, D) -> (B, T, V) fp32. `loss`: -> 0-dim fp32 sum.
+        `scores`: -> (2, B, T) fp32, see `linear_token_scores`."""
         if use == "embed":
             return F.embedding(x, self.weight)
         weight = self.weight.to(x.dtype)
         if use == "loss":
             return linear_cross_entropy(x.flatten(0, -2), weight, labels_BT.flatten(), z_loss=z_loss, softcap=self.softcap,
                                         impl=self.impl)
+        if use == "scores":
+            return linear_token_scores(x.flatten(0, -2), weight, labels_BT.flatten(), softcap=self.softcap,
+                                       impl=self.impl).unflatten(1, labels_BT.shape)
         logits = at_least_fp32(F.linear(x, weight))
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits

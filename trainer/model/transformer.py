@@ -118,13 +118,15 @@ class Transformer(nn.Module):
         self._frequencies: dict[tuple[RopeConfig, torch.device], Tensor] = {}
 
     def forward(self, tokens_BT: Tensor, *, labels_BT: Tensor | None = None, documents_BT: Tensor | None = None,
-                positions_BT: Tensor | None = None, z_loss: float = 0.0, cache: KVCache | None = None) -> Tensor:
+                positions_BT: Tensor | None = None, z_loss: float = 0.0, cache: KVCache | None = None,
+                scores: bool = False) -> Tensor:
         """Logits (B, T, V), or with labels the sum of the losses of all labels but IGNORE, 0-dim; fp32.
 
         Args:
             documents_BT: a number per document; attention stays within it. None: each row is one document.
             positions_BT: place of each token for RoPE; None: counted from the beginning of the row or cache.
             z_loss: weight of the squared log-partition function in the loss.
+            scores: with labels, the loss of each and whether it is the most likely token: (2, B, T) instead of the sum.
             cache: keys and values of the tokens before these; these are added to it. Not with documents.
         """
         if cache is not None and documents_BT is not None:
@@ -145,7 +147,7 @@ class Transformer(nn.Module):
         head = self.embed if self.head is None else self.head
         if labels_BT is None:
             return head(x_BTD, "logits")
-        return head(x_BTD, "loss", labels_BT, z_loss)
+        return head(x_BTD, "scores" if scores else "loss", labels_BT, z_loss)
 
     def new_cache(self) -> KVCache:
         """An empty cache for decoding; layers with a window keep only what it still sees."""

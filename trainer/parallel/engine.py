@@ -74,6 +74,10 @@ class Engine(Protocol):
         """Local loss sum without gradient, 0-dim fp32."""
         ...
 
+    def score(self, batch: Batch) -> Tensor:
+        """Without gradient, each label's loss and whether it is the most likely token; see `objective.token_scores`."""
+        ...
+
     def close(self) -> None:
         """Free the engine; nothing of it may be used afterwards."""
         ...

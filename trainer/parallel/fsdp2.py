@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from officina.trainer.batch import Batch
+from officina.trainer.batch import Batch, LossFn
 from officina.trainer.config import HSDPConfig
 from officina.trainer.errors import OfficinaError
 from officina.trainer.muon import Split
@@ -81,10 +81,10 @@ class FSDP2Engine(TorchEngine):
             self.module.set_reshard_after_backward(last)
         return super().forward_backward(batch, step_tokens=step_tokens, last=last)
 
-    def evaluate(self, batch: Batch) -> Tensor:
-        loss = super().evaluate(batch)
+    def _without_gradient(self, compute: LossFn, batch: Batch) -> Tensor:
+        found = super()._without_gradient(compute, batch)
         self._free_gathered()
-        return loss
+        return found
 
     def import_state(self, source: Source, *, optimizer_steps: int | None) -> None:
         self._free_gathered()

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from officina.trainer.batch import Batch
+from officina.trainer.batch import Batch, LossFn
 from officina.trainer.config import MuonConfig, RunConfig, ZeroConfig
 from officina.trainer.errors import ConfigError, OfficinaError, Problem
+from officina.trainer.objective import token_scores
 from officina.trainer.optim import group_parameters, new_adamw
 from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts, StepOutcome
@@ -91,14 +92,20 @@ class ZeroEngine:
         self.optimizer_steps += applied
         return StepOutcome(float(norm), applied)
 
-    @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:
+        return self._without_gradient(self._loss_fn, batch)
+
+    def score(self, batch: Batch) -> Tensor:
+        return self._without_gradient(token_scores, batch)
+
+    @torch.no_grad()
+    def _without_gradient(self, compute: LossFn, batch: Batch) -> Tensor:
         was_training = self.module.training
         self.module.eval()
         with self._autocast():
-            loss = self._loss_fn(self.module, batch.fields)
+            found = compute(self.module, batch.fields)
         self.module.train(was_training)
-        return loss.float()
+        return found.float()
 
     @torch.no_grad()
     def import_state(self, source: Source, *, optimizer_steps: int | None) -> None:

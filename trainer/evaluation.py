@@ -1,0 +1,107 @@
+"""`officina eval`: what one rank does. The command makes the folder of the evaluation ready, as `train` does a run directory.
+
+    RUN/evals/step-00000300-1a2b3c4d/config.yaml   the run's configuration with the words of the evaluation
+    RUN/evals/step-00000300-1a2b3c4d/request.json  `Request`
+    RUN/evals/step-00000300-1a2b3c4d/results.json  written at the end by rank 0
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from officina.trainer.data.manifest import write_whole
+from officina.trainer.errors import EXIT_DONE, OfficinaError
+from officina.trainer.metrics import EvalMetrics
+from officina.trainer.run_dir import load_config, read_run_id
+
+if TYPE_CHECKING:  # the command's side reads and writes requests without torch
+    from officina.trainer.ranks import Ranks
+
+EVALS, REQUEST, RESULTS = "evals", "request.json", "results.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What an evaluation is of."""
+
+    step: int
+    """Of the checkpoint."""
+    tasks: Sequence[str] = ()
+    """Names of lm-evaluation-harness; none = the held-out loss."""
+    tasks_dir: str = ""
+    """Folder with task files (YAML) of one's own."""
+    shots: int | None = None
+    """Examples in the prompt; None = the task's own number."""
+    limit: int | None = None
+    """Documents of each task; None = all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """What came out."""
+
+    step: int
+    run_id: str
+    engine: str
+    world_size: int
+    held_out: list[dict[str, Any]] = field(default_factory=list)
+    """Fields of `EvalMetrics` with bits_per_byte."""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Task -> metric -> value, as lm-evaluation-harness gives them."""
+
+
+def write_request(folder: Path, request: Request) -> None:
+    """The last file that a rank waits for."""
+    write_whole(folder / REQUEST, json.dumps(asdict(request)).encode())
+
+
+def read_request(folder: Path) -> Request:
+    """The request in the folder of an evaluation."""
+    return Request(**json.loads((folder / REQUEST).read_bytes()))
+
+
+def read_results(folder: Path) -> Results:
+    """What rank 0 wrote."""
+    return Results(**json.loads((folder / RESULTS).read_bytes()))
+
+
+def evaluate(folder: Path, ranks: "Ranks") -> int:
+    """Evaluate a checkpoint of the run two folders up on these ranks. Raises OfficinaError for what the user can mend."""
+    from officina.trainer.checkpoint.read import open_checkpoint
+    from officina.trainer.evaluate import held_out
+    from officina.trainer.model.build import build_model
+    from officina.trainer.parallel.engine import Parts, build_engine, resolve_precision
+
+    run, request, run_dir = load_config(folder), read_request(folder), folder.parent.parent
+    if request.tasks and run.model.kind != "decoder":
+        raise OfficinaError("tasks: benchmarks ask a language model, and model.kind=custom is one of your own. "
+                            f"Leave tasks out for the held-out loss: officina eval {run_dir}")
+    built = build_model(run)
+    shapes = {name: tuple(p.shape) for name, p in built.module.named_parameters()}
+    engine = build_engine(Parts(run, ranks, built.module, built.loss_fn, resolve_precision(run.precision, ranks.device)))
+    try:
+        with open_checkpoint(run_dir, step=request.step, ranks=ranks, run_id=read_run_id(run_dir)) as opened:
+            opened.check_fits(shapes)
+            engine.import_state(opened, optimizer_steps=None)
+        found, scores = [], {}
+        if request.tasks:
+            from officina.trainer.harness import run_tasks
+
+            scores = run_tasks(engine, run, ranks, run_dir, request)
+        else:
+            said = print if ranks.rank == 0 else lambda text: None
+            found = [_told(each) for each in held_out(engine, run, ranks, request.step, said)]
+        if ranks.rank == 0:
+            results = Results(step=request.step, run_id=read_run_id(run_dir) or "", engine=run.engine.kind,
+                              world_size=ranks.world_size, held_out=found, tasks=scores)
+            write_whole(folder / RESULTS, (json.dumps(asdict(results), indent=1) + "\n").encode())
+    finally:
+        engine.close()
+    return EXIT_DONE
+
+
+def _told(found: EvalMetrics) -> dict[str, Any]:
+    return {key: value for key, value in asdict(found).items() if key not in ("step", "time")} | {
+        "bits_per_byte": found.bits_per_byte}
