@@ -89,7 +89,7 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
     origins = [word.removeprefix("from=") for word in words if word.startswith("from=")]
     words = tuple(words)
     if not origins:
-        composed = compose_all(words)
+        composed = _weighed(compose_all(words), words)
         found = _all_problems(composed, world_size, devices, Going())
         found += init_problems(composed.run, force=force) if not composed.problems else []
         return Plan(composed.run, runs_dir / composed.run.name, "start", words, composed.defaults, found, [], forced=force)
@@ -112,7 +112,7 @@ def plan_resume(run_dir: Path, words: Sequence[str], *, world_size: int | None, 
 
 def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devices: int | None, force: bool,
            branch: bool) -> Plan:
-    composed = recompose(origin.run, words)
+    composed = _weighed(recompose(origin.run, words), words, origin.run)
     found = _all_problems(composed, world_size, devices, _going(origin, branch))
     if composed.run.adapter.kind != "none" and not composed.problems:  # frozen weights are read at every start
         found += init_problems(composed.run, force=True)
@@ -123,6 +123,25 @@ def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devi
     run = composed.run if found else carry_forward(origin.run, composed.run, origin.position, named)
     return Plan(run, origin.run_dir, "branch" if branch else "resume", tuple(words), composed.defaults, found,
                 changes(origin.run, run), origin, force)
+
+
+def _weighed(composed: Composed, words: Sequence[str], before: RunConfig | None = None) -> Composed:
+    """With the weights that `data.temperature` stands for; before: the run that is gone on with."""
+    if composed.run.data.temperature is None:
+        return composed
+    from officina.trainer.data.order import sources_in_use
+    from officina.trainer.data.temperature import by_temperature
+
+    named = {match[1] for word in words if (match := re.match(r"\+*data\.sources\.([^.=]+)", word))}
+    weighted = {match[1] for word in words if (match := re.match(r"\+*data\.sources\.([^.=]+)\.weight=", word))}
+    sources = composed.run.data.sources
+    if before is None:
+        names, weighted = set(sources), weighted | {name for name, source in sources.items() if source.weight != 1}
+    else:
+        names = {name for name in sources if name in named or name not in before.data.sources} | (
+            set(sources_in_use(before.data)) & set(sources))
+    run, found = by_temperature(composed.run, names, weighted)
+    return replace(composed, run=run, problems=composed.problems + found)
 
 
 def _going(origin: Origin, branch: bool) -> Going:
@@ -261,13 +280,23 @@ def describe_run(run: RunConfig, world_size: int | None) -> list[tuple[str, str]
     lines = [("run", f"{run.name}, seed {run.seed}"),
              ("ranks", f"{world_size or 'as the launcher starts'}, engine {_engine_name(run)}, precision {run.precision}"),
              ("model", _model_line(run)),
-             ("data", ", ".join(f"{name} ({source.path}) x {source.weight:g}" for name, source in run.data.sources.items())),
+             ("data", _data_line(run)),
              ("batch", f"{batch.global_tokens:,} {unit} a step = {shape}{micros} micro-batch{'es' * (micros > 1)} of up to "
                        f"{batch.micro_rows} rows a rank"),
              ("length", f"{run.steps:,} steps = {run.steps * batch.global_tokens:,} {unit}"),
              ("rate", f"{run.optim.kind}, lr {run.optim.lr:g}, {run.lr_schedule.kind} schedule with "
                       f"{run.lr_schedule.warmup_steps} steps of warm-up")]
     return lines
+
+
+def _data_line(run: RunConfig) -> str:
+    """Sources with their shares of the rows from now on."""
+    weights = {name: source.weight for name, source in run.data.sources.items()}
+    if run.data.timeline:
+        weights = run.data.timeline[-1].weights
+    total = sum(weights.values())
+    return ", ".join(f"{name} ({run.data.sources[name].path})" + (f" {weight / total:.2%}" if len(weights) > 1 else "")
+                     for name, weight in weights.items())
 
 
 def _model_line(run: RunConfig) -> str:

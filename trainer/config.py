@@ -263,6 +263,10 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Name -> data set. Names are free and appear in ledger and report."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Weights as tokens ** (1 / temperature) in place of those of the sources; written out as weights when a run is planned."""
+    temperature_over: Literal["sources", "languages"] = "sources"
+    """What is sampled by temperature; `languages`: sources of one language each, those of a language together."""
     split: str = "train"
     """Split of each data set that is trained on."""
     validation_split: str = "validation"

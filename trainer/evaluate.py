@@ -15,6 +15,7 @@ from officina.trainer.data.loader import validation_batches
 from officina.trainer.data.reader import Stream, validation_streams
 from officina.trainer.data.shards import merge_lost
 from officina.trainer.metrics import EvalMetrics
+from officina.trainer.objective import token_scores
 from officina.trainer.parallel.engine import Engine
 from officina.trainer.ranks import Ranks
 
@@ -65,7 +66,7 @@ def _sums(engine: Engine, run: RunConfig, ranks: Ranks, stream: Stream) -> tuple
         if facts is None:
             sums[:, 0] += engine.evaluate(on_device).item(), batch.loss_tokens, 0
             continue
-        nats = engine.score(on_device)[0].double().cpu().numpy()[:len(rows)]
+        nats = engine.infer(token_scores, on_device)[0].double().cpu().numpy()[:len(rows)]
         labels = batch.fields["labels"].numpy()[:len(rows)]
         counted, (languages, sizes) = labels != IGNORE, facts.of_labels(rows, labels)
         for i, weights in enumerate((nats, np.ones_like(nats), sizes)):

@@ -7,10 +7,11 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from officina.trainer.config import NoAdapterConfig
 from officina.trainer.data.manifest import write_whole
 from officina.trainer.errors import EXIT_DONE, OfficinaError
 from officina.trainer.metrics import EvalMetrics
@@ -71,6 +72,7 @@ def evaluate(folder: Path, ranks: "Ranks") -> int:
     """Evaluate a checkpoint of the run two folders up on these ranks. Raises OfficinaError for what the user can mend."""
     from officina.trainer.checkpoint.read import open_checkpoint
     from officina.trainer.evaluate import held_out
+    from officina.trainer.initial import plain_weights
     from officina.trainer.model.build import build_model
     from officina.trainer.parallel.engine import Parts, build_engine, resolve_precision
 
@@ -78,13 +80,16 @@ def evaluate(folder: Path, ranks: "Ranks") -> int:
     if request.tasks and run.model.kind != "decoder":
         raise OfficinaError("tasks: benchmarks ask a language model, and model.kind=custom is one of your own. "
                             f"Leave tasks out for the held-out loss: officina eval {run_dir}")
+    run = replace(run, adapter=NoAdapterConfig())  # adapters are merged: the model that is handed out is the one that is judged
     built = build_model(run)
     shapes = {name: tuple(p.shape) for name, p in built.module.named_parameters()}
     engine = build_engine(Parts(run, ranks, built.module, built.loss_fn, resolve_precision(run.precision, ranks.device)))
     try:
         with open_checkpoint(run_dir, step=request.step, ranks=ranks, run_id=read_run_id(run_dir)) as opened:
-            opened.check_fits(shapes)
-            engine.import_state(opened, optimizer_steps=None)
+            with plain_weights(run_dir, opened, ranks) as weights:
+                if weights is opened:
+                    opened.check_fits(shapes)
+                engine.import_state(weights, optimizer_steps=None)
         found, scores = [], {}
         if request.tasks:
             from officina.trainer.harness import run_tasks

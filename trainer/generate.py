@@ -69,12 +69,12 @@ def main(argv: Sequence[str]) -> int:
             print(f"officina generate: {fault}", file=sys.stderr)
         with plain_weights(run_dir, checkpoint, Alone()) as source:
             module = load(run, source, torch.device("cuda" if use_gpu else "cpu"))
-    stop_ids = _stop_ids(run_dir, tokenizer)
-    tokens = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [stop_ids[0] if stop_ids else 0]
+    stops = stop_ids(run_dir, tokenizer)
+    tokens = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [stops[0] if stops else 0]
     said = [args.prompt]
     sys.stdout.write(args.prompt)
     new = generate(module, tokens, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                   top_p=args.top_p, seed=args.seed, stop_id=stop_ids)
+                   top_p=args.top_p, seed=args.seed, stop_id=stops)
     for text in stream_text(tokenizer.decode, tokens, new):
         said.append(text)
         sys.stdout.write(text)
@@ -106,14 +106,15 @@ def _continue(module: Transformer, tokens: Sequence[int], max_new_tokens: int, t
     fed = torch.tensor([list(tokens)], device=device)
     for _ in range(max_new_tokens):
         logits_V = module(fed, cache=cache)[0, -1]
-        token = _sample(logits_V.cpu(), temperature, top_p, random)
+        token = sample(logits_V.cpu(), temperature, top_p, random)
         if token in stop_ids:
             return
         yield token
         fed = torch.tensor([[token]], device=device)
 
 
-def _sample(logits_V: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
+def sample(logits_V: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
+    """One token from logits (V,) on the CPU; temperature 0 takes the most likely."""
     if temperature == 0:
         return int(logits_V.argmax())
     sorted_V, order_V = (logits_V.double() / temperature).softmax(-1).sort(descending=True, stable=True)
@@ -136,7 +137,7 @@ def _check(tokens: Sequence[int], vocab_size: int, max_new_tokens: int, temperat
         raise OfficinaError(f"--top-p {top_p} must be above 0 and at most 1, for example 0.95")
 
 
-def _stop_ids(run_dir: Path, tokenizer: Tokenizer) -> list[int]:
+def stop_ids(run_dir: Path, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a text: those of the model the run started from, else the one that ends documents of its data."""
     for name in ("generation_config.json", "config.json"):
         path = run_dir / BASE_DIR / name

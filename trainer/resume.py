@@ -40,6 +40,7 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     # data
     ("data.sources.*.path", "free", "a data set may move; its fingerprint is checked"),
     ("data.sources.*.weight", "free", "a new mixture from the next sample on"),
+    ("data.temperature*", "free", "new weights from the next sample on"),
     ("data.skip", "free", "of samples that are still to come"),
     ("data.timeline", "refused", "is written by officina itself; change data.sources.NAME.weight"),
     ("data.mask_documents", "force", "attention and labels change their meaning in the middle of a run"),

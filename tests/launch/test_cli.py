@@ -21,7 +21,7 @@ from officina.trainer.errors import (
 )
 
 OFFICINA = Path(sys.executable).with_name("officina")
-COMMANDS = ["train", "resume", "check", "data", "report", "sites", "demo", "bench"]
+COMMANDS = ["train", "resume", "check", "eval", "data", "report", "sites", "demo", "bench"]
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.reader import Stream
 from officina.trainer.evaluation import Request, read_results, write_request
 from officina.trainer.metrics import read_metrics
-from officina.trainer.run_dir import save_config
+from officina.trainer.run_dir import load_config, save_config
 
 WORDS = {"fin_Latn": "talo metsä järvi yö päivä kuu", "swe_Latn": "hus skog sjö natt dag måne", "ell_Grek": "σπίτι δάσος νύχτα"}
 
@@ -39,8 +39,6 @@ def trained(pool, tmp_path_factory) -> Path:
 
 
 def ask(trained: Path, name: str, run=None, **request) -> Path:
-    from officina.trainer.run_dir import load_config
-
     folder = trained / "evals" / name
     folder.mkdir(parents=True)
     save_config(run or load_config(trained), folder)
@@ -52,8 +50,6 @@ def reference(trained: Path) -> dict[str, tuple[float, int, int]]:
     """Nats, tokens and bytes by language, document by document, by a plain forward pass over each row."""
     from officina.trainer.checkpoint.read import open_checkpoint
     from officina.trainer.generate import load
-    from officina.trainer.run_dir import load_config
-
     run = load_config(trained)
     with open_checkpoint(trained) as opened:
         module = load(run, opened, torch.device("cpu"))
@@ -83,8 +79,6 @@ def reference(trained: Path) -> dict[str, tuple[float, int, int]]:
 
 
 def test_any_engine_and_ranks_give_what_a_plain_count_gives(pool, trained: Path) -> None:
-    from officina.trainer.run_dir import load_config
-
     wanted, run = reference(trained), load_config(trained)
     nats, tokens, sizes = (sum(of[i] for of in wanted.values()) for i in range(3))
     for name, engine, n in (("one", SingleConfig(), 1), ("ddp", DDPConfig(), 3), ("fsdp2", FSDP2Config(), 2),
@@ -104,3 +98,93 @@ def test_any_engine_and_ranks_give_what_a_plain_count_gives(pool, trained: Path)
     [in_the_loop] = read_metrics(trained).evals
     assert in_the_loop.bits_per_byte == pytest.approx(nats / math.log(2) / sizes, rel=1e-5)
     assert set(in_the_loop.languages) == set(wanted)
+
+
+# ---- benchmarks ----------------------------------------------------------------------------------------------------
+CHOICE = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+output_type: {kind}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """A multiple choice, a perplexity and a generation task on a local file."""
+    pytest.importorskip("lm_eval", reason="needs officina[eval]")
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": f"{i} talo metsä", "choices": ["järvi yö", "natt", "νύχτα σπίτι δάσος"], "answer": i % 3}
+            for i in range(11)]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, kind, more in (
+            ("own_choice", "multiple_choice", 'doc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"\n'),
+            ("own_text", "loglikelihood_rolling", 'doc_to_target: "{{question}} {{choices[0]}}"\nmetric_list:\n'
+                                                  "  - metric: bits_per_byte\n"),
+            ("own_words", "generate_until", 'doc_to_target: "{{choices[0]}}"\nmetric_list:\n  - metric: exact_match\n'
+                                            'generation_kwargs: {until: [" m"], max_gen_toks: 7}\n')):
+        text = CHOICE.format(name=name, kind=kind, path=folder / "test.jsonl")
+        text = text.replace('doc_to_text: "{{question}}"', 'doc_to_text: ""') if name == "own_text" else text
+        (folder / f"{name}.yaml").write_text(text + more)
+    return folder
+
+
+def test_tasks_on_local_files_score_the_same_on_any_engine_and_ranks(pool, trained: Path, tasks: Path) -> None:
+    """Against log-probabilities of whole sentences by a plain forward pass."""
+    run, names = load_config(trained), ["own_choice", "own_text", "own_words"]
+    run = replace(run, batch=replace(run.batch, micro_rows=4))
+    found = {}
+    for name, engine, n in (("t1", SingleConfig(), 1), ("t2", FSDP2Config(), 2), ("t3", ZeroConfig(stage=3), 2)):
+        folder = ask(trained, name, replace(run, engine=engine), tasks=names, tasks_dir=str(tasks))
+        assert pool.run(n, "tests.trainer.evaluation_cases:evaluate", str(folder)) == [0] * n
+        found[name] = read_results(folder).tasks
+    accuracy, nats, size = plain_scores(trained, tasks)
+    assert set(found["t1"]) == set(names)
+    assert found["t1"]["own_choice"]["acc,none"] == pytest.approx(accuracy)
+    assert found["t1"]["own_text"]["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    for name in ("t2", "t3"):
+        for task in names:
+            for metric, value in found["t1"][task].items():
+                if isinstance(value, float):
+                    assert found[name][task][metric] == pytest.approx(value, rel=1e-5), (name, task, metric)
+
+
+def plain_scores(trained: Path, tasks: Path) -> tuple[float, float, int]:
+    from tokenizers import Tokenizer
+
+    from officina.trainer.checkpoint.read import open_checkpoint
+    from officina.trainer.generate import load
+    with open_checkpoint(trained) as opened:
+        module = load(load_config(trained), opened, torch.device("cpu"))
+    tokenizer = Tokenizer.from_file(str(trained / "tokenizer.json"))
+    eos = tokenizer.token_to_id("<|endoftext|>")
+
+    def nats(context: list[int], continuation: list[int]) -> float:
+        tokens = torch.tensor([context + continuation])
+        logits = module(tokens[:, :-1])[0].double()
+        return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")[-len(continuation):].sum().item()
+
+    right, total, size = [], 0.0, 0
+    for row in map(json.loads, (tasks / "test.jsonl").read_text().splitlines()):
+        context = tokenizer.encode(row["question"], add_special_tokens=False).ids
+        each = [nats(context, tokenizer.encode(f"{row['question']} {c}", add_special_tokens=False).ids[len(context):])
+                for c in row["choices"]]
+        right.append(int(np.argmin(each)) == row["answer"])
+        text = f"{row['question']} {row['choices'][0]}"
+        ids = [eos, *tokenizer.encode(text, add_special_tokens=False).ids]
+        for at in range(0, len(ids) - 1, 32):  # windows of batch.seq_len, each with one token of context
+            total += nats(ids[at:at + 1], ids[at + 1:at + 33])
+        size += len(text.encode())
+    return sum(right) / len(right), total, size
+
+
+def test_a_task_that_is_not_known_or_not_here_is_refused(pool, trained: Path, tasks: Path) -> None:
+    text = (tasks / "own_choice.yaml").read_text().replace("dataset_path: json", "dataset_path: nobody/nothing")
+    (tasks / "elsewhere.yaml").write_text(text.replace("task: own_choice", "task: elsewhere"))
+    for name, task, message in (("u1", "own_choise", "own_choise: is no task .* Did you mean own_choice"),
+                                ("u2", "elsewhere", "its data cannot be loaded, and nothing is downloaded here")):
+        folder = ask(trained, name, tasks=[task], tasks_dir=str(tasks))
+        with pytest.raises(AssertionError, match=message):
+            pool.run(1, "tests.trainer.evaluation_cases:evaluate", str(folder))

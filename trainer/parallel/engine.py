@@ -44,7 +44,7 @@ class Engine(Protocol):
     """
 
     module: nn.Module
-    """The wrapped module; call it under `torch.no_grad()` for evaluation and generation, on all ranks alike."""
+    """The wrapped module; `infer` calls it for evaluation and generation."""
 
     def import_state(self, source: Source, *, optimizer_steps: int | None) -> None:
         """Fill parameters and buffers from `source`; with optimizer_steps also the moments, as after that many steps."""
@@ -74,8 +74,8 @@ class Engine(Protocol):
         """Local loss sum without gradient, 0-dim fp32."""
         ...
 
-    def score(self, batch: Batch) -> Tensor:
-        """Without gradient, each label's loss and whether it is the most likely token; see `objective.token_scores`."""
+    def infer(self, compute: LossFn, batch: Batch) -> Tensor:
+        """`compute(module, fields)` without gradient, in the engine's precision: any tensor, as fp32. On all ranks alike."""
         ...
 
     def close(self) -> None:

@@ -81,8 +81,8 @@ class FSDP2Engine(TorchEngine):
             self.module.set_reshard_after_backward(last)
         return super().forward_backward(batch, step_tokens=step_tokens, last=last)
 
-    def _without_gradient(self, compute: LossFn, batch: Batch) -> Tensor:
-        found = super()._without_gradient(compute, batch)
+    def infer(self, compute: LossFn, batch: Batch) -> Tensor:
+        found = super().infer(compute, batch)
         self._free_gathered()
         return found
 

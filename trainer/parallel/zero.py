@@ -16,7 +16,6 @@ from torch import Tensor
 from officina.trainer.batch import Batch, LossFn
 from officina.trainer.config import MuonConfig, RunConfig, ZeroConfig
 from officina.trainer.errors import ConfigError, OfficinaError, Problem
-from officina.trainer.objective import token_scores
 from officina.trainer.optim import group_parameters, new_adamw
 from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts, StepOutcome
@@ -93,13 +92,10 @@ class ZeroEngine:
         return StepOutcome(float(norm), applied)
 
     def evaluate(self, batch: Batch) -> Tensor:
-        return self._without_gradient(self._loss_fn, batch)
-
-    def score(self, batch: Batch) -> Tensor:
-        return self._without_gradient(token_scores, batch)
+        return self.infer(self._loss_fn, batch)
 
     @torch.no_grad()
-    def _without_gradient(self, compute: LossFn, batch: Batch) -> Tensor:
+    def infer(self, compute: LossFn, batch: Batch) -> Tensor:
         was_training = self.module.training
         self.module.eval()
         with self._autocast():
