@@ -21,10 +21,10 @@ LEVELS = (
     {"ranks"},
     {"model", "data", "parallel", "hf"},
     {"checkpoint"},
-    {"step", "validate", "resume", "init_from", "initial"},
+    {"step", "validate", "resume", "init_from", "initial", "evaluation", "evaluate"},
     {"assemble"},
-    {"loop", "generate", "card"},
-    {"convert"},
+    {"loop", "generate", "card", "harness"},
+    {"convert", "eval_rank"},
     {"__main__"},
 )
 """Modules and packages of trainer from the ground up; those of one level may import each other, but see SIBLINGS."""

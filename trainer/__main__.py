@@ -55,6 +55,7 @@ def main(run_dir: Path, *, start_timeout_s: float = START_TIMEOUT_S) -> int:
 
 
 def _run(run_dir: Path, env: RankEnv, start_timeout_s: float) -> int:
+    from officina.trainer.evaluation import REQUEST
     from officina.trainer.memory import OutOfMemory, explain_oom, is_out_of_memory
     from officina.trainer.ranks import start_ranks, stop_ranks
     from officina.trainer.run_dir import load_config
@@ -62,9 +63,9 @@ def _run(run_dir: Path, env: RankEnv, start_timeout_s: float) -> int:
     run = load_config(run_dir)
     ranks = start_ranks(env, device=run.device, threads=run.threads, timeout_s=start_timeout_s)
     try:
-        from officina.trainer.evaluation import REQUEST, evaluate
-
         if (run_dir / REQUEST).exists():
+            from officina.trainer.eval_rank import evaluate
+
             status = evaluate(run_dir, ranks)
         else:
             from officina.trainer.loop import train

@@ -4,6 +4,6 @@ from pathlib import Path
 
 
 def evaluate(ranks, folder: str) -> int:
-    from officina.trainer.evaluation import evaluate
+    from officina.trainer.eval_rank import evaluate
 
     return evaluate(Path(folder), ranks)
