@@ -38,6 +38,9 @@ _COMMANDS = {
     "resume": "go on with a run from its newest checkpoint, also with other ranks, engine, rate, length or mixture",
     "submit": "put a run, or any other command, on a cluster: checked against its rules, rendered to sbatch, sent",
     "plan": "what a run will take: ranks, mesh, memory by part, hours, cost; on a site or on a number of ranks",
+    "jobs": "the jobs of runs on a cluster: state, step, loss, speed, time left, and why one waits",
+    "logs": "what a run's newest job printed, or one rank's log",
+    "cancel": "end all jobs of a run, those that wait first; the one that runs saves",
     "check": "every problem of a configuration at once, else what the run would be",
     "generate": "text from a run's checkpoint",
     "convert": "models in Hugging Face's form, in and out",
@@ -141,6 +144,37 @@ def _submit(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.epilog = _SUBMIT_EXAMPLES
 
 
+def _jobs(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.add_argument("runs", nargs="*", metavar="RUN", help="run directories (default: all in --runs-dir)")
+    command.add_argument("--all", action="store_true", help="also jobs that have ended")
+    _runs_dir(command)
+    command.epilog = """\
+examples:
+  officina jobs
+  officina jobs runs/mine --all
+"""
+
+
+def _logs(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.add_argument("run", metavar="RUN", help="run directory")
+    command.add_argument("-f", "--follow", action="store_true", help="go on until no job of the run waits or runs")
+    command.add_argument("--rank", type=int, default=None, metavar="N", help="the log of rank N instead of the job's output")
+    command.epilog = """\
+examples:
+  officina logs runs/mine
+  officina logs -f runs/mine
+  officina logs runs/mine --rank 3
+"""
+
+
+def _cancel(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    command.epilog = """\
+examples:
+  officina cancel runs/mine
+"""
+
+
 def _plan(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.add_argument("words", nargs="*", metavar="WORD", help="words of the run, and of the job where a site is named")
     command.add_argument("--ranks", type=int, default=None, metavar="N", help="without a site: for N ranks (default: 1)")
@@ -242,9 +276,9 @@ def _force(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="allow changes that the table of resume rules asks this for")
 
 
-_ARGUMENTS = {"train": _train, "resume": _resume, "submit": _submit, "plan": _plan, "check": _check, "generate": _generate,
-              "convert": _convert, "eval": _eval, "data": _data, "report": _report, "sites": _sites, "demo": _demo,
-              "bench": _bench}
+_ARGUMENTS = {"train": _train, "resume": _resume, "submit": _submit, "plan": _plan, "jobs": _jobs, "logs": _logs,
+              "cancel": _cancel, "check": _check, "generate": _generate, "convert": _convert, "eval": _eval, "data": _data,
+              "report": _report, "sites": _sites, "demo": _demo, "bench": _bench}
 
 if __name__ == "__main__":
     sys.exit(main())

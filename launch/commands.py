@@ -85,6 +85,21 @@ def plan(args: argparse.Namespace) -> int:
     return import_module("officina.launch.plan_command").plan(args)
 
 
+def jobs(args: argparse.Namespace) -> int:
+    """Jobs on a cluster."""
+    return import_module("officina.launch.job_commands").jobs(args)
+
+
+def logs(args: argparse.Namespace) -> int:
+    """What a job printed."""
+    return import_module("officina.launch.job_commands").logs(args)
+
+
+def cancel(args: argparse.Namespace) -> int:
+    """The end of a run's jobs."""
+    return import_module("officina.launch.job_commands").cancel(args)
+
+
 def check(args: argparse.Namespace) -> int:
     """Every problem at once, else a summary."""
     devices = visible_devices(os.environ)

@@ -80,6 +80,9 @@ def main(argv=None):
     if not os.path.isdir(run_dir):
         say(f"{run_dir}: no such run directory. Submit the run anew: officina submit ...")
         return EXIT_USER
+    if not os.access(run_dir, os.W_OK):
+        say(f"{run_dir} cannot be written by this user. Give it to the group: chmod -R g+w, or copy it")
+        return EXIT_USER
     with Signals() as signals, claimed(run_dir) as holder:
         if holder:
             say(f"{run_dir} is being trained by another start ({holder}), still after {_CLAIM_S:g} s. Wait for it or end it: "
@@ -203,6 +206,8 @@ def judge(ended, failure, left_with=None):
         said = f"rank {failure['rank']} on {failure['host']}: {failure['error']}: {first_line}"
         if failure["consequence"]:  # who only saw that another rank was gone does not know why
             return CRASH, f"a rank was lost and the step ended {how}; {said}", "lost a rank " + how
+        if "cannot listen on port" in first_line:  # taken since we looked: the next attempt has another one
+            return CRASH, said, "port taken"
         signature = failure["error"] + ": " + re.sub(r"0x[0-9a-fA-F]+|[0-9]+", "#", first_line)
         return _OF_STATUS.get(failure["exit_status"], CRASH), said, signature
     if ended.status in (EXIT_USER, EXIT_NO_PROGRESS):
@@ -296,8 +301,9 @@ def requeue(job_id):
 def waiting_members(run_dir, job):
     """Jobs of our chain that wait, in their order: what RUN/jobs.jsonl and Slurm say."""
     records = read_lines(os.path.join(run_dir, "jobs.jsonl"))
-    chain = [r.get("chain") for r in records if r.get("job_id") in job.names]
-    members = [str(r.get("job_id")) for r in records if chain and chain[-1] and r.get("chain") == chain[-1]]
+    own = [r for r in records if r.get("job_id") in job.names]
+    chain = (own[-1].get("chain"), own[-1].get("cluster")) if own else (None, None)
+    members = [str(r.get("job_id")) for r in records if chain[0] and (r.get("chain"), r.get("cluster")) == chain]
     if not members:
         return []
     shown = _slurm("squeue", "--noheader", "--array", "--user=" + str(os.getuid()), "--states=PENDING", "--format=%i")
@@ -341,10 +347,11 @@ def _slurm(*words):
 
 
 def job_state(job_id):
-    """JobState as Slurm says it, e.g. RUNNING; "" if nobody says."""
+    """JobState as Slurm says it, RUNNING for all states of a job that it lets live; "" if nobody says."""
     shown = _slurm("scontrol", "show", "job", "--oneliner", job_id) if job_id else None
     match = re.search(r"\bJobState=(\S+)", shown.stdout) if shown else None
-    return match.group(1) if match else ""
+    state = match.group(1) if match else ""
+    return "RUNNING" if state in ("SIGNALING", "RESIZING", "SUSPENDED", "STOPPED") else state
 
 
 def job_end_s(job_id):
@@ -380,7 +387,7 @@ def clear_steps(job_id, patience_s=30.0):
 
 def free_port(name):
     """A port that follows from the attempt's name, and that no program on this host, the first node, listens on."""
-    first = zlib.crc32(name.encode())
+    first = zlib.crc32(f"{name}.{os.getpid()}".encode())  # clusters that share a host, as a test's do, have the same job ids
     for i in range(100):
         port = _FIRST_PORT + (first + i) % _N_PORTS
         with socket.socket() as probe:

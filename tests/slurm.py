@@ -23,7 +23,7 @@ _PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "salloc", "scont
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/sbin")
 
 _CONF = """\
-ClusterName=officina
+ClusterName={name}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
@@ -110,7 +110,7 @@ def _start_munge(root: Path, path: str) -> None:
 
 
 @contextlib.contextmanager
-def start_cluster(extra: str = "", *, cpus: int = 4) -> Iterator[SlurmCluster]:
+def start_cluster(extra: str = "", *, cpus: int = 4, name: str = "officina") -> Iterator[SlurmCluster]:
     """The cluster, up and idle; `extra` is added to slurm.conf."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *_SBIN])
     root = Path(tempfile.mkdtemp(prefix="officina-slurm-"))
@@ -124,7 +124,7 @@ def start_cluster(extra: str = "", *, cpus: int = 4) -> Iterator[SlurmCluster]:
         f"NodeName=n{i + 1} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i + 1]} CPUs={cpus} RealMemory=4000"
         for i in range(N_NODES))
     conf = root / "slurm.conf"
-    conf.write_text(_CONF.format(host=host, ports=ports, root=root, nodes=nodes, extra=extra))
+    conf.write_text(_CONF.format(host=host, ports=ports, root=root, nodes=nodes, extra=extra, name=name))
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "PMI"))}
     environ |= {"SLURM_CONF": str(conf), "PATH": path}
     cluster = SlurmCluster(root, environ)

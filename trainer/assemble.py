@@ -48,6 +48,7 @@ from officina.trainer.run_dir import committed_steps, read_history, read_run_id
 from officina.trainer.schema import dump_run
 from officina.trainer.spikes import SpikeDetector
 from officina.trainer.state import Piece
+from officina.trainer.time_left import TimeLeft
 
 
 @dataclass(slots=True)
@@ -71,6 +72,7 @@ class Job:
     deadline: tuple[datetime, str] | None
     """When the use of the data ends, and the source that says so."""
     trackers: Trackers
+    time_left: TimeLeft
     loss_spikes: SpikeDetector
     norm_spikes: SpikeDetector
     flops: tuple[float, float] | None
@@ -168,6 +170,7 @@ class Job:
             return
         if outcome.status == "saved":
             self.saved_step = outcome.step
+            self.time_left.saved(outcome.durable_s)
         if outcome.note:
             self.progress.say(outcome.note)
         self.write(SaveMetrics(
@@ -189,8 +192,11 @@ class Job:
 
 
 @contextmanager
-def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
-    """Build the job on this rank and load its newest whole checkpoint; take everything down again at the end."""
+def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Iterator[Job]:
+    """Build the job on this rank and load its newest whole checkpoint; take everything down again at the end.
+
+    began_s: time.monotonic() when the training began, from which the run's time limit counts.
+    """
     with ExitStack() as stack:
         rank0 = ranks.rank == 0
         precision = resolve_precision(run.precision, ranks.device)
@@ -226,6 +232,8 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks) -> Iterator[Job]:
             deadline=deadline(run),
             trackers=stack.enter_context(
                 open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),
+            time_left=TimeLeft(time_limit_s=run.time_limit, began_s=began_s, unknown_save_s=run.site.grace, run_dir=run_dir,
+                               launcher=ranks.env.launcher),
             loss_spikes=spikes["loss"], norm_spikes=spikes["grad_norm"], flops=_flops(run),
             peak_flops=_peak(ranks, precision), frozen=frozen,
             step=state.step, tokens=state.tokens, position=state.position,

@@ -29,13 +29,13 @@ def train(run_dir: Path, ranks: Ranks) -> int:
     """
     began_s = time.monotonic()
     run = load_config(run_dir)
-    with StopRequest() as stop, assemble(run_dir, run, ranks) as job:
+    with StopRequest() as stop, assemble(run_dir, run, ranks, began_s) as job:
         if job.step >= run.steps:
             job.progress.say(f"all {run.steps:,} steps are done; to go on: officina resume {run_dir} steps=N")
             return job.finish("done", EXIT_DONE)
         data = job.loader.next_step()
         step_tokens, stop_votes, over_votes, damage = ranks.sum([
-            data.loss_tokens, stop.wanted, job.use_is_over(), data.damage])
+            data.loss_tokens, stop.wanted or job.time_left.is_over(), job.use_is_over(), data.damage])
         data = job.know_damage(data, damage)
         clock = time.perf_counter()
         while job.step < run.steps and not stop_votes and not over_votes and not job.quarantine.is_over:
@@ -50,11 +50,10 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             following = job.loader.next_step() if job.step < run.steps else None
 
             # The one collective of a step beyond the engine's own.
-            late = run.time_limit is not None and time.monotonic() - began_s > run.time_limit
             loss_sum, digest, next_tokens, stop_votes, over_votes, save_votes, peak_bytes, damage = ranks.sum([
-                result.loss_sum_nats, data.digest, following.loss_tokens if following else 0, stop.wanted or late,
-                job.use_is_over(), job.saver.pending_vote(), peak_memory_bytes(ranks.device),
-                bool(following and following.damage)])
+                result.loss_sum_nats, data.digest, following.loss_tokens if following else 0,
+                stop.wanted or job.time_left.is_over(), job.use_is_over(), job.saver.pending_vote(),
+                peak_memory_bytes(ranks.device), bool(following and following.damage)])
             step_time_s = time.perf_counter() - clock
 
             job.position = data.stop_sample

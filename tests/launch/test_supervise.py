@@ -51,6 +51,7 @@ def failure(**more) -> dict:
     (Ended(75, "SIGTERM", "CANCELLED", False), None, CONTINUE),
     (Ended(137, "", "", False), failure(exit_status=2), USER),
     (Ended(137, "", "", False), failure(exit_status=76), NO_PROGRESS),
+    (Ended(137, "", "", False), failure(exit_status=2, message="rank 0 on n1 cannot listen on port 20005: ..."), CRASH),
     (Ended(2, "", "", False), None, USER),
     (Ended(76, "", "", False), None, NO_PROGRESS),
     (Ended(137, "", "", False), failure(), CRASH),

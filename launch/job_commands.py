@@ -1,0 +1,208 @@
+"""`officina jobs`, `logs` and `cancel`: the jobs of runs, as RUN/jobs.jsonl, Slurm and the supervisor know them."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from officina.launch import report_words
+from officina.launch.job_queue import QueueState, ask, cluster_name, query
+from officina.launch.job_record import JOBS, JobRecord, read_jobs
+from officina.launch.supervise import read_attempts
+from officina.trainer.errors import EXIT_DONE, EXIT_USER, LaunchError, OfficinaError
+from officina.trainer.metrics import FILE, StepMetrics, from_line
+from officina.trainer.rank_log import log_path
+from officina.trainer.run_dir import CONFIG, load_config
+
+_TAIL_BYTES = 64 * 1024
+_FOLLOW_S = 0.5
+_ASK_SLURM_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunJobs:
+    """A run directory with its jobs."""
+
+    run_dir: Path
+    records: list[JobRecord]
+    states: dict[str, QueueState]
+    """Of those that Slurm still knows."""
+
+    @property
+    def active(self) -> list[JobRecord]:
+        """Jobs that wait or run, as they were submitted."""
+        return [r for r in self.records if (state := self.states.get(r.job_id)) is not None and state.active]
+
+
+def jobs(args: argparse.Namespace) -> int:
+    """One line a job: those that wait or run, and where a run has none, its last one."""
+    folders = [_run_dir(run) for run in args.runs] or sorted(path.parent for path in Path(args.runs_dir).glob(f"*/{JOBS}"))
+    if not folders:
+        print(f"No jobs: no run in {args.runs_dir} was submitted. Submit one: officina submit experiment=demo site=NAME "
+              "nodes=1 time=1h. Runs elsewhere: officina jobs --runs-dir DIR")
+        return EXIT_DONE
+    lines = [("run", "job", "step", "loss", "rate", "job ends in", "run ends in", "state")]
+    for run in _with_states(folders):
+        shown = run.records if args.all else run.active or run.records[-1:]
+        for i, record in enumerate(shown):
+            state = run.states.get(record.job_id)
+            left = report_words.clock(state.left_s) if state and state.left_s is not None else ""
+            place = f" ({record.place} of its chain)" if record.chain else ""
+            what = "" if record.what in ("train", "resume") else f"{record.what}: "
+            facts = _progress(run.run_dir) if i == 0 else ("", "", "", "")
+            lines.append((os.fspath(run.run_dir) if i == 0 else "", record.job_id + place, *facts[:3], left, facts[3],
+                          what + _state_words(run, record, state)))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return EXIT_DONE
+
+
+def logs(args: argparse.Namespace) -> int:
+    """What the run's newest job printed, or one rank's log; -f follows it into the jobs that come after."""
+    run_dir = _run_dir(args.run)
+    path = _log(run_dir, args.rank)
+    if path is None and not args.follow:
+        where = f"{log_path(run_dir, args.rank)} is not there" if args.rank is not None else "no job of the run has printed yet"
+        raise LaunchError(f"{where}. Wait for it: officina logs -f {run_dir}; its jobs: officina jobs {run_dir}")
+    try:
+        for chunk in _follow(run_dir, args.rank) if args.follow else [path.read_bytes()]:
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.flush()
+    except BrokenPipeError:  # `officina logs RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_DONE
+
+
+def cancel(args: argparse.Namespace) -> int:
+    """End all jobs of the runs: those that wait first, so that none starts when the one before it ends."""
+    status = EXIT_DONE
+    for run in _with_states([_run_dir(run) for run in args.runs]):
+        waiting = [r.job_id for r in run.active if run.states[r.job_id].state in ("PENDING", "REQUEUED", "REQUEUE_HOLD")]
+        running = [r.job_id for r in run.active if r.job_id not in waiting]
+        if not run.active:
+            print(f"{run.run_dir}: no job waits or runs")
+        for ids in (waiting, running):
+            if ids and (done := ask("scancel", *ids)).returncode:
+                print(f"officina cancel: {run.run_dir}: scancel: {done.stderr.strip()}. Jobs of another user only that user "
+                      f"can end: scancel {' '.join(ids)}", file=sys.stderr)
+                status = EXIT_USER
+            elif ids:
+                what = "will not start" if ids is waiting else "save and end"
+                print(f"{run.run_dir}: {'jobs' if len(ids) > 1 else 'job'} {', '.join(ids)} {what}")
+        if running and not status:
+            print(f"  Slurm gives the ranks its KillWait, often 30 s; to go on later: officina resume {run.run_dir}")
+    return status
+
+
+# ---- what is known -----------------------------------------------------------------------------------------------------
+def _run_dir(text: str) -> Path:
+    run_dir = Path(text)
+    if not run_dir.is_dir():
+        raise OfficinaError(f"{run_dir}: no such run directory. `officina jobs` lists those with jobs")
+    if not (run_dir / JOBS).exists():
+        raise OfficinaError(f"{run_dir}: no job was submitted for it ({JOBS} is missing). Submit it: "
+                            f"officina submit resume {run_dir} site=NAME nodes=1 time=1h")
+    return run_dir
+
+
+def _with_states(folders: Sequence[Path]) -> list[RunJobs]:
+    records, here = {folder: read_jobs(folder) for folder in folders}, cluster_name()
+    known = [record for found in records.values() for record in found if record.cluster in ("", here)]
+    states = query([record.job_id for record in known])  # a run that moved has ids that mean other jobs here
+    return [RunJobs(folder, found, {r.job_id: states[r.job_id] for r in found if r in known and r.job_id in states})
+            for folder, found in records.items() if found]
+
+
+def _state_words(run: RunJobs, record: JobRecord, state: QueueState | None) -> str:
+    """What Slurm says; of a job that has ended, what the supervisor wrote down says more."""
+    if state is not None and state.active:
+        text = state.words()
+        if state.reason == "Dependency" and record.chain and record.place > 1:
+            text = "waiting: for the job before it in its chain"
+        return text
+    names = {record.job_id}
+    ended = [a for a in read_attempts(os.fspath(run.run_dir)) if a["job"] in names]
+    if ended and ended[-1]["outcome"]:
+        return ended[-1]["outcome"] + (f": {ended[-1]['error']}" if ended[-1]["error"] else "")
+    if state is not None:
+        return state.words()
+    return f"ended; how, only its cluster knows: sacct -j {record.job_id}"
+
+
+def _progress(run_dir: Path) -> tuple[str, str, str, str]:
+    """(step, loss, tokens/s, time to the run's end) by its latest steps; empty before the first one."""
+    steps = _last_steps(run_dir / FILE)
+    if not (run_dir / CONFIG).exists():
+        return "", "", "", ""
+    run = load_config(run_dir)
+    if not steps:
+        return f"0/{run.steps:,}", "", "", ""
+    last, rows = steps[-1], steps[-100:]
+    pace_s = (last.time - rows[0].time) / (last.step - rows[0].step) if len(rows) > 1 else last.step_time_s
+    left = report_words.clock(pace_s * (run.steps - last.step)) if last.step < run.steps else "done"
+    unit = "tok" if run.batch_unit == "tokens" else run.batch_unit
+    rate = sum(r.tokens for r in rows) / max(sum(r.step_time_s for r in rows), 1e-9)
+    return f"{last.step:,}/{run.steps:,}", report_words.loss(last.loss_nats), f"{report_words.count(rate)} {unit}/s", left
+
+
+def _last_steps(path: Path) -> list[StepMetrics]:
+    """The latest steps of one start: what lies before a gap or a step back says nothing of the pace."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - _TAIL_BYTES, 0))
+            lines = file.read().splitlines()
+    except OSError:
+        return []
+    found: list[StepMetrics] = []
+    for record in map(from_line, lines):
+        if isinstance(record, StepMetrics):
+            found = [*found, record] if found and record.step == found[-1].step + 1 else [record]
+        elif record is not None and record.event == "start":
+            found = [r for r in found[-1:] if r.step <= record.step]
+    return found
+
+
+# ---- logs --------------------------------------------------------------------------------------------------------------
+def _log(run_dir: Path, rank: int | None) -> Path | None:
+    """The file to show: the rank's, or that of the newest job that has one."""
+    if rank is not None:
+        path = log_path(run_dir, rank)
+        return path if path.exists() else None
+    for record in reversed(read_jobs(run_dir)):
+        path = run_dir / "logs" / f"slurm-{record.job_id}.out"
+        if path.exists():
+            return path
+    return None
+
+
+def _follow(run_dir: Path, rank: int | None) -> Iterator[bytes]:
+    """What is there and what comes, until no job of the run waits or runs any more."""
+    shown, offset, asked_s, over = None, 0, -_ASK_SLURM_S, False
+    while True:
+        path = _log(run_dir, rank)
+        if path is not None and path != shown:
+            if shown is not None:
+                yield from _rest(shown, offset)
+                yield f"==== {path.name}\n".encode()
+            shown, offset = path, 0
+        if shown is not None:
+            for chunk in _rest(shown, offset):
+                offset += len(chunk)
+                yield chunk
+        if over:
+            return
+        if (now := time.monotonic()) - asked_s >= _ASK_SLURM_S:
+            asked_s = now
+            over = not _with_states([run_dir])[0].active  # then once more: what was printed since the last look
+        time.sleep(0 if over else _FOLLOW_S)
+
+
+def _rest(path: Path, offset: int) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while chunk := file.read(1 << 20):
+            yield chunk
