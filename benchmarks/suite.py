@@ -32,6 +32,8 @@ BENCHMARKS = {
     "start": Benchmark("time from the command to the first step", "2", ("--repeats", "1")),
     "data_build": Benchmark("building shards against the tokenizer alone on the same texts", "3",
                             ("--megabytes", "2", "--repeats", "1")),
+    "loader": Benchmark("the data loader against litdata, streaming, datasets, grain and megatron-core, and its costs", "15",
+                        ("--tokens", "1000000", "--repeats", "1", "--block", "0.2", "--alone")),
     "checkpoint": Benchmark("saving and loading against torch.save and torch.distributed.checkpoint", "2",
                             ("--gib", "0.1", "--repeats", "1")),
     "checkpoint_faults": Benchmark("damaged checkpoints: which are noticed, by officina and by others", "16",

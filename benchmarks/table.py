@@ -146,7 +146,35 @@ def _data_build(results: Record) -> str:
             f"\n\nThe build keeps {share:.0%} of its tokenizer's rate.")
 
 
-_TABLES = {"step": _step, "engines": _engines, "start": _start, "data_build": _data_build,
+def _loader(results: Record) -> str:
+    modes: dict[str, dict[str, Record]] = {}
+    for name, r in results["speed"].items():
+        who, _, mode = name.partition(" | ")
+        modes.setdefault(who, {})[mode] = r
+    rows = [[who, next(iter(of.values()))["holds"],
+             *(f"{of[mode]['tokens_per_s']['median'] / 1e6:,.1f}" if mode in of else "" for mode in ("in process", "prefetch"))]
+            for who, of in modes.items()]
+    said = [f"{name}: {_ratio(r)} times {r['against'].partition(' | ')[0]}." for name, r in results["ratios"].items()]
+    said += [f"Left out: {name}, {why}." for name, why in results["left_out"].items()]
+    cold = [[name, f"{r['bytes_per_s']['median'] / 1e6:,.0f}", f"{r['share']['median']:.2f}"]
+            for name, r in results["cold"].items()]
+    opened, resumed, memory = results["open"], results["resume"], results["memory"]
+    costs = [
+        ["open: 400 sources, 15,200 shards, 3.7e9 rows, to the first batch", f"{opened['time_s']['median']:.2f} s, "
+         f"{opened['grown_bytes']['median'] / 1e6:.0f} MB"],
+        ["resume: 8 sources, a change of weights, other ranks, to the first batch",
+         f"{resumed['time_s']['median'] * 1e3:.0f} ms"],
+        ["state", f"{resumed['last']['state_bytes']} bytes"],
+        ["verification on first touch, of an epoch's time in memory", f"{results['verification']['slower']['median']:+.1%}"],
+        [f"growth over {memory['batches']:,} batches", f"{memory['grown_bytes'] / 1e6:.1f} MB"]]
+    even = [[name, f"{r['same_shard']:.4f}", f"{r['chi2_per_freedom']:.2f}"] for name, r in results["shuffle"].items()]
+    return "\n\n".join([
+        _table(["loader", "a batch holds", "in process, M tokens/s", "with prefetch"], rows, words=2), "  \n".join(said),
+        _table(["cold", "MB/s", "of the disk's rate in order"], cold), _table(["cost", ""], costs),
+        _table(["order of a million rows in 64 shards", "neighbours of one shard", "chi2 per degree of freedom"], even)])
+
+
+_TABLES = {"loader": _loader, "step": _step, "engines": _engines, "start": _start, "data_build": _data_build,
            "checkpoint": _checkpoint, "checkpoint_faults": _checkpoint_faults, "gpu": _gpu, "kernels": _kernels}
 
 

@@ -19,6 +19,8 @@ _STATS_EXAMPLES = """examples:
 _STAGE_EXAMPLES = """examples:
   officina data stage /project/data/wiki /scratch/wiki
   officina data stage /project/data/wiki /dev/shm/wiki --budget 200G
+  officina data stage s3://bucket/wiki /scratch/wiki                          an object store
+  officina data stage s3://bucket/wiki /scratch/wiki --on-demand --budget 200G
 The copy is a data set of its own: officina train data.sources.main.path=/dev/shm/wiki. Stopped, it goes on where it was.
 """
 _INDEX_EXAMPLES = """examples:
@@ -49,9 +51,11 @@ def add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
     parser = add_parser(commands, "stage", "copy a data set to a faster place, verified, within a budget", _STAGE_EXAMPLES)
     option = parser.add_argument
-    option("folder", metavar="DATASET")
+    option("folder", metavar="DATASET", help="folder, or s3://..., https://... and what else fsspec speaks")
     option("out", metavar="DIR", help="folder that becomes the copy")
     option("--budget", type=count, default=None, metavar="BYTES", help="refuse to copy more, such as 200G")
+    option("--on-demand", action="store_true", help="from a store: leave the shards there, fetch and keep what is read, "
+                                                    "within the budget")
     parser.set_defaults(run=stage)
 
     parser = add_parser(commands, "index", "make Megatron's .bin and .idx a data set where they lie", _INDEX_EXAMPLES)
@@ -126,10 +130,25 @@ def _shares(title: str, counts: dict[str, "Counts"]):
 def stage(args: argparse.Namespace) -> int:
     """Copy, and say how much."""
     from officina.trainer.data import stage as staging
+    from officina.trainer.data.remote import is_url
+    from officina.trainer.data.stage_remote import stage_from_store
 
+    if args.on_demand and not is_url(args.folder):
+        raise DataError(f"--on-demand: {args.folder} is a folder, and a run reads it where it is. Leave the option out, or "
+                        "name a store, such as s3://bucket/wiki")
     screen, begun = console(), time.monotonic()
     with progress(screen, {"copy": "copying and comparing sha256"}) as report:
-        found = staging.stage(args.folder, args.out, args.budget, lambda done, total: report("copy", done, total))
+        def told(done: int, total: int) -> None:
+            report("copy", done, total)
+
+        if is_url(args.folder):
+            found = stage_from_store(args.folder, args.out, args.budget, on_demand=args.on_demand, progress=told)
+        else:
+            found = staging.stage(args.folder, args.out, args.budget, told)
+    if args.on_demand:
+        screen.print(f"{args.out} reads the shards of {args.folder.split('?')[0]} when they are needed ({found.files} small "
+                     f"files copied, {time.monotonic() - begun:.1f} s).", markup=False)
+        return EXIT_DONE
     kept = f", {size(found.kept_bytes)} were there already" if found.kept_bytes else ""
     screen.print(f"Staged {args.folder} to {args.out}: {found.files} files, {size(found.copied_bytes)} copied{kept}, each as "
                  f"in the manifest ({time.monotonic() - begun:.1f} s).", markup=False)

@@ -99,7 +99,8 @@ def permute_blocks(indices: np.ndarray, size: int, block: int, keys: tuple[int, 
 def _pattern_counts(weights: Sequence[float]) -> tuple[int, ...]:
     """Rows of each source in one pattern; their sum is its length. Every source has at least one."""
     shares = [Fraction(repr(float(w))) for w in weights]  # repr: 0.7 is meant as 7/10
-    shares = [s / sum(shares) for s in shares]
+    total = sum(shares)
+    shares = [s / total for s in shares]
     period = math.lcm(*(s.denominator for s in shares))
     if period <= MAX_PERIOD:
         return tuple(int(s * period) for s in shares)

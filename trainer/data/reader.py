@@ -22,8 +22,9 @@ from officina.trainer.data.buffers import Buffers
 from officina.trainer.data.manifest import Dataset, ShardEntry, open_dataset
 from officina.trainer.data.order import Mixture, Order, Places, Skips, SourceRows, sources_in_use, timeline_of
 from officina.trainer.data.packing import REFUSE, SPLIT, TRUNCATE, Plan, load_plan, make_plan, plan_path
+from officina.trainer.data.remote import TRIES, Pieces, RemoteFile, remote_of
 from officina.trainer.data.removal import removed_spans
-from officina.trainer.data.shards import DTYPES, DamagedBlock, Lost, Shard, merge_lost
+from officina.trainer.data.shards import DTYPES, HEADER_BYTES, DamagedBlock, DamagedIndex, Lost, Shard, merge_lost
 from officina.trainer.data.storage import at_once, reads_by_pread
 from officina.trainer.errors import DataError
 
@@ -51,6 +52,8 @@ class Stream:
         self.document_starts = np.cumsum([0, *(e.documents for e in self.entries)])
         self._open: dict[int, Shard] = {}
         self._buffers = Buffers()
+        remote = remote_of(dataset.folder)
+        self._pieces = Pieces(dataset.folder, remote) if remote else None
         self._removed_starts, self._removed_stops = removed_spans(dataset, self.entries, removals)
         self._blank = dataset.manifest.tokenizer.eos_id if dataset.manifest.tokenizer else 0
         self.plan: Plan | None = None
@@ -91,8 +94,24 @@ class Stream:
         if number not in self._open:
             entry = self.entries[number]
             path = self.dataset.folder / entry.path
-            self._open[number] = Shard(path, entry, pread=reads_by_pread(path.parent, self._read))
+            if self._pieces is not None and not path.exists():
+                self._open[number] = self._open_remote(path, entry)
+            else:
+                self._open[number] = Shard(path, entry, pread=reads_by_pread(path.parent, self._read))
         return self._open[number]
+
+    def _open_remote(self, path: Path, entry: ShardEntry) -> Shard:
+        file = RemoteFile(self._pieces, entry, DTYPES[self.dataset.manifest.dtype].itemsize, HEADER_BYTES)
+        for left in reversed(range(TRIES)):
+            try:
+                shard = Shard(path, entry, remote=file)
+                file.sound = shard.is_sound
+                return shard
+            except DamagedIndex:  # it may have come damaged, or have been damaged here
+                if not left:
+                    raise
+                file.forget()
+        raise AssertionError
 
     def rows(self, seq_len: int) -> int:
         """Rows of `seq_len` tokens with their labels."""

@@ -24,7 +24,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -37,8 +37,11 @@ from officina.trainer.data.manifest import (
     sync_folder,
     write_manifest,
 )
-from officina.trainer.data.storage import FileArray, at_once, map_file
+from officina.trainer.data.storage import ByteArray, FileArray, at_once, map_file
 from officina.trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from officina.trainer.data.remote import RemoteFile
 
 HEADER_BYTES = 4096
 GRANULE_BYTES = 256 * 1024
@@ -240,6 +243,10 @@ def merge_lost(*parts: Mapping[str, Mapping[str, Iterable[int]]]) -> dict[str, L
     return {source: {shard: sorted(shards[shard]) for shard in sorted(shards)} for source, shards in sorted(union.items())}
 
 
+class DamagedIndex(DataError):
+    """A header or footer that is not what its checksum was made of."""
+
+
 class DamagedBlock(DataError):
     """Bytes of a block that are not those its checksum was made of."""
 
@@ -251,25 +258,27 @@ class DamagedBlock(DataError):
 class Shard:
     """A shard, mapped. Header and footer are checked when it is opened, tokens when first touched.
 
-    pread: read its tokens instead, see `officina.trainer.data.storage`; `data` then is a `FileArray`.
+    pread: read its tokens instead, see `officina.trainer.data.storage`; `data` then is a `ByteArray`. remote: it is in a store,
+    `officina.trainer.data.remote`.
     """
 
-    def __init__(self, path: Path, entry: ShardEntry | None = None, *, pread: bool = False) -> None:
-        self.path, self.pread = path, pread
+    def __init__(self, path: Path, entry: ShardEntry | None = None, *, pread: bool = False,
+                 remote: "RemoteFile | None" = None) -> None:
+        self.path, self.pread, self._remote = path, pread or remote is not None, remote
         try:
-            mapped = map_file(index_of(path))
-            self._map = FileArray(index_of(path)) if mapped is None else mapped.bytes
+            mapped = None if remote else map_file(index_of(path))
+            self._map = mapped.bytes if mapped else remote.array() if remote else FileArray(index_of(path))
         except (OSError, ValueError) as exc:  # ValueError: an empty file cannot be mapped
             raise DataError(f"{path}: cannot be opened ({exc}). {_REMEDY}") from exc
         header = _parse_header(path, self._map)
         if header.file_bytes != len(self._map):
-            raise DataError(f"{path}: has {len(self._map)} bytes, but its header says {header.file_bytes}. {_REMEDY}")
+            raise DamagedIndex(f"{path}: has {len(self._map)} bytes, but its header says {header.file_bytes}. {_REMEDY}")
         root, end_magic = struct.unpack("<Q8s", self._map[-16:].tobytes())
         found = xxhash.xxh3_64(self._map[:HEADER_BYTES])
         for offset, length in header.sections.values():
             found.update(self._map[offset:offset + length])
         if end_magic != _END_MAGIC or found.intdigest() != root:
-            raise DataError(f"{path}: the footer (bytes {HEADER_BYTES + header.tokens * DTYPES[header.dtype].itemsize} to "
+            raise DamagedIndex(f"{path}: the footer (bytes {HEADER_BYTES + header.tokens * DTYPES[header.dtype].itemsize} to "
                             f"{len(self._map)}) does not match its checksum. {_REMEDY}")
         if entry and (found.hexdigest(), header.tokens) != (entry.xxh3, entry.tokens):
             raise DataError(f"{path}: xxh3 root {found.hexdigest()}, but shards.jsonl says {entry.xxh3}: "
@@ -316,7 +325,9 @@ class Shard:
         """First byte of the tokens in their file, and all of their bytes (mapped)."""
         n_bytes = header.tokens * DTYPES[header.dtype].itemsize
         if index_of(self.path) == self.path:
-            if self.pread or isinstance(self._map, FileArray):
+            if isinstance(self._map, ByteArray):
+                return HEADER_BYTES, self._map.part(HEADER_BYTES, n_bytes, np.uint8)
+            if self.pread:
                 return HEADER_BYTES, FileArray(self.path, HEADER_BYTES, n_bytes)
             return HEADER_BYTES, self._map[HEADER_BYTES:HEADER_BYTES + n_bytes]
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -344,12 +355,25 @@ class Shard:
             self._check_granule(granule)
 
     def _check_granule(self, granule: int) -> None:
-        found = xxhash.xxh3_64_intdigest(self._bytes[granule * GRANULE_BYTES:(granule + 1) * GRANULE_BYTES])
+        span = slice(granule * GRANULE_BYTES, (granule + 1) * GRANULE_BYTES)
+        found = xxhash.xxh3_64_intdigest(self._bytes[span])
+        if found != int(self._hashes[granule]) and self._remote is not None:  # perhaps what lies here was damaged since
+            self._remote.forget(*self.byte_span(granule))
+            found = xxhash.xxh3_64_intdigest(self._bytes[span])
         if found != int(self._hashes[granule]):
             start, stop = self.byte_span(granule)
             raise DamagedBlock(f"{self.path}: bytes {start} to {stop} do not match their checksum (xxh3 {found:016x}, "
                                f"should be {int(self._hashes[granule]):016x}). {_REMEDY}", granule)
         self._checked[granule] = True
+
+    def is_sound(self, start: int, content: bytes) -> bool:
+        """Are the bytes from `start` of the file on, whole blocks of tokens, as their checksums say? True for other bytes."""
+        first, rest = divmod(start - self._first_byte, GRANULE_BYTES)
+        if first < 0 or rest or start >= self._first_byte + len(self._bytes):
+            return True
+        view = memoryview(content)
+        return all(xxhash.xxh3_64_intdigest(view[i:i + GRANULE_BYTES]) == int(self._hashes[first + i // GRANULE_BYTES])
+                   for i in range(0, len(view), GRANULE_BYTES))
 
     def byte_span(self, block: int) -> tuple[int, int]:
         """Where a block of tokens begins and ends in its file."""
@@ -419,9 +443,9 @@ _REMEDY = ("The file is damaged or foreign: restore it from a copy, or build the
 def _parse_header(path: Path, mapped: np.ndarray) -> _Header:
     head = mapped[:HEADER_BYTES].tobytes()
     if len(mapped) < HEADER_BYTES + 16 or head[:8] != _MAGIC:
-        raise DataError(f"{path}: bytes 0 to 8 are {head[:8]!r}, a shard begins with {_MAGIC!r}. {_REMEDY}")
+        raise DamagedIndex(f"{path}: bytes 0 to 8 are {head[:8]!r}, a shard begins with {_MAGIC!r}. {_REMEDY}")
     if xxhash.xxh3_64_intdigest(head[:-8]) != struct.unpack("<Q", head[-8:])[0]:
-        raise DataError(f"{path}: the header (bytes 0 to {HEADER_BYTES}) does not match its checksum. {_REMEDY}")
+        raise DamagedIndex(f"{path}: the header (bytes 0 to {HEADER_BYTES}) does not match its checksum. {_REMEDY}")
     fixed = _FIXED.unpack(head[:_FIXED.size])
     _, version, itemsize, tokens, documents, granule, file_bytes, tokenizer, n = fixed
     dtypes = {d.itemsize: name for name, d in DTYPES.items()}

@@ -41,14 +41,16 @@ def stage(folder: str | Path, out: str | Path, budget_bytes: int | None = None,
         raise DataError(f"{out} holds another data set. Name an empty folder.")
     files = list(_files(dataset))
     total = sum((dataset.folder / name).stat().st_size for name, _ in files if (dataset.folder / name).exists())
-    _room(dataset, out, files, total, budget_bytes)
+    there = sum(size for name, _ in files if (out / name).exists()
+                and (size := (out / name).stat().st_size) == (dataset.folder / name).stat().st_size)
+    room(dataset.folder, out, total, there, budget_bytes)
     done = copied = kept = 0
     faults = []
     for name, sha256 in files:
         source, target = dataset.folder / name, out / name
         size = source.stat().st_size if source.exists() else 0
         base = done
-        if sha256 and target.exists() and target.stat().st_size == size and _hash(target) == sha256:
+        if sha256 and target.exists() and target.stat().st_size == size and hash_of(target) == sha256:
             kept += size
         elif fault := _copy(source, target, sha256, lambda here, base=base: progress(base + here, total)):
             faults.append(fault)
@@ -81,11 +83,10 @@ def _files(dataset: Dataset) -> Iterator[tuple[str, str | None]]:
             yield index.as_posix(), None
 
 
-def _room(dataset: Dataset, out: Path, files: list[tuple[str, str | None]], total: int, budget_bytes: int | None) -> None:
-    there = sum(size for name, _ in files if (out / name).exists()
-                and (size := (out / name).stat().st_size) == (dataset.folder / name).stat().st_size)
+def room(origin: str | Path, out: Path, total: int, there: int, budget_bytes: int | None) -> None:
+    """Raise DataError unless `total` bytes, of which `there` are in `out` already, keep the budget and fit in."""
     if budget_bytes is not None and total > budget_bytes:
-        raise DataError(f"{dataset.folder} has {total:,} bytes, more than --budget {budget_bytes:,}. Nothing was copied. "
+        raise DataError(f"{origin} has {total:,} bytes, more than --budget {budget_bytes:,}. Nothing was copied. "
                         f"Try: --budget {-(-total // 10**9)}G")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ def _room(dataset: Dataset, out: Path, files: list[tuple[str, str | None]], tota
     except OSError as exc:
         raise DataError(f"{out}: cannot be made ({exc.strerror}). Name a folder that you may write.") from exc
     if total - there > free:
-        raise DataError(f"{dataset.folder} needs {total - there:,} more bytes, but {out} has {free:,} free. Nothing was "
+        raise DataError(f"{origin} needs {total - there:,} more bytes, but {out} has {free:,} free. Nothing was "
                         "copied. Name a larger place.")
 
 
@@ -121,6 +122,7 @@ def _copy(source: Path, target: Path, sha256: str | None, progress: Callable[[in
         temporary.unlink(missing_ok=True)
 
 
-def _hash(path: Path) -> str:
+def hash_of(path: Path) -> str:
+    """sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

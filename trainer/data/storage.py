@@ -74,14 +74,11 @@ class Mapped:
         self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)
 
 
-class FileArray:
+class ByteArray:
     """Bytes [offset, offset + length) of a file like a (n,) array, but every slice of it is read anew. Threads may share it."""
 
-    def __init__(self, path: Path, offset: int = 0, length: int | None = None, dtype: Any = np.uint8) -> None:
-        stat = os.stat(path)
-        self._path, self._key = path, (stat.st_ino, stat.st_mtime_ns)
-        self._offset, self.dtype = offset, np.dtype(dtype)
-        self._length = stat.st_size - offset if length is None else length
+    def __init__(self, offset: int, length: int, dtype: Any) -> None:
+        self._offset, self._length, self.dtype = offset, length, np.dtype(dtype)
 
     @property
     def itemsize(self) -> int:
@@ -91,9 +88,9 @@ class FileArray:
     def __len__(self) -> int:
         return self._length // self.dtype.itemsize
 
-    def view(self, dtype: Any) -> "FileArray":
+    def view(self, dtype: Any) -> "ByteArray":
         """The same bytes as elements of another type."""
-        return FileArray(self._path, self._offset, self._length, dtype)
+        return self.part(self._offset, self._length, dtype)
 
     def __getitem__(self, wanted: slice | np.ndarray) -> np.ndarray:
         if isinstance(wanted, np.ndarray):  # places: runs of neighbours are read together
@@ -102,18 +99,42 @@ class FileArray:
         start, stop, step = wanted.indices(len(self))
         assert step == 1
         out = np.empty(max(stop - start, 0), self.dtype)
-        left, at = memoryview(out).cast("B"), self._offset + start * self.itemsize
+        self.fill(self._offset + start * self.itemsize, memoryview(out).cast("B"))
+        return out
+
+    def part(self, offset: int, length: int, dtype: Any) -> "ByteArray":
+        """The `length` bytes from `offset` on of the same file."""
+        raise NotImplementedError
+
+    def fill(self, at: int, out: memoryview) -> None:
+        """Read from byte `at` of the file on."""
+        raise NotImplementedError
+
+
+class FileArray(ByteArray):
+    """Of a file that is read."""
+
+    def __init__(self, path: Path, offset: int = 0, length: int | None = None, dtype: Any = np.uint8) -> None:
+        stat = os.stat(path)
+        self._path, self._key = path, (stat.st_ino, stat.st_mtime_ns)
+        super().__init__(offset, stat.st_size - offset if length is None else length, dtype)
+
+    def part(self, offset: int, length: int, dtype: Any) -> "FileArray":
+        """The `length` bytes from `offset` on of the same file."""
+        return FileArray(self._path, offset, length, dtype)
+
+    def fill(self, at: int, out: memoryview) -> None:
+        """Read from byte `at` of the file on. Raises DataError."""
         descriptor = _descriptor(self._path, self._key)
-        while len(left):
+        while len(out):
             try:
-                n = os.preadv(descriptor.number, [left], at)
+                n = os.preadv(descriptor.number, [out], at)
             except OSError as exc:
-                raise DataError(f"{self._path}: bytes {at} to {at + len(left)} cannot be read ({exc.strerror}). If the file "
+                raise DataError(f"{self._path}: bytes {at} to {at + len(out)} cannot be read ({exc.strerror}). If the file "
                                 "system is well again, resume the run; else restore the file from a copy.") from exc
             if not n:
-                raise DataError(f"{self._path}: ends at byte {at}, {len(left)} bytes too early. Restore the file from a copy.")
-            left, at = left[n:], at + n
-        return out
+                raise DataError(f"{self._path}: ends at byte {at}, {len(out)} bytes too early. Restore the file from a copy.")
+            out, at = out[n:], at + n
 
 
 class _Descriptor:
