@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from officina.benchmarks.loader_anchors import BATCH, SEED, SEQ_LEN, WORKERS, serve
+from officina.benchmarks import loader_costs
+from officina.benchmarks.loader_anchors import BATCH, SEQ_LEN, WORKERS, serve
+from officina.benchmarks.loader_data import make_run, write_tokens
 from officina.benchmarks.record import record, summary, write_record
 from officina.benchmarks.turns import median_interval
 
@@ -44,36 +44,6 @@ SCRIPT = Path(__file__).with_name("loader_anchors.py")
 QUIET = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 STAND_IN = "class VisionDataset:\n    def __init__(self, *args, **kwargs):\n        pass\n"
 """mosaicml-streaming imports torchvision, which has no build for every torch, for this class alone, and not for tokens."""
-
-
-# ---- the tokens ------------------------------------------------------------------------------------------------------
-def write_tokens(folder: Path, n: int) -> int:
-    """Random tokens in documents of log-normal length (mean 740), for the others as tokens.npy, for us as shards."""
-    from officina.trainer.data.manifest import write_manifest
-    from officina.trainer.data.shards import SplitWriter
-
-    rng = np.random.default_rng(0)
-    lengths = np.maximum(rng.lognormal(np.log(420), 1.06, n // 740).astype(int), 2)
-    ends = np.cumsum(lengths)
-    tokens = rng.integers(1, 50_000, ends[-1], dtype=np.uint32)
-    tokens[ends - 1] = 0
-    np.save(folder / "tokens.npy", tokens)
-    np.save(folder / "ends.npy", ends)
-    with SplitWriter(folder / "officina", "train", dtype="u32", shard_bytes=128 << 20) as writer:
-        for document in np.split(tokens, ends[:-1]):
-            writer.add(document)
-        entries = writer.close()
-    write_manifest(folder / "officina", entries, {}, kind="tokens", dtype="u32", name="bench")
-    return int(ends[-1])
-
-
-def make_run(folders: dict[str, Path], **data: Any) -> Any:
-    """A run over data sets; a step is one batch."""
-    from officina.trainer.config import BatchConfig, DataConfig, DecoderConfig, RunConfig, SourceConfig
-
-    sources = {name: SourceConfig(path=str(folder)) for name, folder in folders.items()}
-    return RunConfig(seed=SEED, model=DecoderConfig(vocab_size=50_000), data=DataConfig(sources=sources, **data),
-                     batch=BatchConfig(seq_len=SEQ_LEN, global_tokens=BATCH * SEQ_LEN, micro_rows=BATCH))
 
 
 # ---- ours, served as the others are ----------------------------------------------------------------------------------
@@ -218,8 +188,6 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
 def run(*, tokens: int, repeats: int, block_s: float, environments: Path | None = None,
         alone: bool = False) -> dict[str, Any]:
     """Measure all; returns the record. environments: folder that keeps them for another time; alone: without the others."""
-    from officina.benchmarks import loader_costs
-
     with tempfile.TemporaryDirectory(prefix="officina-bench-") as scratch:
         folder = Path(scratch)
         kept = environments or folder / "environments"

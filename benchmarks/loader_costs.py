@@ -8,13 +8,21 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from officina.benchmarks.loader_anchors import BATCH, SEQ_LEN
+from officina.benchmarks.loader_data import make_run
 from officina.benchmarks.record import interleaved, summary
+from officina.trainer.config import SourceConfig
+from officina.trainer.data.loader import Loader
+from officina.trainer.data.manifest import ShardEntry, write_manifest
+from officina.trainer.data.order import extend_timeline, permute, permute_blocks, round_keys
+from officina.trainer.data.shards import ShardWriter
 
 SOURCES, SHARDS_EACH = 400, 38
 SHARD_TOKENS = 1_000_000_000
@@ -44,9 +52,6 @@ def in_process(name: str, folder: Path, repeats: int) -> dict[str, Any]:
 # ---- cold ------------------------------------------------------------------------------------------------------------
 def cold(folder: Path, repeats: int) -> dict[str, Any]:
     """Bytes per second from files that are not in memory: from first to last byte, and shuffled by blocks of rows."""
-    from officina.benchmarks.loader import make_run
-    from officina.trainer.data.loader import Loader
-
     files = sorted((folder / "officina" / "shards").iterdir())
 
     def forget() -> None:
@@ -85,9 +90,6 @@ def cold(folder: Path, repeats: int) -> dict[str, Any]:
 # ---- verification ----------------------------------------------------------------------------------------------------
 def verification(folder: Path, repeats: int) -> dict[str, Any]:
     """Seconds of an epoch in memory, in which each block is verified when first touched, and of one in which all are known."""
-    from officina.benchmarks.loader import make_run
-    from officina.trainer.data.loader import Loader
-
     loader_run = make_run({"bench": folder / "officina"})
 
     def epoch(known: bool) -> float:
@@ -108,9 +110,6 @@ def verification(folder: Path, repeats: int) -> dict[str, Any]:
 # ---- open, resume, memory: in a process of their own ------------------------------------------------------------------
 def write_huge(folder: Path) -> None:
     """400 data sets of 38 shards of 4 GB. The shards are one sparse file under many names: no disk holds 61 TB here."""
-    from officina.trainer.data.manifest import ShardEntry, write_manifest
-    from officina.trainer.data.shards import ShardWriter
-
     folder.mkdir()
     writer = ShardWriter(folder / "shard.dli", dtype="u32", holds_tokens=False)
     document = np.zeros(1_000_000, np.uint32)
@@ -133,11 +132,6 @@ def write_huge(folder: Path) -> None:
 
 
 def _open(folder: Path) -> dict[str, float]:
-    import psutil
-
-    from officina.benchmarks.loader import make_run
-    from officina.trainer.data.loader import Loader
-
     before = psutil.Process().memory_info().rss
     begun = time.perf_counter()
     huge = make_run({f"s{n}": folder / "huge" / f"source{n:03d}" for n in range(SOURCES)})
@@ -149,13 +143,6 @@ def _open(folder: Path) -> dict[str, float]:
 
 
 def _resume(folder: Path) -> dict[str, float]:
-    from dataclasses import replace
-
-    from officina.benchmarks.loader import make_run
-    from officina.trainer.config import SourceConfig
-    from officina.trainer.data.loader import Loader
-    from officina.trainer.data.order import extend_timeline
-
     names = {f"s{n}": folder / "officina" for n in range(8)}
     changed = make_run(names)
     sources = {name: SourceConfig(path=str(path), weight=1.0 + i) for i, (name, path) in enumerate(names.items())}
@@ -171,11 +158,6 @@ def _resume(folder: Path) -> dict[str, float]:
 
 
 def _memory(folder: Path) -> dict[str, float]:
-    import psutil
-
-    from officina.benchmarks.loader import make_run
-    from officina.trainer.data.loader import Loader
-
     small = make_run({"bench": folder / "officina"})
     with Loader(small, rank=0, world_size=1, position=0) as loader:
         for _ in range(4 * (loader._reader.rows["bench"] // BATCH)):
@@ -194,8 +176,6 @@ def shuffle(rows: int = 1_000_000, shards: int = 64) -> dict[str, Any]:
     same_shard: share of neighbouring samples from one of 64 shards (chance: 1/64). chi2: of the tenth of the epoch against the
     shard, 64 x 10 cells, divided by its degrees of freedom (chance: 1).
     """
-    from officina.trainer.data.order import permute, permute_blocks, round_keys
-
     places, keys = np.arange(rows), round_keys(0, "shuffle", 0)
     orders = {"numpy permutation": np.random.default_rng(0).permutation(rows), "shuffle_block=1": permute(places, rows, keys)}
     orders |= {f"shuffle_block={block}": permute_blocks(places, rows, block, keys) for block in (64, 256, 1024)}
