@@ -30,6 +30,8 @@ class Request:
     """0 = not given."""
     what: str = "train"
     """The officina command."""
+    wants_gpus: bool = True
+    """A run that is not said to be for CPUs, or a command that computes."""
 
     @property
     def profile(self) -> SiteProfile:
@@ -132,11 +134,11 @@ def make_request(site: Site, job: JobConfig, *, what: str = "train", account: st
     share = 0
     if gpus and profile.gpu.per_node and profile.node.cores:
         share = profile.node.cores // profile.gpu.per_node
-    cpus = job.cpus or profile.request.cpus_per_gpu or share
+    cpus = job.cpus or (gpus and profile.request.cpus_per_gpu) or share
     return Request(
         site=site, job=job, partition=partition, qos=qos, account=account, nodes=job.nodes, gpus=gpus,
         ranks_per_node=ranks, tasks_per_node=1 if one_per_node else ranks, cpus_per_rank=cpus, time_s=job.time or 0.0,
-        what=what)
+        what=what, wants_gpus=needs_gpus)
 
 
 RANKED = ("train", "resume")

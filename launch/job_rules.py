@@ -83,8 +83,7 @@ def _shape(request: Request) -> Iterator[Problem]:
         yield Problem("partition" if limits.gpus is False else "qos", request.partition or request.qos,
                       f"nodes of {where} have no GPUs, and {request.what} runs on them",
                       f"partition={train.partition}" if limits.gpus is False else f"qos={train.qos}")
-    if not request.ranks_per_node or (request.what in ("train", "resume") and not per_node and not request.gpus
-                                      and not request.job.gpus and request.ranks_per_node == 1 and profile.request.gpus):
+    if request.wants_gpus and not request.gpus:
         yield Problem("gpus", None, f"it is not known how many GPUs a node of {profile.name} has", "gpus=4")
     elif request.gpus and not request.cpus_per_rank:
         yield Problem("cpus", None, f"it is not known how many CPUs go with a GPU on {profile.name}, and "

@@ -113,9 +113,7 @@ def prepare(words: Sequence[str], runs_dir: Path, *, dry_run: bool = False, forc
     if what not in RANKED:
         own_words = [word for word in own_words if not word.startswith("site=")]
         return _prepare_command(what, job, problems, own_words, words, runs_dir, dry_run, environ)
-    if what == "resume":
-        own_words = [word for word in own_words if not word.startswith("site=")]
-    elif job.site and not any(word.startswith("site=") for word in own_words):
+    if job.site and not any(word.startswith("site=") for word in own_words):
         own_words.append(f"site={job.site}")
     sweep = expand(own_words)
     makers = [_planner(what, one, runs_dir, force, i if len(sweep) > 1 else None) for i, (one, _) in enumerate(sweep)]

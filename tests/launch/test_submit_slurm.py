@@ -1,0 +1,89 @@
+"""`officina submit` on a plain Slurm, site=slurm: a run, its continuation by another job, and what sbatch refuses."""
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data_sets import tokenizer_info, write_tokens
+from slurm import SlurmCluster
+
+from officina.launch import cli
+from officina.launch.job_record import read_jobs
+from officina.launch.submit import clean_environ
+from officina.trainer.run_dir import load_config, read_history
+
+pytestmark = pytest.mark.slurm
+WORDS = ["name=mine", "model=tiny", "model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.d_ff=64",
+         "model.vocab_size=2048", "engine=fsdp2", "steps=3", "batch.seq_len=32", "batch.global_tokens=256",
+         "lr_schedule.warmup_steps=1", "device=cpu", "threads=1", "precision=fp32", "logging.tensorboard=false",
+         "data.sources.text.path=data"]
+SUBMIT = [sys.executable, "-m", "officina.launch.cli", "submit"]
+JOB = ["site=slurm", "time=10m", "stop_before=30s", "attempts=1"]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    write_tokens(tmp_path / "data", {"train": [300] * 6, "validation": [64]}, tokenizer=tokenizer_info("0" * 64, 2048))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def submit(cluster: SlurmCluster, folder: Path, *given: str) -> str:
+    environ = cluster.environ | {"XDG_CONFIG_HOME": "/nowhere", "SBATCH_NODELIST": "n4", "SLURM_NTASKS": "7"}
+    sent = cluster.run(*SUBMIT, *given, env=environ, cwd=folder)
+    assert sent.returncode == 0, sent.stderr
+    job = re.search(r"batch job ([0-9]+)", sent.stdout)[1]
+    end = time.monotonic() + 200
+    while (state := re.search(r"JobState=(\w+)", cluster.run("scontrol", "show", "job", "-o", job).stdout)[1]) in (
+            "RUNNING", "PENDING", "COMPLETING", "CONFIGURING"):
+        assert time.monotonic() < end, state
+        time.sleep(0.2)
+    log = (folder / f"runs/mine/logs/slurm-{job}.out").read_text()
+    assert state == "COMPLETED", log
+    return job
+
+
+def test_a_run_goes_on_in_another_job_with_other_words(slurm_cluster: SlurmCluster, project):
+    first = submit(slurm_cluster, project, *WORDS, *JOB, "nodes=1", "ranks=2", "account=one")
+    run_dir = project / "runs/mine"
+    again = submit(slurm_cluster, project, "resume", "runs/mine", "steps=5", "ranks=1", *JOB, "nodes=1", "account=other",
+                   "engine=single")
+    assert [r.job_id for r in read_jobs(run_dir)] == [first, again]
+    assert [r.script for r in read_jobs(run_dir)] == ["job.sbatch", "job-2.sbatch"]
+    assert [r.what for r in read_jobs(run_dir)] == ["train", "resume"]
+    assert read_jobs(run_dir)[0].cluster == "officina"
+    assert cli.main(["data", "audit", str(run_dir)]) == 0
+    assert load_config(run_dir).steps == 5 and [h["world_size"] for h in read_history(run_dir)] == [2, 1]
+    config = (run_dir / "config.yaml").read_text()
+    assert "other" not in config and str(project) not in config, "nothing of the job is in the run"
+    text = (run_dir / "job-2.sbatch").read_text()
+    assert "#SBATCH --account=other" in text and "resume runs/mine" in text
+
+
+def test_what_sbatch_refuses_is_told(slurm_cluster: SlurmCluster, project):
+    environ = slurm_cluster.environ | {"XDG_CONFIG_HOME": "/nowhere"}
+    sent = slurm_cluster.run(*SUBMIT, *WORDS, *JOB, "ranks=1", "partition=nowhere", env=environ, cwd=project)
+    assert sent.returncode == 2 and "sbatch refused" in sent.stderr and "invalid partition" in sent.stderr
+    assert "officina sites probe" in sent.stderr and "Traceback" not in sent.stderr
+    assert read_jobs(project / "runs/mine") == []
+
+
+def test_a_new_run_is_not_written_over_another(slurm_cluster: SlurmCluster, project):
+    (project / "runs/mine/checkpoints/step-00000003").mkdir(parents=True)
+    environ = slurm_cluster.environ | {"XDG_CONFIG_HOME": "/nowhere"}
+    sent = slurm_cluster.run(*SUBMIT, *WORDS, *JOB, "ranks=1", env=environ, cwd=project)
+    assert sent.returncode == 2 and "officina resume runs/mine" in sent.stderr
+
+
+def test_without_sbatch(project, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cli.main(["submit", *WORDS, *JOB, "ranks=1"]) == 2
+    assert "has no sbatch" in capsys.readouterr().err and not (project / "runs").exists()
+
+
+def test_the_environment_of_another_job_stays_outside():
+    before = {"SBATCH_PARTITION": "x", "SLURM_JOB_ID": "1", "SRUN_CPUS_PER_TASK": "2", "SLURM_CONF": "/c", "HOME": "/h"}
+    left = clean_environ(before)
+    assert left == {"SLURM_CONF": "/c", "HOME": "/h"}
