@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := test,deepspeed,kernels,mpi,data,datasets,eval,wandb,mlflow
+EXTRAS := test,deepspeed,kernels,mpi,data,datasets,eval,sealed,wandb,mlflow
 export PYTHONSAFEPATH = 1
 
 .PHONY: help demo test test-full test-floor lint bench gpu venv clean

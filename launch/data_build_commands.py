@@ -14,6 +14,7 @@ _EXAMPLES = """examples:
   officina data build corpus texts/ --include '*.tex'      only these files
   officina data build corpus hplt/*.jsonl.zst --tokenizer base/tokenizer.json --licence CC0-1.0
   officina data build corpus crawl/ --filter my_filters:keep --max-bad-rows 100
+  officina data build notes notes.jsonl --tokenizer base/tokenizer.json --sensitive --seal ~/.keys/notes.key
   officina data build chats sft.jsonl --samples --tokenizer MODEL
   officina data build pairs prefs.parquet --samples --tokenizer MODEL --licence Apache-2.0
 Samples: messages, conversations (ShareGPT), instruction (alpaca), prompt and completion, chosen and rejected, or text.
@@ -58,6 +59,8 @@ def add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     option("--personal-data", choices=("none", "pseudonymised", "present"), default="none",
            help="with `present`, no text of it is ever shown (default: none)")
     option("--sensitive", action="store_true", help="no text of it is ever shown")
+    option("--seal", default="", metavar="KEY", help="seal the tokens (AES-256-GCM): file with the key, mode 0600, or "
+           "'command:PROGRAM ARGS' that prints it")
     option("--overwrite", action="store_true", help="replace the data set, or the unfinished build, in OUT")
     parser.set_defaults(run=build)
 
@@ -80,7 +83,7 @@ def build(args: argparse.Namespace) -> int:
         max_bad_rows=args.max_bad_rows, tokenizer=args.tokenizer, vocab_size=args.vocab_size, eos=args.eos,
         samples=args.samples, chat_template=args.chat_template, chat_date=args.chat_date, train_on=args.train_on,
         validation=args.validation, shard_bytes=max(args.shard_bytes, 1), workers=args.workers, overwrite=args.overwrite,
-        policy=read_policy_file(args.policy) if args.policy else None, about=about)
+        policy=read_policy_file(args.policy) if args.policy else None, seal=args.seal, about=about)
     screen, begun = console(), time.monotonic()
     with progress(screen, _PHASES) as report:
         result = building.build(args.folder, options, report)
@@ -114,4 +117,7 @@ def _tell(result, screen) -> None:
     ends = f"answers end with {result.manifest.provenance['answers_end_with']}" if samples else (
         f"documents end with {result.manifest.tokenizer.eos}")
     screen.print(f"vocabulary   {result.manifest.tokenizer.vocab_size:,} tokens, {ends}", markup=False)
+    if result.manifest.sealed:
+        screen.print(f"sealed       with the key {result.manifest.sealed}; a run names it: data.sources.NAME.key=FILE",
+                     markup=False)
     screen.print(f"fingerprint  {result.manifest.fingerprint}")

@@ -25,6 +25,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     add_use(commands)
     parser = add_parser(commands, "verify", "check every byte of a data set", _EXAMPLES)
     parser.add_argument("folder", metavar="DATASET")
+    parser.add_argument("--key", default="", metavar="KEY", help="of a sealed set: open every block too; file or command:...")
     parser.set_defaults(run=verify)
 
     what = "prove from the ledger that every sample was read once and in order"
@@ -42,7 +43,7 @@ def verify(args: argparse.Namespace) -> int:
     total = sum(entry.bytes for entry in open_dataset(args.folder).shards)
     screen, begun = console(), time.monotonic()
     with progress(screen, {"sha256": "comparing sha256"}) as report:
-        found = verifying.verify(args.folder, lambda done_bytes: report("sha256", done_bytes, total))
+        found = verifying.verify(args.folder, lambda done_bytes: report("sha256", done_bytes, total), key=args.key)
     if found.faults:
         raise DataError(f"{args.folder} is damaged:\n" + "\n".join(f"  - {fault}" for fault in found.faults))
     described = strict(found.dataset)
@@ -52,6 +53,9 @@ def verify(args: argparse.Namespace) -> int:
     screen.print(f"{args.folder} is sound: {len(found.dataset.shards)} shards, {size(found.bytes)}, "
                   f"sha256 of each as in its manifest ({time.monotonic() - begun:.1f} s).", markup=False)
     screen.print(f"fingerprint  {found.dataset.manifest.fingerprint}")
+    if sealed := found.dataset.manifest.sealed:
+        tried = "every block opens" if args.key else "to try every block: --key FILE"
+        screen.print(f"sealed       with the key {sealed}; {tried}", markup=False)
     if described.missing:
         screen.print(f"not stated   {', '.join(described.missing)}: officina data describe {args.folder} --help", markup=False)
     return EXIT_DONE

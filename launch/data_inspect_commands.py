@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ def add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     option("--step", type=count, metavar="N", help="the same as step=N")
     option("--split", default="train", help="split of a data set (default: train)")
     option("--document", type=count, default=0, metavar="N", help="first document to show (default: 0)")
+    option("--key", default="", metavar="KEY", help="of a sealed set, to show its texts: file or command:PROGRAM ARGS")
     option("--rows", type=count, default=4, metavar="N", help="rows of a step to show (default: 4)")
     parser.set_defaults(run=inspect)
 
@@ -54,7 +56,7 @@ def inspect(args: argparse.Namespace) -> int:
     if (folder / MANIFEST).exists():
         if step is not None:
             raise DataError(f"--step {step}: {folder} is a data set. Name a run directory, which has {CONFIG}.")
-        return _inspect_dataset(folder, args.split, args.document, folder / TOKENIZER)
+        return _inspect_dataset(folder, args.split, args.document, folder / TOKENIZER, args.key)
     if (folder / CONFIG).exists():
         return _inspect_step(folder, step, args.rows)
     raise DataError(f"{folder} is neither a data set ({MANIFEST}) nor a run ({CONFIG}). Try: officina data inspect demo/data")
@@ -67,16 +69,19 @@ def _step(word: str) -> int:
         raise DataError(f"{word}: {exc}. Try: step=40") from exc
 
 
-def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Path) -> int:
+def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Path, key: str) -> int:
     import numpy as np
 
     from officina.trainer.data.contents import describe_document
     from officina.trainer.data.manifest import open_dataset
     from officina.trainer.data.reader import Stream
     from officina.trainer.data.removal import removed_documents
+    from officina.trainer.data.seal import read_seal
 
     screen, dataset = console(), open_dataset(folder)
     manifest = dataset.manifest
+    if key and manifest.sealed:
+        dataset = replace(dataset, seal=read_seal(key, manifest.sealed))
     screen.print(f"{manifest.name} {manifest.version}: {manifest.description or manifest.kind}", markup=False)
     for label, value in (("licence", manifest.licence or "not stated"),
                          ("personal data", manifest.personal_data),
@@ -100,7 +105,6 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
     show = _decoder(manifest, tokenizer_file)
     removed = removed_documents(dataset)
     for number in range(document, min(document + 3, total)):
-        content = stream.record(number).content
         of_shard = int(np.searchsorted(stream.document_starts, number, side="right")) - 1
         inside = number - int(stream.document_starts[of_shard])
         name, id, source, language = describe_document(stream, of_shard, stream.shard(of_shard), inside)
@@ -108,6 +112,12 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
         screen.print(f"id {id or 'none'}, source {source}, language {language}", markup=False, style="dim")
         gone = inside in removed.get(stream.entries[of_shard].path, ())
         shard = stream.shard(of_shard)
+        if manifest.sealed and (not key or not manifest.shows_text):  # the key is not even used
+            why = "personal or sensitive" if not manifest.shows_text else "to show it: --key FILE"
+            tokens = int(shard.ends[inside]) - (int(shard.ends[inside - 1]) if inside else 0)
+            screen.print(f"({tokens} tokens; sealed; {why}: not shown)", markup=False, highlight=False)
+            continue
+        content = stream.record(number).content
         if gone or not shard.has_trained or not manifest.shows_text:
             screen.print(_REMOVED if gone else show(content)[:1200], markup=False, highlight=False)
         else:

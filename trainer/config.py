@@ -243,6 +243,8 @@ class SourceConfig:
 
     path: str
     """Folder of the data set (it holds `dataset.json`). Not part of the fingerprint: a data set may move."""
+    key: str = ""
+    """Of a sealed data set: a file that its owner alone may read, or `command:PROGRAM ARGS` that prints it; never the key."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of rows, relative to the other sources."""
 

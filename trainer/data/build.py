@@ -60,6 +60,7 @@ from officina.trainer.data.parts import (
     write_part,
 )
 from officina.trainer.data.policy import Policy, place_policy
+from officina.trainer.data.seal import read_seal
 from officina.trainer.data.shards import SHARD_BYTES, Shard
 from officina.trainer.data.sources import Progress, TextSource, find_sources, standard_library
 from officina.trainer.data.tokenizer import EOS, dtype_of, given_tokenizer, tokenizer_info, train_tokenizer
@@ -110,6 +111,8 @@ class BuildOptions:
     """What a template gets that asks for today's date."""
     policy: Policy | None = None
     """Conditions of use; none = what `about` says of licence and personal data is all."""
+    seal: str = ""
+    """Where the key is to seal the tokens with: a file, or `command:PROGRAM ARGS`; none = they lie open."""
     about: dict[str, Any] = field(default_factory=dict)
     """Further fields of dataset.json: name, version, description, licence, personal_data, sensitive."""
 
@@ -134,6 +137,10 @@ def build(folder: str | Path, options: BuildOptions,
     if (folder / MANIFEST).exists() and not options.overwrite:
         raise DataError(f"{folder} holds a data set already. Show it with `officina data inspect {folder}`, "
                         "build into another folder, or replace it with --overwrite.")
+    sealed = read_seal(options.seal, what="--seal").key_id if options.seal else ""
+    if sealed and options.tokenizer is None:
+        raise DataError("--seal: a tokenizer that is trained on the texts lies beside the shards and shows words of theirs. "
+                        "Name one that was made from other texts: --tokenizer base/tokenizer.json")
     sources, words = (find_sources(options.inputs, options.include), {}) if options.inputs else standard_library()
     filters = [load_filter(name) for name in options.filters]
     given = None if options.tokenizer is None else given_tokenizer(Path(options.tokenizer))
@@ -141,10 +148,11 @@ def build(folder: str | Path, options: BuildOptions,
     eos = chat.eos if chat else options.eos
     info = None if given is None else tokenizer_info(given, eos)
     parts = plan_parts(sources, options.shard_bytes)
+    hides = bool(sealed) or options.about.get("personal_data") == "present" or bool(options.about.get("sensitive"))
     with _claimed(folder):
         _prepare(folder, _plan(sources, options, filters, info, chat), options.overwrite)
         jobs = [Job(part=i, work=folder / WORK, pieces=pieces, fields=options.fields, filters=tuple(options.filters),
-                    max_bad_rows=options.max_bad_rows, chat=chat) for i, pieces in enumerate(parts)]
+                    max_bad_rows=options.max_bad_rows, chat=chat, hides_text=hides) for i, pieces in enumerate(parts)]
         total = sum(piece.bytes for pieces in parts for piece in pieces)
         scans = run_jobs(scan, jobs, workers, lambda done: progress("reading", done, total))
         check_bad_rows(scans, options.max_bad_rows)
@@ -158,7 +166,8 @@ def build(folder: str | Path, options: BuildOptions,
             write_whole(folder / CHAT_TEMPLATE, chat.template.encode())
         write_whole(folder / TOKENIZER, text.encode())
         writing = Writing(tokenizer=text, info=info, sources=_source_ids(sources, scans, options.fields),
-                          languages=_language_ids(scans), shard_bytes=options.shard_bytes, validation=options.validation)
+                          languages=_language_ids(scans), shard_bytes=options.shard_bytes, validation=options.validation,
+                          key=options.seal)
         total_text = sum(found.bytes for found in scans)
         done = run_jobs(write_part, [(job, writing) for job in jobs], workers,
                         lambda done: progress("tokens", done, total_text))
@@ -171,7 +180,7 @@ def build(folder: str | Path, options: BuildOptions,
                             f"{left_out['undecodable']} undecodable). Name inputs with more text.")
         provenance = _provenance(options, words, given is not None) | _chat_provenance(chat)
         about = {"name": folder.resolve().name if options.inputs else sources[0].name}
-        about |= {key: words[key] for key in ("description", "licence") if key in words} | options.about
+        about |= {key: words[key] for key in ("description", "licence") if key in words} | options.about | {"sealed": sealed}
         about |= place_policy(folder, options.policy)
         manifest = write_manifest(
             folder, _place_shards(folder, jobs, done), stats, kind="tokens", dtype=dtype_of(info.vocab_size), tokenizer=info,
@@ -211,6 +220,7 @@ def _plan(sources: Sequence[TextSource], options: BuildOptions, filters: Sequenc
             stat = path.stat()
             inputs.update(f"{source.name}\0{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     about = {key: value for key, value in sorted(options.about.items())}
+    about |= {"sealed": read_seal(options.seal, what="--seal").key_id} if options.seal else {}
     return {"inputs": inputs.hexdigest(), "fields": asdict(options.fields), "filters": [[f.name, f.version] for f in filters],
             "max-bad-rows": options.max_bad_rows, "tokenizer": info.sha256 if info else f"trained {options.vocab_size}",
             "eos": options.eos, "chat": asdict(chat) if chat else None,

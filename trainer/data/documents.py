@@ -86,6 +86,8 @@ class LeftOut:
     bad: int = 0
     bad_rows: list[str] = field(default_factory=list)
     """Place and reason of each row that cannot be read: the first `SHOWN`."""
+    hides_why: bool = False
+    """The data is personal or sensitive: a reason may quote it, so that the place alone is told."""
     steps: dict[str, int] = field(default_factory=dict)
     """Step -> documents left out, or changed."""
     kinds: dict[str, int] = field(default_factory=dict)
@@ -122,7 +124,8 @@ def read_documents(pieces: Sequence[Piece], fields: Fields, left_out: LeftOut, *
             elif isinstance(found, BadRow):
                 left_out.bad += 1
                 if left_out.bad <= SHOWN:
-                    left_out.bad_rows.append(f"{piece.path}{piece.place(number)}: {found.why}")
+                    why = "cannot be read; why is not told of personal or sensitive data" if left_out.hides_why else found.why
+                    left_out.bad_rows.append(f"{piece.path}{piece.place(number)}: {why}")
             elif found == "undecodable":
                 left_out.undecodable += 1
                 if left_out.undecodable <= SHOWN:

@@ -54,11 +54,12 @@ def mend(dataset: Dataset, entry: ShardEntry, shard: Shard, block: int) -> Mende
     """Get the bytes of a damaged block from somewhere, or set it aside; afterwards `shard` no longer stumbles over it."""
     start, stop = shard.byte_span(block)
     how = "lost"
+    origin = origin_of(dataset.folder)
     if shard.accept(block, read_past_cache(shard.path, start, stop)):
         how = "re-read"
-    elif (origin := origin_of(dataset.folder)) and shard.accept(block, read_past_cache(origin / entry.path, start, stop)):
+    elif origin and shard.accept(block, content := read_past_cache(origin / entry.path, start, stop)):
         how = "re-staged"
-        _write_back(shard, block, start)
+        _write_back(shard.path, content, start)
     else:
         shard.set_aside({*shard.lost, block})
     first, last = shard.token_span(block)
@@ -88,14 +89,14 @@ def read_past_cache(path: Path, start: int, stop: int) -> bytes:
     return b""
 
 
-def _write_back(shard: Shard, block: int, start: int) -> None:
+def _write_back(path: Path, content: bytes, start: int) -> None:
     """Mend the staged copy itself, so that others need not; several ranks may do so at once, with the same bytes."""
     try:
-        file = os.open(shard.path, os.O_WRONLY)
+        file = os.open(path, os.O_WRONLY)
     except OSError:
         return  # a copy that cannot be written stays as it is: the good bytes are held in memory
     try:
-        os.pwrite(file, shard.replaced.get(block, b""), start)
+        os.pwrite(file, content, start)
     except OSError:
         return
     finally:

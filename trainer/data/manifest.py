@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from officina.trainer.data.seal import Seal
 from officina.trainer.errors import DataError
 
 MANIFEST, SHARDS, TOKENIZER, STATS = "dataset.json", "shards.jsonl", "tokenizer.json", "stats.json"
@@ -123,6 +124,8 @@ class Manifest:
     personal_data: Literal["none", "pseudonymised", "present"] = "none"
     sensitive: bool = False
     """With this, or with personal data present, no text of the data set is ever shown or logged."""
+    sealed: Annotated[str, Field(pattern="^([0-9a-f]{16})?$")] = ""
+    """Id of the key that the tokens are sealed with, see `officina.trainer.data.seal`; empty = they lie open."""
     policy_sha256: Sha256 | None = None
     """Of policy.json, the conditions of use; none = what this file says is all. See `officina.trainer.data.policy`."""
     creators: list[str] = field(default_factory=list)
@@ -163,6 +166,8 @@ class Dataset:
     folder: Path
     manifest: Manifest
     shards: list[ShardEntry]
+    seal: Seal | None = None
+    """Opens the tokens of a sealed set."""
 
     def of_split(self, split: str) -> list[ShardEntry]:
         """The split's shards in stream order."""

@@ -155,6 +155,8 @@ def export_megatron(dataset_folder: str | Path, out: str | Path,
     Returns path, documents and tokens of each. Raises DataError for records, and for files that are there already.
     """
     dataset, out, done = open_dataset(dataset_folder), Path(out), 0
+    if dataset.manifest.sealed:
+        raise DataError(f"{dataset_folder} is sealed, and Megatron's files lie open. Build one without --seal where you may.")
     if dataset.manifest.kind != "tokens":
         raise DataError(f"{dataset_folder} holds {dataset.manifest.kind}, but Megatron reads tokens. "
                         "Name a data set of tokens.")

@@ -21,6 +21,7 @@ from officina.trainer.data.documents import NO_LANGUAGE, Document, Fields, Filte
 from officina.trainer.data.duplicates import write_run
 from officina.trainer.data.formats import Piece, pieces_of
 from officina.trainer.data.manifest import ShardEntry, TokenizerInfo, write_whole
+from officina.trainer.data.seal import Seal, read_seal
 from officina.trainer.data.shards import DTYPES, ShardWriter
 from officina.trainer.data.sources import TextSource
 from officina.trainer.data.tokenizer import Encoder, SampleEncoder, dtype_of
@@ -51,6 +52,8 @@ class Job:
     max_bad_rows: int
     chat: Chat | None = None
     """Rows are samples; none: documents."""
+    hides_text: bool = False
+    """Nothing of a text may be told."""
 
     def file(self, kind: str, suffix: str) -> Path:
         """Its file in the work folder."""
@@ -85,6 +88,8 @@ class Writing:
     """Empty where no language is known."""
     shard_bytes: int
     validation: float
+    key: str = ""
+    """Where the key is that shards are sealed with; each process reads it there."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -129,7 +134,7 @@ def scan(job: Job, report: Report) -> Scan:
     if record.exists():
         report(sum(piece.bytes for piece in job.pieces))
         return Scan(**json.loads(record.read_bytes()))
-    left_out, digests, runs, documents, n_bytes = LeftOut(), bytearray(), 0, 0, 0
+    left_out, digests, runs, documents, n_bytes = LeftOut(hides_why=job.hides_text), bytearray(), 0, 0, 0
     sources: dict[str, None] = {}
     languages: set[str] = set()
     reported = 0
@@ -312,6 +317,11 @@ def _batches(items: Iterator[_Item]) -> Iterator[list[_Item]]:
         yield batch
 
 
+@lru_cache(maxsize=1)
+def _seal(key: str) -> Seal | None:
+    return read_seal(key, what="--seal") if key else None
+
+
 class _OpenSegment:
     """Shards that are being written, one of each split, and the sums over their documents."""
 
@@ -339,7 +349,8 @@ class _OpenSegment:
             return
         if item.split not in self._writers:
             path = self._job.work / f"{item.split}-{self._job.part:05d}-{self._number:05d}.dls"
-            self._writers[item.split] = ShardWriter(path, dtype=self._dtype, tokenizer_sha256=self._writing.info.sha256)
+            self._writers[item.split] = ShardWriter(path, dtype=self._dtype, tokenizer_sha256=self._writing.info.sha256,
+                                                    seal=_seal(self._writing.key))
         document, languages = item.document, self._writing.languages
         content = document.text.encode()
         language = languages[document.language or NO_LANGUAGE] if languages else None

@@ -24,6 +24,7 @@ from officina.trainer.data.order import Mixture, Order, Places, Skips, SourceRow
 from officina.trainer.data.packing import REFUSE, SPLIT, TRUNCATE, Plan, load_plan, make_plan, plan_path
 from officina.trainer.data.remote import TRIES, Pieces, RemoteFile, remote_of
 from officina.trainer.data.removal import removed_spans
+from officina.trainer.data.seal import read_seal
 from officina.trainer.data.shards import DTYPES, HEADER_BYTES, DamagedBlock, DamagedIndex, Lost, Shard, merge_lost
 from officina.trainer.data.storage import at_once, reads_by_pread
 from officina.trainer.errors import DataError
@@ -97,14 +98,15 @@ class Stream:
             if self._pieces is not None and not path.exists():
                 self._open[number] = self._open_remote(path, entry)
             else:
-                self._open[number] = Shard(path, entry, pread=reads_by_pread(path.parent, self._read))
+                self._open[number] = Shard(path, entry, pread=reads_by_pread(path.parent, self._read),
+                                           seal=self.dataset.seal)
         return self._open[number]
 
     def _open_remote(self, path: Path, entry: ShardEntry) -> Shard:
         file = RemoteFile(self._pieces, entry, DTYPES[self.dataset.manifest.dtype].itemsize, HEADER_BYTES)
         for left in reversed(range(TRIES)):
             try:
-                shard = Shard(path, entry, remote=file)
+                shard = Shard(path, entry, remote=file, seal=self.dataset.seal)
                 file.sound = shard.is_sound
                 return shard
             except DamagedIndex:  # it may have come damaged, or have been damaged here
@@ -487,7 +489,12 @@ def open_source(run: RunConfig, name: str) -> Dataset:
         raise DataError(f"data.timeline names source {name}, but data.sources has only {sorted(run.data.sources)}. "
                         f"Try: data.sources.{name}.path=DIR, the data set that was read before.")
     dataset = open_dataset(Path(run.data.sources[name].path))
-    manifest = dataset.manifest
+    manifest, key = dataset.manifest, run.data.sources[name].key
+    if manifest.sealed and not key:
+        raise DataError(f"data.sources.{name}: {dataset.folder} is sealed with the key {manifest.sealed}. "
+                        f"Try: data.sources.{name}.key=FILE, or data.sources.{name}.key='command:PROGRAM ARGS'")
+    if manifest.sealed:
+        dataset = replace(dataset, seal=read_seal(key, manifest.sealed, f"data.sources.{name}.key"))
     wanted = "records" if run.model.kind == "custom" else "tokens"
     if manifest.kind != wanted:
         raise DataError(f"data.sources.{name}: {dataset.folder} holds {manifest.kind}, "

@@ -9,6 +9,7 @@
                document_bytes  u32 per document: UTF-8 bytes of its text (where the writer knew)
                document_ids    16 bytes per document, see `officina.trainer.data.documents.document_id` (not in old shards)
                trained         a bit per token, lowest first: is it trained on, as a label? (only where not all tokens are)
+               seal            28 bytes per granule, of sealed shards: nonce and tag, see `officina.trainer.data.seal`
                granule_xxh3    u64 per granule: xxh3-64 of 256 KiB of tokens (the last granule may be shorter)
              and last, 16 bytes: xxh3-64 of header and sections (the root), magic
 
@@ -37,6 +38,7 @@ from officina.trainer.data.manifest import (
     sync_folder,
     write_manifest,
 )
+from officina.trainer.data.seal import MARK_BYTES, Seal, SealedArray
 from officina.trainer.data.storage import ByteArray, FileArray, at_once, map_file
 from officina.trainer.errors import DataError
 
@@ -77,16 +79,18 @@ class _Header:
 class ShardWriter:
     """Writes one shard document by document; `close` makes it appear under its name.
 
-    holds_tokens: False writes the index alone, of tokens that lie in another file.
+    holds_tokens: False writes the index alone, of tokens that lie in another file. seal: write them sealed.
     """
 
-    def __init__(self, path: Path, *, dtype: str, tokenizer_sha256: str = "", holds_tokens: bool = True) -> None:
+    def __init__(self, path: Path, *, dtype: str, tokenizer_sha256: str = "", holds_tokens: bool = True,
+                 seal: Seal | None = None) -> None:
         self.path, self._dtype, self._tokenizer, self._holds_tokens = path, dtype, tokenizer_sha256, holds_tokens
         self._temporary = path.with_name(path.name + ".tmp")
         self._file = open(self._temporary, "wb")
         self._file.write(bytes(HEADER_BYTES))
         self._granule, self._hashes = xxhash.xxh3_64(), []
         self._in_granule = 0
+        self._seal, self._open_granule, self._marks = seal, bytearray(), []
         self._ends: list[int] = []
         self._source_ids: list[int] = []
         self._language_ids: list[int] = []
@@ -116,11 +120,14 @@ class ShardWriter:
                                 f"but {self._dtype} holds 0 to {limit}. Take a wider dtype, such as u32.")
             document = document.astype(DTYPES[self._dtype])
         view = memoryview(np.ascontiguousarray(document)).cast("B")
-        if self._holds_tokens:
+        if self._holds_tokens and self._seal is None:
             self._file.write(view)
         while len(view):
             part = view[:GRANULE_BYTES - self._in_granule]
-            self._granule.update(part)
+            if self._seal is None:
+                self._granule.update(part)
+            else:
+                self._open_granule += part
             self._in_granule += len(part)
             view = view[len(part):]
             if self._in_granule == GRANULE_BYTES:
@@ -138,6 +145,12 @@ class ShardWriter:
             self._document_bytes.append(text_bytes)
 
     def _end_granule(self) -> None:
+        if self._seal is not None:
+            sealed, mark = self._seal.close(len(self._hashes), bytes(self._open_granule))
+            self._file.write(sealed)
+            self._granule.update(sealed)
+            self._marks.append(mark)
+            self._open_granule.clear()
         self._hashes.append(self._granule.intdigest())
         self._granule, self._in_granule = xxhash.xxh3_64(), 0
 
@@ -155,6 +168,8 @@ class ShardWriter:
             footer["document_ids"] = b"".join(self._document_ids)
         if self._trained:
             footer["trained"] = np.packbits(np.concatenate(self._trained), bitorder="little").tobytes()
+        if self._marks:
+            footer["seal"] = b"".join(self._marks)
         footer["granule_xxh3"] = np.asarray(self._hashes, "<u8").tobytes()
         offset, sections = HEADER_BYTES + self.bytes * self._holds_tokens, {}
         for name, content in footer.items():
@@ -192,9 +207,9 @@ class SplitWriter:
     """Writes the shards of one split, `shards/SPLIT-00000.dls` and on, beginning a new one at `shard_bytes`."""
 
     def __init__(self, folder: Path, split: str, *, dtype: str, tokenizer_sha256: str = "",
-                 shard_bytes: int = SHARD_BYTES) -> None:
+                 shard_bytes: int = SHARD_BYTES, seal: Seal | None = None) -> None:
         self._folder, self._split, self._shard_bytes = folder, split, shard_bytes
-        self._how = {"dtype": dtype, "tokenizer_sha256": tokenizer_sha256}
+        self._how = {"dtype": dtype, "tokenizer_sha256": tokenizer_sha256, "seal": seal}
         self._itemsize = DTYPES[dtype].itemsize
         self._writer: ShardWriter | None = None
         self._entries: list[ShardEntry] = []
@@ -259,12 +274,12 @@ class Shard:
     """A shard, mapped. Header and footer are checked when it is opened, tokens when first touched.
 
     pread: read its tokens instead, see `officina.trainer.data.storage`; `data` then is a `ByteArray`. remote: it is in a store,
-    `officina.trainer.data.remote`.
+    `officina.trainer.data.remote`. seal: opens the tokens of a sealed shard; `data` then is a `SealedArray`.
     """
 
     def __init__(self, path: Path, entry: ShardEntry | None = None, *, pread: bool = False,
-                 remote: "RemoteFile | None" = None) -> None:
-        self.path, self.pread, self._remote = path, pread or remote is not None, remote
+                 remote: "RemoteFile | None" = None, seal: Seal | None = None) -> None:
+        self.path, self.pread, self._remote, self._seal = path, pread or remote is not None, remote, seal
         try:
             mapped = None if remote else map_file(index_of(path))
             self._map = mapped.bytes if mapped else remote.array() if remote else FileArray(index_of(path))
@@ -287,7 +302,9 @@ class Shard:
         self.documents = header.documents
         self._first_byte, self._bytes = self._find_tokens(header)
         self._will_need = mapped.will_need if mapped and not pread and index_of(path) == path else None
-        self.data = self._bytes.view(DTYPES[header.dtype])
+        self._marks = self._section(header, "seal", "u1").reshape(-1, MARK_BYTES)
+        self.data = SealedArray(self._bytes, self._marks, seal, DTYPES[header.dtype], GRANULE_BYTES, path) if len(
+            self._marks) else self._bytes.view(DTYPES[header.dtype])
         """(tokens,) unverified; see `check`."""
         self.ends = self._section(header, "document_ends", "<i8")
         """(documents,) int64 offset just after each document's last token."""
@@ -356,14 +373,18 @@ class Shard:
 
     def _check_granule(self, granule: int) -> None:
         span = slice(granule * GRANULE_BYTES, (granule + 1) * GRANULE_BYTES)
-        found = xxhash.xxh3_64_intdigest(self._bytes[span])
+        content = self._bytes[span]
+        found = xxhash.xxh3_64_intdigest(content)
         if found != int(self._hashes[granule]) and self._remote is not None:  # perhaps what lies here was damaged since
             self._remote.forget(*self.byte_span(granule))
-            found = xxhash.xxh3_64_intdigest(self._bytes[span])
+            content = self._bytes[span]
+            found = xxhash.xxh3_64_intdigest(content)
         if found != int(self._hashes[granule]):
             start, stop = self.byte_span(granule)
             raise DamagedBlock(f"{self.path}: bytes {start} to {stop} do not match their checksum (xxh3 {found:016x}, "
                                f"should be {int(self._hashes[granule]):016x}). {_REMEDY}", granule)
+        if len(self._marks):
+            self._open(granule, content)
         self._checked[granule] = True
 
     def is_sound(self, start: int, content: bytes) -> bool:
@@ -374,6 +395,16 @@ class Shard:
         view = memoryview(content)
         return all(xxhash.xxh3_64_intdigest(view[i:i + GRANULE_BYTES]) == int(self._hashes[first + i // GRANULE_BYTES])
                    for i in range(0, len(view), GRANULE_BYTES))
+
+    def _open(self, block: int, content: Any) -> bytes:
+        """Content of a block that has its checksum: as it is, or with the seal opened and its tag checked."""
+        if not len(self._marks) or self._seal is None:
+            return bytes(content) if not len(self._marks) else b""
+        try:
+            return self._seal.open(block, bytes(content), self._marks[block].tobytes())
+        except ValueError:
+            raise DataError(f"{self.path}: block {block} has its checksum, but not its seal: somebody changed it, or sealed it "
+                            "with another key. Take the data set from its provider again.") from None
 
     def byte_span(self, block: int) -> tuple[int, int]:
         """Where a block of tokens begins and ends in its file."""
@@ -389,7 +420,7 @@ class Shard:
         """Take `content` for a damaged block if it has the block's checksum."""
         if xxhash.xxh3_64_intdigest(content) != int(self._hashes[block]):
             return False
-        self.replaced[block] = content
+        self.replaced[block] = self._open(block, content)
         self._checked[block] = True
         return True
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from officina.trainer.data.manifest import TOKENIZER, Dataset, ShardEntry, open_dataset
 from officina.trainer.data.removal import removed_documents
+from officina.trainer.data.seal import read_seal
 from officina.trainer.data.shards import Shard
 from officina.trainer.errors import DataError
 
@@ -24,16 +25,22 @@ class VerifyReport:
     """One message per damaged file or part of it; empty if all is sound."""
 
 
-def verify(folder: str | Path, progress: Callable[[int], None] = lambda done_bytes: None) -> VerifyReport:
+def verify(folder: str | Path, progress: Callable[[int], None] = lambda done_bytes: None, key: str = "") -> VerifyReport:
     """Compare sha256 of the tokenizer and of each shard; where one differs, find the damaged part.
 
-    `progress` is called with the bytes read so far. Raises DataError if there is no readable manifest.
+    `progress` is called with the bytes read so far. key: of a sealed set, tries every block's seal too. Raises DataError if
+    there is no readable manifest.
     """
     dataset = open_dataset(folder)
+    if key and not dataset.manifest.sealed:
+        raise DataError(f"--key {key}: {folder} is not sealed. Leave the key out.")
+    seal = read_seal(key, dataset.manifest.sealed) if key else None
     faults, done_bytes = _tokenizer_faults(dataset) + _removal_faults(dataset), 0
     for entry in dataset.shards:
         found, done_bytes = _sha256(dataset.folder / entry.path, done_bytes, progress)
         faults += _shard_faults(dataset, entry, found)
+        if seal is not None and found == entry.sha256:
+            faults += Shard(dataset.folder / entry.path, entry, seal=seal).check_all()
     return VerifyReport(dataset, done_bytes, faults)
 
 
