@@ -1,7 +1,7 @@
 """Sealed sets: tokens lie on the disk as AES-256-GCM ciphertext, block by block, of the same length and at the same place.
 
 A block is 256 KiB of tokens. Its nonce is made from the key, its number and its content by HMAC-SHA256 (the idea of SIV, RFC
-5297), so that the same input gives the same bytes and no nonce serves two contents; nonce and tag (28 bytes) stand in the footer.
+5297), so that the same input gives the same bytes and no nonce serves two contents; both, 28 bytes, stand in the footer.
 The checksums of the footer are those of the ciphertext: copies are verified without the key. On first touch a block is opened
 whole and its tag checked; after that, a range of it is decrypted alone (GCM is counter mode).
 
@@ -120,7 +120,9 @@ def read_seal(word: str, wanted_id: str = "", what: str = "--key", run: Callable
 
     Raises DataError, which never holds anything of the key.
     """
-    content = _from_command(word.removeprefix(COMMAND), what, run) if word.startswith(COMMAND) else _from_file(Path(word).expanduser(), what)
+    by_command = word.startswith(COMMAND)
+    content = (_from_command(word.removeprefix(COMMAND), what, run) if by_command
+               else _from_file(Path(word).expanduser(), what))
     key = _decoded(content)
     if key is None:
         raise DataError(f"{what}: what {word} gives is no key ({len(content)} bytes): 64 hexadecimal digits, or 32 bytes as "
