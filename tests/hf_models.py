@@ -90,5 +90,6 @@ def as_v4(config: dict) -> dict:
         config["rope_local_base_freq"] = local["rope_theta"]
         config.pop("_sliding_window_pattern", None)
     config["rope_theta"] = rope.pop("rope_theta")
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    plain = rope["rope_type"] == "default" and config["model_type"] != "apertus"
+    config["rope_scaling"] = None if plain else rope
     return config

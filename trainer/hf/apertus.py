@@ -10,12 +10,16 @@ def _read(keys: Keys) -> Values:
     # Published files carry keys of the trainer; these are the values that the model's code assumes.
     keys.only("post_norm", None, False, why="places the norms elsewhere")
     keys.only("qk_norm", None, True, why="is off, and Apertus has QK-norm")
+    if "rope_parameters" not in keys.raw and keys.raw.get("rope_scaling") is None:
+        keys.refuse("rope_scaling", "null", "is read as no scaling by transformers 4 and as llama3's by transformers 5",
+                    "\"rope_scaling\": {\"rope_type\": \"default\"}, or the model's own")
     bias = keys.may("attention_bias", False)
     return common(keys, "xielu") | {"rope": keys.rope(), "mlp": "xielu", "qk_norm": "head", "qkv_bias": bias, "o_bias": bias}
 
 
 def _write(model: DecoderConfig) -> Values:
-    return common_keys(model, "xielu") | {"attention_bias": model.qkv_bias}
+    values = common_keys(model, "xielu")
+    return values | {"attention_bias": model.qkv_bias, "rope_scaling": values["rope_scaling"] or {"rope_type": "default"}}
 
 
 APERTUS = Family("apertus", "ApertusForCausalLM", _read, _write,

@@ -90,7 +90,8 @@ def write_config(model: DecoderConfig, family: Family, *, base: Mapping[str, Any
         values = _in_form_of(base, values)
         return {**base, **{key: value for key, value in values.items() if key in base or value is not None}}
     reach = max_seq_len or round(model.rope.original_seq_len * model.rope.factor)
-    return values | {"max_position_embeddings": reach, "torch_dtype": dtype, "use_cache": True}
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # said, or the class's own would be taken
+    return values | none | {"max_position_embeddings": reach, "torch_dtype": dtype, "use_cache": True}
 
 
 def _in_form_of(base: Mapping[str, Any], values: Values) -> Values:
