@@ -88,8 +88,10 @@ def build(args: argparse.Namespace) -> int:
     with progress(screen, _PHASES) as report:
         result = building.build(args.folder, options, report)
     _tell(result, screen)
+    recipe = {"": "", "answers": "experiment=sft init_from=MODEL ", "pairs": "experiment=dpo init_from=MODEL "}[
+        result.manifest.samples]
     screen.print(f"Built {args.folder} in {time.monotonic() - begun:.1f} s. "
-                 f"Train on it: officina train data.sources.main.path={args.folder}", markup=False)
+                 f"Train on it: officina train {recipe}data.sources.main.path={args.folder}", markup=False)
     return EXIT_DONE
 
 

@@ -41,6 +41,7 @@ from officina.trainer.model.flops import flops_per_token
 from officina.trainer.model.lora import AdapterSource
 from officina.trainer.model.peaks import peak_bf16_flops
 from officina.trainer.parallel.engine import Engine, Parts, build_engine, resolve_precision
+from officina.trainer.preference import References, references
 from officina.trainer.profile import Profiler
 from officina.trainer.progress import Progress
 from officina.trainer.ranks import Ranks
@@ -80,6 +81,8 @@ class Job:
     peak_flops: float | None
     frozen: Mapping[str, str]
     """Frozen weights, which a checkpoint names by the hash of their values."""
+    references: References
+    """DPO: log-probabilities under the model that the run began with."""
     step: int = 0
     """Steps done."""
     tokens: int = 0
@@ -221,7 +224,10 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
             spikes[name].load(values)
 
         progress = stack.enter_context(Progress(run.steps, state.step, enabled=rank0, stream=sys.stdout,
-                                                unit="tok" if run.batch_unit == "tokens" else run.batch_unit))
+                                                unit="pairs" if run.objective.kind == "dpo" else
+                                                "tok" if run.batch_unit == "tokens" else run.batch_unit))
+        known = references(run, run_dir, engine, ranks, fresh=opened is None, say=progress.say)
+        loader.refer(known[run.data.split])
         metrics = stack.enter_context(MetricsWriter(run_dir, say=progress.say)) if rank0 else None
         job = Job(
             run=run, run_dir=run_dir, ranks=ranks, engine=engine, loader=loader,
@@ -235,7 +241,7 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
             time_left=TimeLeft(time_limit_s=run.time_limit, began_s=began_s, unknown_save_s=run.site.grace, run_dir=run_dir,
                                launcher=ranks.env.launcher),
             loss_spikes=spikes["loss"], norm_spikes=spikes["grad_norm"], flops=_flops(run),
-            peak_flops=_peak(ranks, precision), frozen=frozen,
+            peak_flops=_peak(ranks, precision), frozen=frozen, references=known,
             step=state.step, tokens=state.tokens, position=state.position,
             saved_step=state.step if opened is not None else -1)
         job.saver.prepare(job.trained_state())

@@ -10,7 +10,8 @@ IGNORE = -100
 """Label of a token that carries no loss."""
 
 LossFn = Callable[[nn.Module, dict[str, Tensor]], Tensor]
-"""`loss(module, fields)` -> 0-dim fp32 SUM of the losses over the loss-bearing tokens (or items) of the micro-batch.
+"""`loss(module, fields)` -> 0-dim fp32 SUM of the losses over the loss-bearing tokens (or items) of the micro-batch; or (n,)
+sums, of which the first is that one and the others, without gradient, are what the objective measures beside it.
 
 `module` is the engine's wrapped module and must be called (`module(...)`), never reached around: sharding hooks run there.
 """
@@ -23,9 +24,11 @@ class Batch:
     fields: dict[str, Tensor]
     """Decoder: `tokens` (B, T) int64; `labels` (B, T) int64, IGNORE where no loss; and with data.mask_documents `documents`
     (B, T) int32, a number per document that rises within the row, and `positions` (B, T) int64, counted from the document's
-    first token in the row. Custom models: what the decoder gave, stacked, plus `valid` (B,) bool, false for a missing row."""
+    first token in the row; and of preference pairs `reference` (B, P, 2) fp32, the reference's log-probabilities of the chosen
+    and the rejected answers, which are documents 0 and 1, 2 and 3, and so on. Custom models: what the decoder gave, stacked,
+    plus `valid` (B,) bool, false for a missing row."""
     loss_tokens: int
-    """Loss-bearing tokens (records for custom models) in this micro-batch; 0 is legal."""
+    """Loss-bearing tokens (records for custom models, pairs for DPO) in this micro-batch; 0 is legal."""
     filled_tokens: int = 0
     """Tokens that are no padding, trained on or only read; 0 for custom models."""
 
@@ -33,3 +36,8 @@ class Batch:
         """The same batch on `device`, copied without waiting where the memory is pinned."""
         return Batch({k: v.to(device, non_blocking=True) for k, v in self.fields.items()}, self.loss_tokens,
                      self.filled_tokens)
+
+
+def loss_of(sums: Tensor) -> Tensor:
+    """The loss among what a `LossFn` gave, 0-dim."""
+    return sums if sums.ndim == 0 else sums[0]

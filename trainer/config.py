@@ -381,6 +381,11 @@ class LrScheduleConfig:
 class ObjectiveConfig:
     """Loss, and what is done when it misbehaves."""
 
+    kind: Literal["next_token", "dpo"] = "next_token"
+    """Cross-entropy of the next token; or direct preference optimisation over pairs (arXiv:2305.18290), against the model that
+    the run began with."""
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """dpo: how strongly the model is held to the one it began with."""
     z_loss: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the mean squared log-partition function."""
     max_nonfinite_steps: Positive = 5

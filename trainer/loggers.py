@@ -47,8 +47,12 @@ def values_of(record: StepMetrics | EvalMetrics) -> dict[str, float]:
                 shown[f"eval/{record.source}/{name}loss_nats"] = loss
             if bits is not None:
                 shown[f"eval/{record.source}/{name}bits_per_byte"] = bits
+        for name in ("token_accuracy", "sample_accuracy", "reward_accuracy", "reward_margin"):
+            if (value := getattr(record, name)) is not None:
+                shown[f"eval/{record.source}/{name}"] = value
         return shown
-    names = ("loss_nats", "grad_norm", "lr", "step_time_s", "data_wait_s", "tokens_per_s", "mfu_causal", "mfu_full",
+    names = ("loss_nats", "grad_norm", "lr", "step_time_s", "data_wait_s", "tokens_per_s", "filled_tokens", "reward_accuracy",
+             "reward_margin", "mfu_causal", "mfu_full",
              "peak_memory_bytes")
     shown = {f"train/{name}": getattr(record, name) for name in names}
     shown["train/left_out"] = float(not record.applied)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from officina.trainer.data.loader import StepData
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_USER, DataError, NoProgressError
 from officina.trainer.evaluate import held_out
 from officina.trainer.metrics import StepMetrics
+from officina.trainer.objective import measured
 from officina.trainer.ranks import Ranks
 from officina.trainer.run_dir import load_config
 from officina.trainer.schedule import lr_factor
@@ -50,16 +52,17 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             following = job.loader.next_step() if job.step < run.steps else None
 
             # The one collective of a step beyond the engine's own.
-            loss_sum, digest, next_tokens, stop_votes, over_votes, save_votes, peak_bytes, damage = ranks.sum([
+            loss_sum, digest, next_tokens, stop_votes, over_votes, save_votes, peak_bytes, damage, *measures = ranks.sum([
                 result.loss_sum_nats, data.digest, following.loss_tokens if following else 0,
                 stop.wanted or job.time_left.is_over(), job.use_is_over(), job.saver.pending_vote(),
-                peak_memory_bytes(ranks.device), bool(following and following.damage)])
+                peak_memory_bytes(ranks.device), bool(following and following.damage), data.filled_tokens,
+                *result.measured])
             step_time_s = time.perf_counter() - clock
 
             job.position = data.stop_sample
             job.tokens += int(step_tokens) if result.applied else 0
             _record(job, data, result, tokens=int(step_tokens), loss_sum=loss_sum, digest=digest, lr_factor=factor,
-                    step_time_s=step_time_s, peak_bytes=int(peak_bytes / ranks.world_size))
+                    step_time_s=step_time_s, peak_bytes=int(peak_bytes / ranks.world_size), measures=measures)
             if before is not None and result.applied:
                 verify_changed(before, state_hashes(job.trained_state(), slots={PARAM}), ranks)
                 job.unchecked = False
@@ -92,26 +95,30 @@ def train(run_dir: Path, ranks: Ranks) -> int:
 def evaluate(job: Job) -> None:
     """Held-out loss of every source that has a validation split; the same rows whatever the number of ranks."""
     job.progress.phase("evaluating")
-    for found in held_out(job.engine, job.run, job.ranks, job.step, job.progress.say):
+    references = job.references[job.run.data.validation_split]
+    for found in held_out(job.engine, job.run, job.ranks, job.step, job.progress.say, references):
         job.write(found)
     job.progress.phase("")
 
 
 def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_sum: float, digest: float,
-            lr_factor: float, step_time_s: float, peak_bytes: int) -> None:
+            lr_factor: float, step_time_s: float, peak_bytes: int, measures: Sequence[float]) -> None:
     """Metrics and ledger of one step; raises NoProgressError where going on is useless."""
     objective = job.run.objective
     loss = loss_sum / tokens if tokens else 0.0
     finite = math.isfinite(result.grad_norm) and math.isfinite(loss)
     spike = job.loss_spikes.observe(loss) | job.norm_spikes.observe(result.grad_norm)
+    filled, *measures = measures
     tokens_per_s = tokens / step_time_s
     mfu = [None, None]
     if job.flops and job.peak_flops:
-        mfu = [tokens_per_s * flops / (job.peak_flops * job.ranks.world_size) for flops in job.flops]
+        # A token that is only read costs as much as one that is trained on.
+        mfu = [filled / step_time_s * flops / (job.peak_flops * job.ranks.world_size) for flops in job.flops]
     job.write(StepMetrics(
         step=job.step, tokens=tokens, loss_nats=loss, grad_norm=result.grad_norm, lr=job.run.optim.lr * lr_factor,
         step_time_s=step_time_s, data_wait_s=data.wait_s, tokens_per_s=tokens_per_s, applied=result.applied,
-        spike=spike, mfu_causal=mfu[0], mfu_full=mfu[1], peak_memory_bytes=peak_bytes))
+        spike=spike, filled_tokens=int(filled) or None, mfu_causal=mfu[0], mfu_full=mfu[1], peak_memory_bytes=peak_bytes,
+        **measured(measures, tokens)))
     if job.ledger is not None:
         job.ledger.write(job.step, data, digest)
 

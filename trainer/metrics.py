@@ -29,7 +29,7 @@ class StepMetrics:
     step: int
     """Number of this step; the first is 1."""
     tokens: int
-    """Loss-bearing tokens (records for custom models) of this step over all ranks; padding does not count."""
+    """Loss-bearing tokens (records for custom models, pairs for DPO) of this step over all ranks; padding does not count."""
     loss_nats: float
     """Mean loss of those tokens, before the update."""
     grad_norm: float
@@ -46,6 +46,14 @@ class StepMetrics:
     """False: left out, parameters and moments are unchanged."""
     spike: bool = False
     """Loss or gradient norm was finite and beyond the bound of `objective.spike_sigma`."""
+    filled_tokens: int | None = None
+    """Tokens of the step that are no padding, trained on or only read; none for custom models."""
+    reward_accuracy: float | None = None
+    """DPO: share of the pairs whose chosen answer has the higher reward."""
+    reward_margin: float | None = None
+    """DPO: mean of the chosen answer's reward less the rejected one's."""
+    reward_chosen: float | None = None
+    reward_rejected: float | None = None
     mfu_causal: float | None = None
     """Model FLOP utilisation with attention counted causally, 0 to 1; none = the device's peak is unknown."""
     mfu_full: float | None = None
@@ -66,13 +74,25 @@ class EvalMetrics:
     loss_nats: float
     """Mean over `tokens`."""
     tokens: int
-    """Loss-bearing tokens that were evaluated."""
+    """Loss-bearing tokens that were evaluated (pairs for DPO)."""
     text_bytes: float | None = None
     """UTF-8 bytes of text that these tokens stand for; none = not known."""
     languages: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """The same by language, where there are several: `tokens`, `loss_nats`, `text_bytes`."""
     lost_blocks: int = 0
     """Damaged blocks under the rows, whose tokens were not evaluated."""
+    token_accuracy: float | None = None
+    """Share of them that are the likeliest token."""
+    samples: int | None = None
+    """Documents, or samples, with loss-bearing tokens."""
+    sample_accuracy: float | None = None
+    """Share of the samples of which every token is the likeliest."""
+    sample_loss_nats: float | None = None
+    """Mean over the samples of their mean loss: each counts the same, however long."""
+    reward_accuracy: float | None = None
+    reward_margin: float | None = None
+    reward_chosen: float | None = None
+    reward_rejected: float | None = None
     eval_time_s: float | None = None
     time: float = 0.0
 

@@ -34,6 +34,8 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("lr_schedule.*", "free", "a pure function of the step: a WSD decay or a cut is a change here"),
     ("optim.kind", "refused", "one optimizer's moments mean nothing to another"),
     ("optim.*", "free", "takes effect at the next step"),
+    ("objective.kind", "refused", "another goal is another run; it may begin from this one"),
+    ("objective.beta", "force", "another goal in the middle of a run"),
     ("objective.*", "free", "takes effect at the next step"),
     ("batch.seq_len", "refused", "rows would be cut elsewhere, so that past samples could not be told from new ones"),
     ("batch.*", "free", "samples are counted in rows, whatever the batch"),

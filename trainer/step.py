@@ -19,6 +19,8 @@ class StepResult:
     """Global L2 norm before clipping."""
     applied: bool
     """False: the step was left out, parameters and moments are unchanged."""
+    measured: list[float]
+    """Sums of what the objective measures beside the loss, over this rank's micro-batches."""
 
 
 def train_step(engine: Engine, micros: Sequence[Batch], *, device: torch.device, step_tokens: int, lr_factor: float,
@@ -27,8 +29,9 @@ def train_step(engine: Engine, micros: Sequence[Batch], *, device: torch.device,
 
     step_tokens: loss-bearing tokens of the step over all ranks; the gradient is that of the mean loss over them.
     """
-    loss_sum = torch.zeros((), device=device)
+    sums = torch.zeros((), device=device)
     for micro in micros:
-        loss_sum += engine.forward_backward(micro.to(device), step_tokens=step_tokens, last=micro is micros[-1])
+        sums = sums + engine.forward_backward(micro.to(device), step_tokens=step_tokens, last=micro is micros[-1])
     outcome = engine.step(lr_factor, max_norm=max_norm)
-    return StepResult(loss_sum.item(), outcome.grad_norm, outcome.applied)
+    loss_sum, *measured = sums.reshape(-1).tolist()
+    return StepResult(loss_sum, outcome.grad_norm, outcome.applied, measured)

@@ -249,6 +249,15 @@ def _schedule(run: RunConfig) -> Iterator[Problem]:
 
 def _objective(run: RunConfig) -> Iterator[Problem]:
     objective = run.objective
+    if objective.kind == "dpo":
+        if isinstance(run.model, CustomModelConfig):
+            yield Problem("objective.kind", "dpo", "compares answers of a language model, and model.kind=custom has a loss of "
+                          "its own", "objective.kind=next_token")
+        if not run.data.mask_documents:
+            yield Problem("data.mask_documents", False, "lets the two answers of a pair see each other",
+                          "data.mask_documents=true")
+        if objective.z_loss:
+            yield Problem("objective.z_loss", objective.z_loss, "is of next_token only", "objective.z_loss=0")
     if objective.on_spike != "flag" and not objective.spike_sigma:
         yield Problem("objective.on_spike", objective.on_spike, "nothing is a spike while objective.spike_sigma=0",
                       "objective.spike_sigma=6")
@@ -338,6 +347,11 @@ def _data_sets(run: RunConfig) -> Iterator[Problem]:
                           f"data.split={there[0]}")
         if kind == "tokens" and manifest.kind != "tokens":
             yield Problem(key, source.path, "holds records, and a decoder reads tokens", "model=custom with your own decoder")
+        wanted = "pairs" if run.objective.kind == "dpo" else "answers"
+        if kind == "tokens" and (manifest.samples == "pairs") != (wanted == "pairs"):
+            yield Problem("objective.kind", run.objective.kind, f"does not train on {source.path}, which holds "
+                          f"{'preference pairs' if manifest.samples == 'pairs' else 'no preference pairs'}",
+                          f"objective.kind={'dpo' if manifest.samples == 'pairs' else 'next_token'}")
         if manifest.tokenizer is None or kind == "records":
             continue
         size = manifest.tokenizer.vocab_size

@@ -8,7 +8,7 @@ import importlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -54,6 +54,11 @@ class StepData:
     """What became of the damaged blocks that this step was the first to meet, in words."""
     wait_s: float = 0.0
     """Time for which the step had to wait for its data."""
+
+    @property
+    def filled_tokens(self) -> int:
+        """Tokens of this rank that are no padding; 0 for custom models."""
+        return sum(micro.filled_tokens for micro in self.micros)
 
     @property
     def damage(self) -> bool:
@@ -126,6 +131,11 @@ class Loader:
             "packing": dict(sorted(self._reader.packing.items())),
             "fingerprints": dict(sorted((self._earlier | self._reader.fingerprints).items())),
         }
+
+    def refer(self, references: Mapping[str, np.ndarray]) -> None:
+        """Give the batches the reference's log-probabilities of each source's pairs, (pairs, 2); before the first step."""
+        for name, values in references.items():
+            self._reader.streams[name].reference = values
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise DataError unless this loader goes on exactly where the one with `state` stopped."""
@@ -234,12 +244,7 @@ def validation_batches(run: RunConfig, stream: Stream, rank: int, world_size: in
     """As `validation_rows`, of one stream: batches, the numbers of their rows, and the lost blocks under them."""
     decode, memory = _decoder(run), Memory(torch.device(device).type == "cuda")
     available = stream.rows(run.batch.seq_len) if decode is None else int(stream.document_starts[-1])
-    total = min(available, run.eval.max_rows)
-    own = range(rank * total // world_size, (rank + 1) * total // world_size)
-    most = -(-total // world_size)
-    for first in range(0, most, run.batch.micro_rows):
-        size = min(run.batch.micro_rows, most - first)
-        here = np.asarray(own[first:first + size], np.int64)
+    for here, size in _shares(run, min(available, run.eval.max_rows), rank, world_size):
         if decode is None:
             found = stream.gather(here, run.batch.seq_len, borders=run.data.mask_documents)
             yield _token_batches(found, [size], run.data.mask_documents, memory)[0], here, found.lost
@@ -247,6 +252,27 @@ def validation_batches(run: RunConfig, stream: Stream, rank: int, world_size: in
             records = [stream.record(int(i)) for i in here]
             lost = merge_lost(*({"": record.lost} for record in records)).get("", {})
             yield _record_batches(records, stream.record(0), [size], decode, memory)[0], here, lost
+
+
+def packed_rows(run: RunConfig, stream: Stream, rank: int, world_size: int,
+                device: torch.device | str = "cpu") -> Iterator[tuple[np.ndarray, Batch]]:
+    """This rank's share of all rows of a stream, in order: their numbers and the batch. Every rank gives as many batches."""
+    memory = Memory(torch.device(device).type == "cuda")
+    for here, size in _shares(run, stream.rows(run.batch.seq_len), rank, world_size):
+        yield here, _rows_as_batch(run, stream, here, size, memory)
+
+
+def _shares(run: RunConfig, total: int, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows of each micro-batch of this rank, and how many rows the batch has: as many batches on every rank."""
+    own, most = range(rank * total // world_size, (rank + 1) * total // world_size), -(-total // world_size)
+    for first in range(0, most, run.batch.micro_rows):
+        size = min(run.batch.micro_rows, most - first)
+        yield np.asarray(own[first:first + size], np.int64), size
+
+
+def _rows_as_batch(run: RunConfig, stream: Stream, here: np.ndarray, size: int, memory: Memory) -> Batch:
+    found = stream.gather(here, run.batch.seq_len, borders=run.data.mask_documents)
+    return _token_batches(found, [size], run.data.mask_documents, memory)[0]
 
 
 def _micro_sizes(run: RunConfig, world_size: int) -> list[int]:
@@ -281,6 +307,8 @@ def _token_batches(rows: Rows, sizes: list[int], documents: bool, memory: Memory
             labels[:n][~rows.trained[first:first + size, 1:]] = IGNORE
         if rows.trained is not None or rows.removed is not None:
             loss_tokens = int(np.count_nonzero(labels != IGNORE))
+        if rows.reference is not None:
+            fields["reference"], loss_tokens = _pair_fields(rows, first, size, labels, fields["documents"].numpy())
         batches.append(Batch(fields, loss_tokens, filled))
         first += size
     return batches
@@ -289,6 +317,20 @@ def _token_batches(rows: Rows, sizes: list[int], documents: bool, memory: Memory
 @lru_cache(maxsize=8)
 def _counted(n: int) -> np.ndarray:
     return np.arange(n)
+
+
+def _pair_fields(rows: Rows, first: int, size: int, labels: np.ndarray, documents: np.ndarray) -> tuple[torch.Tensor, int]:
+    """reference (B, P, 2) fp32, and how many pairs have labels in both answers."""
+    lo, hi = np.searchsorted(rows.pair_rows, [first, first + size])
+    row = rows.pair_rows[lo:hi] - first
+    nth = np.arange(len(row)) - np.searchsorted(row, row)
+    pairs = int(nth.max(initial=0)) + 1
+    reference = np.zeros((size, pairs, 2), np.float32)
+    reference[row, nth] = rows.reference[lo:hi]
+    counts = np.zeros((size, 2 * pairs + 1), np.int64)
+    b, t = np.nonzero(labels != IGNORE)
+    np.add.at(counts, (b, np.minimum(documents[b, t], 2 * pairs)), 1)
+    return torch.from_numpy(reference), int((counts[:, :-1].reshape(size, pairs, 2) > 0).all(-1).sum())
 
 
 def _document_fields(row: np.ndarray, column: np.ndarray, B: int, T: int,

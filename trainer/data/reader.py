@@ -12,6 +12,7 @@ every token of a damaged block that is set aside, `officina.trainer.data.integri
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,8 @@ class Stream:
         self._blank = dataset.manifest.tokenizer.eos_id if dataset.manifest.tokenizer else 0
         self.plan: Plan | None = None
         """Rows of whole documents; none: cut from the stream."""
+        self.reference: np.ndarray | None = None
+        """Preference pairs: (pairs, 2) fp32, the reference's log-probabilities of the chosen and the rejected answers."""
 
     def lay_out(self, data: DataConfig, seq_len: int, what: str = "data") -> "Stream":
         """Pack documents into rows as `data` asks for, by the stored plan if there is one; `what` names it in an error."""
@@ -81,6 +84,11 @@ class Stream:
             self.plan = make_plan(self.document_ends(), seq_len, overlong, unit=2 if samples == "pairs" else 1,
                                   trained=trained, what=what)
         return self
+
+    @cached_property
+    def pair_starts(self) -> np.ndarray:
+        """(pairs,) offset in the stream of each pair's first token."""
+        return np.concatenate(([0], self.document_ends()[1::2][:-1]))
 
     def document_ends(self) -> np.ndarray:
         """(documents,) int64 offset in the stream just after each document; opens every shard."""
@@ -229,6 +237,7 @@ class Stream:
         """Rows of the plan; what is left of a row is blank, a document of its own without labels."""
         n, width = len(rows), seq_len + 1
         piece, row = plan.pieces(rows)
+        piece_row = row
         starts, lengths = plan.starts[piece], plan.lengths[piece].astype(np.int64)
         filled = np.bincount(row, weights=lengths, minlength=n).astype(np.int64)
         into = np.cumsum(lengths) - lengths  # where each piece begins if all rows lay end to end without padding
@@ -260,7 +269,11 @@ class Stream:
                     lost.setdefault(self.entries[k].path, []).append(block)
             piece_here, offset = _borders(shard.ends, starts[here] - base, lengths[here] - 1)
             borders.append((row[here][piece_here], column[here][piece_here] + offset))
-        if lost:  # what stands before a lost block and what follows it are two documents
+        if lost and self.dataset.manifest.samples == "pairs":  # a pair that lost a part is no comparison
+            hit = np.unique(piece_of[gone[token_row, token_column]])
+            whole = np.isin(piece_of, hit)
+            gone[token_row[whole], token_column[whole]] = True
+        elif lost:  # what stands before a lost block and what follows it are two documents
             of_row, before = np.nonzero(gone[:, 1:] != gone[:, :-1])
             borders.append((of_row, before + 1))
         if len(self._removed_starts):
@@ -271,7 +284,9 @@ class Stream:
         row, column = (np.concatenate(parts) for parts in zip(*borders, strict=True))
         inner = (column > 0) & (column < width)
         row, column = np.unique(np.stack((row[inner], column[inner])), axis=1)
-        return Rows(out, row, column, gone if gone.any() else None, lost, trained=trained, filled=filled)
+        reference = None if self.reference is None else self.reference[np.searchsorted(self.pair_starts, starts)]
+        return Rows(out, row, column, gone if gone.any() else None, lost, trained=trained, filled=filled,
+                    pair_rows=None if reference is None else piece_row, reference=reference)
 
     def _blanked(self, out: np.ndarray, starts: np.ndarray) -> np.ndarray | None:
         """Blank the tokens of removed documents in rows that begin at `starts`; (n, T + 1) bool of them, if there are any."""
@@ -358,6 +373,10 @@ class Rows:
     """(n, T + 1) bool, tokens that carry loss as labels; None: all."""
     filled: np.ndarray | None = None
     """(n,) tokens before the padding; None: no row has any."""
+    pair_rows: np.ndarray | None = None
+    """(k,) row of each preference pair, sorted; None where there is no reference."""
+    reference: np.ndarray | None = None
+    """(k, 2) fp32, the reference's log-probabilities of its answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,8 +464,13 @@ class RowReader:
         row = np.concatenate([here[part.border_rows] for here, part in parts]) if parts else np.empty(0, np.int64)
         column = np.concatenate([part.border_columns for _, part in parts]) if parts else np.empty(0, np.int64)
         in_order = np.lexsort((column, row))
+        pair_rows = reference = None
+        if any(part.reference is not None for _, part in parts):
+            pair_rows = np.concatenate([here[part.pair_rows] for here, part in parts])
+            by_row = np.argsort(pair_rows, kind="stable")
+            pair_rows, reference = pair_rows[by_row], np.concatenate([part.reference for _, part in parts])[by_row]
         return Rows(tokens, row[in_order], column[in_order], removed, digest=digest % DIGEST_MODULUS, lost_of=lost_of,
-                    trained=trained, filled=filled)
+                    trained=trained, filled=filled, pair_rows=pair_rows, reference=reference)
 
     def read_records(self, samples: np.ndarray) -> tuple[list[Record], int, dict[str, Lost]]:
         """Records of the global samples, their digest, and the lost blocks under them by source."""
@@ -499,6 +523,11 @@ def open_source(run: RunConfig, name: str) -> Dataset:
     if manifest.kind != wanted:
         raise DataError(f"data.sources.{name}: {dataset.folder} holds {manifest.kind}, "
                         f"but model.kind={run.model.kind} reads {wanted}. Name a data set of {wanted}, or another model.")
+    if wanted == "tokens" and (run.objective.kind == "dpo") != (manifest.samples == "pairs"):
+        held, other = ("pairs", "dpo") if manifest.samples == "pairs" else ("no preference pairs", "next_token")
+        raise DataError(f"data.sources.{name}: {dataset.folder} holds {held}, and objective.kind={run.objective.kind} "
+                        f"{'reads nothing else' if run.objective.kind == 'dpo' else 'cannot train on them'}. "
+                        f"Try: objective.kind={other}")
     if wanted == "tokens" and manifest.tokenizer and manifest.tokenizer.vocab_size > run.model.vocab_size:
         raise DataError(f"data.sources.{name}: the tokenizer of {dataset.folder} has {manifest.tokenizer.vocab_size} tokens, "
                         f"but model.vocab_size={run.model.vocab_size}. Try: model.vocab_size={manifest.tokenizer.vocab_size}")

@@ -19,7 +19,7 @@ from officina.trainer.model.init import FillSource, InitSource, ValuesSource
 from officina.trainer.model.lora import AdapterSource, adapter_fills, add_lora
 from officina.trainer.model.targets import adapter_problems
 from officina.trainer.model.transformer import Transformer
-from officina.trainer.objective import next_token_loss, record_loss
+from officina.trainer.objective import dpo_loss, next_token_loss, record_loss
 from officina.trainer.state import Source
 
 Decode = Callable[[bytes], dict[str, Tensor]]
@@ -62,7 +62,13 @@ def build_model(run: RunConfig) -> Built:
         chosen = add_lora(module, run.model, run.adapter)
         adapters = adapter_fills(chosen, run.adapter.rank, run.seed)
         source, frozen = AdapterSource(source, adapters), chosen.frozen
-    return Built(module, source, next_token_loss(run.objective.z_loss), None, adapters, frozen)
+    return Built(module, source, _loss(run), None, adapters, frozen)
+
+
+def _loss(run: RunConfig) -> LossFn:
+    if run.objective.kind == "dpo":
+        return dpo_loss(run.objective.beta)
+    return next_token_loss(run.objective.z_loss)
 
 
 def build_transformer(config: DecoderConfig) -> Transformer:

@@ -9,12 +9,17 @@ Shapes: B rows, T tokens, D model width, V vocabulary.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from officina.kernels.activations import geglu, swiglu, xielu
 from officina.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_scores
 from officina.kernels.rms_norm import add_rms_norm, rms_norm
+from officina.trainer.batch import IGNORE
 from officina.trainer.config import DecoderConfig
 from officina.trainer.model.rope import at_least_fp32
+
+_CHUNK_LOGITS = 2**25
+"""Logits held at a time where each label's loss is wanted; they are computed again for the gradient."""
 
 
 class Linear(nn.Module):
@@ -80,7 +85,7 @@ class Vocabulary(nn.Module):
 
     def forward(self, x: Tensor, use: str, labels_BT: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
         """`embed`: (B, T) -> (B, T, D). `logits`: (B, T, D) -> (B, T, V) fp32. `loss`: -> 0-dim fp32 sum.
-        `scores`: -> (2, B, T) fp32, see `linear_token_scores`."""
+        `scores`: -> (2, B, T) fp32, see `linear_token_scores`; with gradient, which computes the logits once more."""
         if use == "embed":
             return F.embedding(x, self.weight)
         weight = self.weight.to(x.dtype)
@@ -88,7 +93,21 @@ class Vocabulary(nn.Module):
             return linear_cross_entropy(x.flatten(0, -2), weight, labels_BT.flatten(), z_loss=z_loss, softcap=self.softcap,
                                         impl=self.impl)
         if use == "scores":
-            return linear_token_scores(x.flatten(0, -2), weight, labels_BT.flatten(), softcap=self.softcap,
-                                       impl=self.impl).unflatten(1, labels_BT.shape)
+            labels_N = labels_BT.flatten()
+            if not torch.is_grad_enabled():
+                return linear_token_scores(x.flatten(0, -2), weight, labels_N, softcap=self.softcap,
+                                           impl=self.impl).unflatten(1, labels_BT.shape)
+            chunk = max(1, _CHUNK_LOGITS // weight.shape[0])
+            parts = [checkpoint(self._scores, x_c, weight, labels_c, use_reentrant=False) for x_c, labels_c in zip(
+                x.flatten(0, -2).split(chunk), labels_N.split(chunk), strict=True)]
+            return torch.cat(parts, dim=1).unflatten(1, labels_BT.shape)
+        return self._logits(x, weight)
+
+    def _scores(self, x_ND: Tensor, weight: Tensor, labels_N: Tensor) -> Tensor:
+        logits = self._logits(x_ND, weight)
+        losses_N = F.cross_entropy(logits, labels_N, reduction="none", ignore_index=IGNORE)
+        return torch.stack((losses_N, (logits.detach().argmax(-1) == labels_N).to(losses_N.dtype)))
+
+    def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
         logits = at_least_fp32(F.linear(x, weight))
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from officina.trainer.batch import Batch
+from officina.trainer.batch import Batch, loss_of
 from officina.trainer.muon import Split
 from officina.trainer.optim import Groups
 from officina.trainer.parallel.engine import Parts
@@ -51,7 +51,7 @@ class DDPEngine(TorchEngine):
             with self._autocast():
                 loss = self._loss_fn(self._ddp, batch.fields)
             # DDP averages over the ranks.
-            (loss * (self._ranks.world_size / step_tokens)).backward()
+            (loss_of(loss) * (self._ranks.world_size / step_tokens)).backward()
         return loss.detach().float()
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class DDPEngine(TorchEngine):
         with torch.random.fork_rng(devices):
             with self._autocast():
                 loss = self._loss_fn(self._ddp, batch.fields)
-            loss.backward()
+            loss_of(loss).backward()
         for parameter in self._params.values():
             parameter.grad = None
         for name, buffer in self.module.named_buffers():

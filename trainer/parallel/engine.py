@@ -60,7 +60,7 @@ class Engine(Protocol):
         ...
 
     def forward_backward(self, batch: Batch, *, step_tokens: int, last: bool) -> Tensor:
-        """Accumulate the gradient of one micro-batch; returns the local loss sum, detached, 0-dim fp32 on the device.
+        """Accumulate the gradient of one micro-batch; returns the local sums of the loss function, detached, fp32.
 
         step_tokens: loss-bearing tokens of the whole step over all ranks. last: no further micro-batch in this step.
         """
@@ -71,7 +71,7 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, batch: Batch) -> Tensor:
-        """Local loss sum without gradient, 0-dim fp32."""
+        """Local sums of the loss function without gradient, fp32."""
         ...
 
     def infer(self, compute: LossFn, batch: Batch) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from officina.trainer.batch import Batch, LossFn
+from officina.trainer.batch import Batch, LossFn, loss_of
 from officina.trainer.muon import Split
 from officina.trainer.optim import Groups, Optimizer, group_parameters
 from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
@@ -58,7 +58,7 @@ class TorchEngine:
     def forward_backward(self, batch: Batch, *, step_tokens: int, last: bool) -> Tensor:
         with self._autocast():
             loss = self._loss_fn(self.module, batch.fields)
-        (loss / step_tokens).backward()
+        (loss_of(loss) / step_tokens).backward()
         return loss.detach().float()
 
     def step(self, lr_factor: float, *, max_norm: float = math.inf) -> StepOutcome:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from officina.trainer.batch import Batch, LossFn
+from officina.trainer.batch import Batch, LossFn, loss_of
 from officina.trainer.config import MuonConfig, RunConfig, ZeroConfig
 from officina.trainer.errors import ConfigError, OfficinaError, Problem
 from officina.trainer.optim import group_parameters, new_adamw
@@ -78,7 +78,7 @@ class ZeroEngine:
         with self._autocast():
             loss = self._loss_fn(self.module, batch.fields)
         # ZeRO averages over the ranks.
-        self.module.backward(loss * (self._ranks.world_size / step_tokens), scale_wrt_gas=False)
+        self.module.backward(loss_of(loss) * (self._ranks.world_size / step_tokens), scale_wrt_gas=False)
         return loss.detach().float()
 
     def step(self, lr_factor: float, *, max_norm: float = math.inf) -> StepOutcome:

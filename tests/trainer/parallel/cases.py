@@ -24,6 +24,7 @@ from officina.trainer.config import (
     LoraConfig,
     MuonConfig,
     NoAdapterConfig,
+    ObjectiveConfig,
     RunConfig,
     SingleConfig,
     ZeroConfig,
@@ -59,6 +60,8 @@ class Case:
     adapter: AdapterConfig = NONE
     optim: AdamWConfig = ADAMW
     precision: str = "fp32"
+    objective: str = "next_token"
+    """dpo: rows of two preference pairs; see `global_batch`."""
     packed: bool = True
     rows: int = ROWS
     splits: int = 2
@@ -80,6 +83,7 @@ class Case:
     def run(self) -> RunConfig:
         engine = replace(ENGINES[self.engine], recompute=self.recompute, compile=self.compile)
         return RunConfig(engine=engine, model=self.model, adapter=self.adapter, optim=self.optim,
+                         objective=ObjectiveConfig(kind=self.objective, beta=0.5),
                          batch=BatchConfig(global_tokens=self.rows * SEQ_LEN, seq_len=SEQ_LEN))
 
 
@@ -106,6 +110,8 @@ def global_batch(step: int, case: Case) -> dict[str, Tensor]:
     for t in range(2, SEQ_LEN + 1):
         follows = random.random(case.rows) < 0.7
         tokens[follows, t] = (tokens[follows, t - 1] + tokens[follows, t - 2]) % 17
+    if case.objective == "dpo":
+        return _pairs(random, tokens)
     labels = tokens[:, 1:].copy()
     lengths = random.integers(3, SEQ_LEN + 1, case.rows)
     lengths[random.random(case.rows) < 0.25] = 0
@@ -122,6 +128,32 @@ def global_batch(step: int, case: Case) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in fields.items()}
 
 
+def _pairs(random: np.random.Generator, tokens: np.ndarray) -> dict[str, Tensor]:
+    """Rows of no, one or two pairs: documents of 7 or 8 tokens, the first 3 a prompt without loss; then padding."""
+    labels, begins = tokens[:, 1:].copy(), np.zeros((len(tokens), SEQ_LEN), bool)
+    begins[:, [0, 7, 15, 22]] = True
+    begins[:, 30] = True
+    for begin in (0, 7, 15, 22):
+        labels[:, begin:begin + 2] = IGNORE
+    labels[:, [6, 14, 21, 29, 30, 31]] = IGNORE  # no label across a border, none in the padding
+    pairs = random.integers(0, 3, len(tokens))
+    pairs[0] = 2
+    labels[np.arange(SEQ_LEN) >= np.asarray([0, 15, 30])[pairs][:, None]] = IGNORE
+    at = np.arange(SEQ_LEN)
+    fields = {"tokens": tokens[:, :-1].copy(), "labels": labels, "documents": (begins.cumsum(1) - 1).astype(np.int32),
+              "positions": at - np.maximum.accumulate(np.where(begins, at, 0), axis=1),
+              "reference": random.normal(-25, 3, (len(tokens), 2, 2)).astype(np.float32)}
+    return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in fields.items()}
+
+
+def items_of(fields: Mapping[str, Tensor]) -> int:
+    """Loss-bearing tokens; pairs where there is a reference."""
+    labels = fields["labels"] != IGNORE
+    if "reference" not in fields:
+        return int(labels.sum())
+    return int(labels[:, [3, 18]].sum())  # a label of each pair that is there
+
+
 def micro_batches(fields: Mapping[str, Tensor], mine: range, splits: int) -> list[Batch]:
     """The rows `mine` in `splits` batches of one size; missing rows are copies of row 0 without labels."""
     size = -(-max(1, len(mine)) // splits)
@@ -130,7 +162,7 @@ def micro_batches(fields: Mapping[str, Tensor], mine: range, splits: int) -> lis
         rows = [mine[i] if i < len(mine) else None for i in range(first, first + size)]
         part = {name: values[[row or 0 for row in rows]].clone() for name, values in fields.items()}
         part["labels"][[row is None for row in rows]] = IGNORE
-        batches.append(Batch(part, int((part["labels"] != IGNORE).sum())))
+        batches.append(Batch(part, items_of(part)))
     return batches
 
 
@@ -174,7 +206,7 @@ def _reference(case: Case) -> Trace:
     losses, norms, applied = [], [], []
     for step in range(case.steps):
         fields = global_batch(step, case)
-        loss = built.loss_fn(module, fields) / int((fields["labels"] != IGNORE).sum())
+        loss = (_reference_dpo if case.objective == "dpo" else built.loss_fn)(module, fields) / items_of(fields)
         for parameter in named.values():
             parameter.grad = None
         loss.backward()
@@ -190,6 +222,23 @@ def _reference(case: Case) -> Trace:
         _reference_muon(optim, by_muon, momenta, lr_factor(step))
     state = {(name, PARAM): p.detach().double().numpy().reshape(-1) for name, p in whole.items()}
     return Trace(losses, norms, applied, state, sum(applied))
+
+
+def _reference_dpo(module, fields: Mapping[str, Tensor]) -> Tensor:
+    """DPO's loss, document by document, each in a row of its own and with all logits (equation 7 of arXiv:2305.18290)."""
+    total = torch.zeros(())
+    for b in range(len(fields["tokens"])):
+        for pair in (pair for pair in range(2) if fields["labels"][b, [3, 18][pair]] != IGNORE):
+            ratios = []
+            for side in range(2):
+                here = fields["documents"][b] == 2 * pair + side
+                labels = fields["labels"][b][here]
+                scores = torch.log_softmax(module(fields["tokens"][b][here][None])[0].float(), -1)
+                kept = labels != IGNORE
+                logp = scores[kept].gather(1, labels[kept][:, None]).sum()
+                ratios.append(logp - fields["reference"][b, pair, side])
+            total = total - torch.log(1 / (1 + torch.exp(-0.5 * (ratios[0] - ratios[1]))))
+    return total
 
 
 def _reference_lora(run: RunConfig, module: torch.nn.Module):
@@ -267,7 +316,7 @@ def _train(ranks, case: Case, engine, now: list[int]) -> dict:
                       for name, values in fields.items()}
         if case.fault == "dropped_mask":
             del fields["documents"]
-        tokens = int((fields["labels"] != IGNORE).sum())
+        tokens = items_of(fields)
         mine = range(ranks.rank * case.rows // ranks.world_size, (ranks.rank + 1) * case.rows // ranks.world_size)
         micros = micro_batches(fields, mine, case.splits)
         if case.fault == "wrong_divisor":
@@ -275,13 +324,13 @@ def _train(ranks, case: Case, engine, now: list[int]) -> dict:
         total = 0.0
         for i, micro in enumerate(micros):
             last = i == len(micros) - 1 and not (case.fault == "missing_reduce" and case.engine == "ddp")
-            total += engine.forward_backward(micro, step_tokens=tokens, last=last).item()
+            total += engine.forward_backward(micro, step_tokens=tokens, last=last).reshape(-1)[0].item()
         outcome = engine.step(lr_factor(step), max_norm=dict(case.max_norms).get(step, float("inf")))
-        losses.append(ranks.sum([total])[0] / int((global_batch(step, case)["labels"] != IGNORE).sum()))
+        losses.append(ranks.sum([total])[0] / items_of(global_batch(step, case)))
         norms.append(outcome.grad_norm)
         applied.append(outcome.applied)
         if case.evaluate_every and step % case.evaluate_every == 0:
-            evals.append(ranks.sum([sum(engine.evaluate(micro).item() for micro in micros)])[0])
+            evals.append(ranks.sum([sum(engine.evaluate(micro).reshape(-1)[0].item() for micro in micros)])[0])
     pieces = [(p.name, p.slot, p.shape, p.start, p.stop, _numbers(p)) for p in engine.export_state()]
     return {"losses": losses, "norms": norms, "applied": applied, "pieces": pieces, "evals": evals,
             "optimizer_steps": engine.optimizer_steps}

@@ -50,6 +50,23 @@ def test_engine_conforms(pool, engine, ranks, splits, packed, rows):
     assert found.optimizer_steps == case.steps and all(found.applied)
 
 
+PAIRS = Case(objective="dpo", rows=5, steps=3)
+
+
+@pytest.mark.parametrize(("engine", "ranks", "splits"), [
+    ("single", 1, 2), ("ddp", 2, 2), ("fsdp2", 2, 2), ("hsdp", 4, 1), ("zero2", 2, 2), ("zero3", 2, 1)])
+def test_preference_optimisation_conforms(pool, engine, ranks, splits):
+    found = trace(pool, ranks, replace(PAIRS, engine=engine, splits=splits))
+    assert distance(expected(PAIRS), found).within(), distance(expected(PAIRS), found)
+
+
+@pytest.mark.parametrize(("fault", "engine"), [
+    ("missing_reduce", "ddp"), ("missing_reduce", "fsdp2"), ("wrong_divisor", "zero2"), ("positions", "zero3"),
+    ("data_shift", "fsdp2")])
+def test_deliberate_faults_of_preference_optimisation_are_caught(pool, fault, engine):
+    _caught(pool, 2, replace(PAIRS, engine=engine, fault=fault))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("engine", "ranks", "splits", "packed", "rows"), GRID)
 def test_engine_conforms_whole_grid(pool, engine, ranks, splits, packed, rows):
@@ -163,13 +180,16 @@ FAULTS = [
 
 @pytest.mark.parametrize(("fault", "engine", "ranks"), FAULTS)
 def test_deliberate_faults_are_caught(pool, fault, engine, ranks):
-    case = Case(engine, steps=3, fault=fault)
+    _caught(pool, ranks, Case(engine, steps=3, fault=fault))
+
+
+def _caught(pool, ranks: int, case: Case) -> None:
     try:
         found = trace(pool, ranks, case)
     except AssertionError as seen_by_join:
         assert "saw other norms" in str(seen_by_join)
         return
-    assert not distance(expected(case), found).within(), f"{fault} under {engine} was not noticed"
+    assert not distance(expected(case), found).within(), f"{case.fault} under {case.engine} was not noticed"
 
 
 @pytest.mark.parametrize(("engine", "ranks"), [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2)])

@@ -1,0 +1,112 @@
+"""Fine-tuning runs, whole: built from rows, packed, trained on ranks, stopped, resumed on others, evaluated, audited."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from officina.trainer.config import FSDP2Config, ObjectiveConfig, RunConfig, SingleConfig, ZeroConfig
+from officina.trainer.data.build import BuildOptions, build
+from officina.trainer.data.ledger import audit
+from officina.trainer.data.manifest import open_dataset
+from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, DataError
+from officina.trainer.metrics import read_metrics
+from tests.distributed import RankFailure
+from tests.lives import begin, changed, losses, plain_run
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Samples with answers, and preference pairs, of one small tokenizer."""
+    root = tmp_path_factory.mktemp("recipes")
+    (root / "texts.txt").write_text("what is 1 plus 2? it is 3, the answer. no: wrong. user assistant ### " * 40)
+    build(root / "text", BuildOptions(inputs=[root / "texts.txt"], vocab_size=300, validation=0.0))
+    chats, pairs = [], []
+    for i in range(60):
+        asked = {"role": "user", "content": f"{i} plus {i % 7}?"}
+        good, bad = ({"role": "assistant", "content": text} for text in (f"{i + i % 7}" + " it is" * (i % 3), "no: wrong"))
+        chats.append({"messages": [asked, good] * (1 + i % 2)})
+        pairs.append({"prompt": [asked], "chosen": [good], "rejected": [bad]})
+    found = {}
+    for name, rows in (("answers", chats), ("pairs", pairs)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found[name] = root / name
+        build(root / name, BuildOptions(inputs=[root / f"{name}.jsonl"], samples=True, tokenizer=root / "text",
+                                        chat_template="plain", validation=0.2))
+    return found
+
+
+def run_on(folder: Path, **changes) -> RunConfig:
+    run = plain_run(folder, **changes)
+    return replace(run, batch=replace(run.batch, seq_len=96, global_tokens=3 * 96), steps=5,
+                   checkpoint=replace(run.checkpoint, every_steps=2))
+
+
+def lived(pool, run_dir: Path, world_size: int, **kwargs) -> int:
+    [status] = set(pool.run(world_size, "tests.lives:live", str(run_dir), **kwargs))
+    return status
+
+
+def held_out(folder: Path) -> int:
+    return open_dataset(folder).manifest.splits["validation"].documents
+
+
+def close(a: Path, b: Path) -> bool:
+    mine, theirs = losses(a), losses(b)
+    return mine.keys() == theirs.keys() and np.allclose([mine[k] for k in mine], [theirs[k] for k in mine], atol=1e-5, rtol=0)
+
+
+def test_fine_tuning_goes_on_on_other_ranks_and_says_how_good_the_answers_are(pool, folders, tmp_path):
+    run = run_on(folders["answers"])
+    begin(tmp_path / "one", run)
+    assert lived(pool, tmp_path / "one", 1) == EXIT_DONE
+    begin(tmp_path / "two", replace(run, engine=FSDP2Config()))
+    assert lived(pool, tmp_path / "two", 2, stop_after=3) == EXIT_CONTINUE
+    changed(tmp_path / "two", engine=SingleConfig())
+    assert lived(pool, tmp_path / "two", 1) == EXIT_DONE
+    assert close(tmp_path / "one", tmp_path / "two")
+    found, other = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [s.filled_tokens for s in found.steps] == [s.filled_tokens for s in other.steps]
+    assert all(s.tokens < s.filled_tokens <= 3 * 96 for s in found.steps)
+    [held] = found.evals
+    assert held.samples == held_out(folders["answers"]) and 0 < held.token_accuracy < 1 and 0 <= held.sample_accuracy <= 1
+    assert math.isclose(held.sample_loss_nats, held.loss_nats, rel_tol=0.2) and held.sample_loss_nats != held.loss_nats
+    assert audit(tmp_path / "two").faults == []
+
+
+def test_preference_optimisation_keeps_the_model_it_began_with(pool, folders, tmp_path):
+    run = run_on(folders["pairs"], objective=ObjectiveConfig(kind="dpo", beta=0.3))
+    begin(tmp_path / "one", run)
+    assert lived(pool, tmp_path / "one", 1) == EXIT_DONE
+    begin(tmp_path / "two", replace(run, engine=ZeroConfig(stage=3)))
+    assert lived(pool, tmp_path / "two", 2, stop_after=3) == EXIT_CONTINUE
+    changed(tmp_path / "two", engine=FSDP2Config())
+    kept = tmp_path / "two" / "reference" / "text-train.logp"
+    written = kept.read_bytes()
+    assert lived(pool, tmp_path / "two", 2) == EXIT_DONE
+    assert kept.read_bytes() == written and close(tmp_path / "one", tmp_path / "two")
+    steps = read_metrics(tmp_path / "one").steps
+    assert math.isclose(steps[0].loss_nats, math.log(2), abs_tol=1e-5) and abs(steps[0].reward_margin) < 1e-4
+    assert steps[-1].reward_margin > 0 and steps[-1].loss_nats < math.log(2)
+    assert all(math.isclose(s.reward_margin, s.reward_chosen - s.reward_rejected, abs_tol=1e-5) for s in steps)
+    [held] = read_metrics(tmp_path / "one").evals
+    assert held.tokens == held_out(folders["pairs"]) // 2 and 0 <= held.reward_accuracy <= 1
+    assert audit(tmp_path / "two").faults == []
+    changed(tmp_path / "two", steps=6)
+    for content, why in ((written[:-1] + b"\1", "is missing or damaged"), (b"", "is missing or damaged"),
+                         (written.replace(b'"pairs": ', b'"pairs": 1'), "is of other data")):
+        kept.write_bytes(content)
+        with pytest.raises((DataError, RankFailure), match=f"text-train.logp: {why}"):
+            lived(pool, tmp_path / "two", 1)
+
+
+def test_objective_and_data_must_fit(folders):
+    from officina.trainer.data.reader import RowReader
+
+    with pytest.raises(DataError, match="holds pairs, .* cannot train on them. Try: objective.kind=dpo"):
+        RowReader(run_on(folders["pairs"]))
+    with pytest.raises(DataError, match="holds no preference pairs, .* Try: objective.kind=next_token"):
+        RowReader(run_on(folders["answers"], objective=ObjectiveConfig(kind="dpo")))
