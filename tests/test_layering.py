@@ -21,7 +21,7 @@ LEVELS = (
     {"ranks"},
     {"model", "data", "parallel", "hf"},
     {"checkpoint"},
-    {"step", "validate", "resume", "init_from", "initial", "evaluation", "evaluate"},
+    {"step", "validate", "resume", "init_from", "initial", "evaluation", "evaluate", "preference"},
     {"assemble"},
     {"loop", "generate", "card", "harness"},
     {"convert", "eval_rank"},
