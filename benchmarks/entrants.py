@@ -173,7 +173,7 @@ def _fully_shard(module: nn.Module, device: torch.device, precision: str) -> Non
 
 # ---- Hugging Face Trainer ------------------------------------------------------------------------------------------
 def hf_trainer(turns: Turns, env: RankEnv, *, run_dir: Path, scratch: Path, compile: bool = False) -> None:
-    """transformers' Trainer with its own Llama of the same shapes, on the same rows held in memory.
+    """transformers' Trainer with its own Llama of the same shapes, on the same rows held in memory; a run's adapter by PEFT.
 
     Nothing is logged, evaluated or saved. Raises ValueError if its model has another number of parameters than ours.
     """
@@ -193,9 +193,20 @@ def hf_trainer(turns: Turns, env: RankEnv, *, run_dir: Path, scratch: Path, comp
     model = LlamaForCausalLM(llama_config(run.model, run.batch.seq_len))
     if precision == "bf16_pure":
         model.to(torch.bfloat16)
-    mine, theirs = (sum(p.numel() for p in m.parameters()) for m in (build_model(run).module, model))
+    if run.adapter.kind != "none":
+        from peft import LoraConfig, get_peft_model
+
+        from officina.trainer.hf.config_file import FAMILIES
+        from officina.trainer.hf.peft import peft_config
+        from officina.trainer.model.targets import choose
+
+        wanted = peft_config(run.model, run.adapter, choose(run.model, run.adapter), FAMILIES["llama"], "")
+        options = {key: value for key, value in wanted.items() if key not in ("peft_type", "inference_mode")}
+        model = get_peft_model(model, LoraConfig(**options))
+    mine, theirs = ([sum(p.numel() for p in m.parameters() if p.requires_grad or not only) for only in (False, True)]
+                    for m in (build_model(run).module, model))
     if mine != theirs:
-        raise ValueError(f"transformers' Llama has {theirs:,} parameters, ours has {mine:,}: not the same model")
+        raise ValueError(f"transformers' Llama has (parameters, trained) {theirs}, ours has {mine}: not the same model")
 
     class Borders(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:

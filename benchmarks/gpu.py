@@ -3,7 +3,8 @@
     python -m officina.benchmarks.gpu --out DIR [--seconds 400] [--tiny]
 
 Two named experiments, each beside a plain PyTorch loop with SDPA on the same GPU: `h200_1b8` (1.82B, the shape and
-batch of the published JUPITER figures) and `h200_8b` (Llama-3 8B, that of KempnerForge's). Rows are synthetic tokens
+batch of the published JUPITER figures) and `h200_8b` (Llama-3 8B, that of KempnerForge's); then fine-tuning of the 8B,
+`h200_8b_lora` (NeMo Automodel's published setting) and `h200_8b_sft` (in full, bf16 states). Rows are synthetic tokens
 from shards made on the spot. The record is written anew after every stage, so that what was measured outlives a kill.
 """
 
@@ -32,9 +33,10 @@ from officina.trainer.model.peaks import peak_bf16_flops
 from officina.trainer.run_dir import load_config
 
 OURS, PLAIN, HF = "officina", "plain PyTorch", "HF Trainer"
-VOCABULARIES = {"h200_1b8": 50_304, "h200_8b": 128_256}
+VOCABULARIES = {"h200_1b8": 50_304, "h200_8b": 128_256, "h200_8b_lora": 128_256, "h200_8b_sft": 128_256}
 PUBLISHED = {"h200_1b8": {"tokens_per_s": 37_500, "on": "one of 4 GH200, DDP", "source": "OpenEuroLLM oellm-autoexp"},
-             "h200_8b": {"tokens_per_s": 10_471, "on": "H200", "source": "KempnerForge mfu_scaling.md, 2026-04-05"}}
+             "h200_8b": {"tokens_per_s": 10_471, "on": "H200", "source": "KempnerForge mfu_scaling.md, 2026-04-05"},
+             "h200_8b_lora": {"tokens_per_s": 12_473, "on": "H100", "source": "NeMo Automodel performance-summary, 2025-10-02"}}
 TINY = ["device=cpu", "model.n_layers=2", "model.d_model=128", "model.n_heads=8", "model.d_ff=128",
         "model.vocab_size=512", "batch.seq_len=64", "batch.global_tokens=512", "engine.compile=false", "threads=1"]
 """Shapes that a processor runs in seconds: to find mistakes in this file, never for a figure."""
@@ -240,6 +242,8 @@ def main(argv: list[str] | None = None) -> int:
         session.stage("h200_8b plain", 80, lambda: alone(session, "h200_8b", PLAIN, steps=few or 3))
         session.stage("h200_8b selective", 90, lambda: alone(
             session, "h200_8b", OURS, "engine.recompute=selective", "batch.micro_rows=2", steps=few or 3))
+        for name in ("h200_8b_lora", "h200_8b_sft"):
+            session.stage(name, 90, partial(alone, session, name, OURS, steps=1))
         session.stage("h200_1b8 packed", 50, lambda: alone(session, "h200_1b8", OURS, "data=packed", steps=few or 6))
         session.stage("start", 25, lambda: start(session))
         session.stage("saving", 40, lambda: saving(session))

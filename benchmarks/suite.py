@@ -29,6 +29,8 @@ BENCHMARKS = {
                       ("--blocks", "1", "--steps", "1", "--precision", "fp32")),
     "engines": Benchmark("tokens per second of every engine on 2 ranks, and of plain DDP and FSDP2 loops", "4",
                          ("--blocks", "1", "--steps", "1", "--precision", "fp32")),
+    "lora": Benchmark("a training step of LoRA against PEFT with Hugging Face's Trainer", "4",
+                      ("--blocks", "1", "--steps", "1")),
     "start": Benchmark("time from the command to the first step", "2", ("--repeats", "1")),
     "data_build": Benchmark("building shards against the tokenizer alone on the same texts", "3",
                             ("--megabytes", "2", "--repeats", "1")),

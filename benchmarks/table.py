@@ -64,6 +64,15 @@ def _step(results: Record) -> str:
                    "against HF Trainer", "of a step outside the engine"], rows)
 
 
+def _lora(results: Record) -> str:
+    them, rows = "PEFT + HF Trainer", []
+    for precision, r in results.items():
+        speed, cpu = r["tokens_per_s"], r[f"tokens per CPU second against {them}"]
+        rows.append([precision, *(_count(speed[who]["median"]) for who in ("officina", them)),
+                     _ratio(r[f"speed against {them}"]), f"{cpu['median']:.3f} (blocks {cpu['min']:.3f} to {cpu['max']:.3f})"])
+    return _table(["precision", "officina, tokens/s", them, "speed against it", "tokens per processor second against it"], rows)
+
+
 def _engines(results: Record) -> str:
     names = list(next(iter(results.values()))["tokens_per_s"])
     head, rows = ["loop"], [[name] for name in names]
@@ -174,7 +183,7 @@ def _loader(results: Record) -> str:
         _table(["order of a million rows in 64 shards", "neighbours of one shard", "chi2 per degree of freedom"], even)])
 
 
-_TABLES = {"loader": _loader, "step": _step, "engines": _engines, "start": _start, "data_build": _data_build,
+_TABLES = {"loader": _loader, "step": _step, "lora": _lora, "engines": _engines, "start": _start, "data_build": _data_build,
            "checkpoint": _checkpoint, "checkpoint_faults": _checkpoint_faults, "gpu": _gpu, "kernels": _kernels}
 
 

@@ -38,7 +38,7 @@ class Turns:
 
     def __init__(self, connection: Connection, *, lead: int, steps: int) -> None:
         self._connection, self._lead, self._steps = connection, lead, steps
-        self._count, self._began_s = 0, 0.0
+        self._count, self._began_s, self._began_cpu_s = 0, 0.0, 0.0
         self.facts: dict[str, Any] = {}
         """What the entrant wants to say of the timed steps so far; emptied when they begin."""
 
@@ -59,7 +59,7 @@ class Turns:
             self.facts.clear()
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            self._began_s = self._now()
+            self._began_s, self._began_cpu_s = self._now(), time.process_time()
         self._count += 1
 
     def _now(self) -> float:
@@ -69,7 +69,8 @@ class Turns:
 
     def _own_facts(self) -> dict[str, Any]:
         peak = {"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
-        return peak | self.facts
+        # What this process computed, whoever else wants the processor meanwhile.
+        return {"cpu_s": time.process_time() - self._began_cpu_s} | peak | self.facts
 
 
 @dataclass(frozen=True, slots=True)

@@ -306,7 +306,12 @@ def _model_line(run: RunConfig) -> str:
 
     counts = parameter_count(run.model)
     shape = f"{run.model.n_layers} layers x {run.model.d_model}"
-    return f"{_human(counts.total)} parameters ({counts.total:,}), {shape}"
+    line = f"{_human(counts.total)} parameters ({counts.total:,}), {shape}"
+    if run.adapter.kind == "none":
+        return line
+    from officina.trainer.model.targets import trained_count
+
+    return f"{line}; LoRA of rank {run.adapter.rank} trains {_human(trained_count(run.model, run.adapter)[0])}"
 
 
 def _human(number: float) -> str:

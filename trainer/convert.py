@@ -156,7 +156,7 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
 def export_adapter(text: str, folder: Path) -> dict[str, Any]:
     """Write the adapter of a run's checkpoint to `folder` in PEFT's form, in fp32.
 
-    Returns `base` (its name), `hash` (of its weights), `step`, `bytes` and `targets`.
+    Returns `base` (its name), `init_from` (where it lies, if it is a folder), `hash` (of its weights), `step` and `bytes`.
     """
     run_dir, step = _which(text)
     run = load_config(run_dir)
@@ -183,8 +183,8 @@ def export_adapter(text: str, folder: Path) -> dict[str, Any]:
     base = str(record.get("name", ""))
     config = peft.peft_config(run.model, run.adapter, chosen, family, base)
     _write_json(folder / peft.CONFIG_FILE, config)  # last: without it the folder is no adapter
-    return {"base": base, "hash": record.get("hash"), "step": step, "bytes": (folder / peft.WEIGHTS_FILE).stat().st_size,
-            "targets": config["target_modules"]}
+    return {"base": base, "init_from": run.init_from if raw and record.get("kind") == "folder" else "",
+            "hash": record.get("hash"), "step": step, "bytes": (folder / peft.WEIGHTS_FILE).stat().st_size}
 
 
 def _tensors(family: Family, model: DecoderConfig,
@@ -291,11 +291,13 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.adapter:
         told = export_adapter(args.checkpoint, Path(args.to))
-        base = told["base"] or "BASE"
-        print(f"{args.to}: adapter of step {told['step']}, {_human(told['bytes'])}, for {base}"
+        base = told["init_from"] or "BASE"
+        print(f"{args.to}: adapter of step {told['step']}, {_human(told['bytes'])}, for {told['base'] or 'random weights'}"
               + (f" (weights {told['hash']})" if told["hash"] else "") +
               f"\n  python -c \"from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
               f"P.from_pretrained(M.from_pretrained('{base}'), '{args.to}')\"")
+        if not told["init_from"]:
+            print("  BASE is the folder of what the run started from; of a run: officina convert export RUN --to BASE")
         return 0
     limit = _size(args.max_shard)
     found = export_run(args.checkpoint, Path(args.to), dtype=args.dtype, max_shard_bytes=limit)

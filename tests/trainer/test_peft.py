@@ -150,7 +150,8 @@ def test_the_command_says_how_to_load_it(trained, tmp_path, capsys):
     run_dir, base = trained("llama", *CASES["llama"])
     assert main(["export", str(run_dir), "--to", str(tmp_path / "a"), "--adapter"]) == 0
     said = capsys.readouterr().out
-    assert "adapter of step 3" in said and f"for {base.name} (weights " in said and "PeftModel" in said
+    assert "adapter of step 3" in said and f"for {base.name} (weights " in said
+    assert f"P.from_pretrained(M.from_pretrained('{base}')" in said
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert config["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     with pytest.raises(OfficinaError, match=r"never written over another"):

@@ -124,7 +124,7 @@ def _targets(model: DecoderConfig, adapter: LoraConfig) -> Iterator[Problem]:
         else:
             rule = f"{pattern} matches no layer. The layers there are: {_there(linears)}"
         yield Problem("adapter.targets", as_text(adapter.targets), rule,
-                      f"adapter.targets={as_text(_mended(adapter.targets, pattern, linears)) if not end else _DEFAULT}")
+                      f"adapter.targets={as_text(_mended(adapter.targets, linears)) if not end else _DEFAULT}")
         return
 
 
@@ -139,7 +139,7 @@ def _train(model: DecoderConfig, adapter: LoraConfig) -> Iterator[Problem]:
             mended = mended if "embed" in mended else ["embed", *mended]
         else:
             rule = f"{pattern} matches no module. The modules there are: {_there(modules)}"
-            mended = _mended(adapter.train, pattern, modules)
+            mended = _mended(adapter.train, modules)
         yield Problem("adapter.train", as_text(adapter.train), rule, f"adapter.train={as_text(mended)}")
         return
     chosen = choose(model, adapter)
@@ -165,11 +165,14 @@ def _without_number(name: str) -> str:
     return ".".join(parts[2:]) if parts[0] == "blocks" else name
 
 
-def _mended(patterns: Sequence[str], wrong: str, names) -> list[str]:
-    """The patterns with the wrong one replaced by what was probably meant, or left out; never none."""
+def _mended(patterns: Sequence[str], names) -> list[str]:
+    """The patterns with each wrong one replaced by what was probably meant, or left out; never none."""
     ends = {_without_number(name).rpartition(".")[2]: None for name in names if _without_number(name)}
-    meant = wrong.rpartition(".")[2].removesuffix("_proj")
-    near = [meant] if meant in ends else difflib.get_close_matches(meant, ends, 1)
-    mended = [other for other in patterns if other != wrong and any(matches(other, name) for name in names)]
-    mended += [end for end in near if end not in mended]
-    return mended or list(LoraConfig().targets if "q" in ends else ["norm"])
+    mended: dict[str, None] = {}
+    for pattern in patterns:
+        if any(matches(pattern, name) for name in names):
+            mended[pattern] = None
+            continue
+        meant = pattern.rpartition(".")[2].removesuffix("_proj")
+        mended |= dict.fromkeys([meant] if meant in ends else difflib.get_close_matches(meant, ends, 1))
+    return list(mended) or (LoraConfig().targets if "q" in ends else ["norm"])

@@ -94,6 +94,11 @@ def test_what_is_refused_and_that_the_remedy_works(words, key, rule):
     raise AssertionError(f"still refused after {words}")
 
 
+def test_names_of_peft_are_translated():
+    problem, = adapter_problems(compose(["adapter=lora", "adapter.targets=[q_proj,v_proj,mlp.down]"]))
+    assert problem.remedy == "adapter.targets=[q,v,mlp.down]"
+
+
 def test_a_rank_refuses_too():
     run = RunConfig(adapter=LoraConfig(targets=["nothing"]))
     with pytest.raises(ConfigError, match="nothing matches no layer"):
