@@ -53,6 +53,8 @@ def jobs(args: argparse.Namespace) -> int:
             place = f" ({record.place} of its chain)" if record.chain else ""
             what = "" if record.what in ("train", "resume") else f"{record.what}: "
             facts = _progress(run.run_dir) if i == 0 else ("", "", "", "")
+            if facts[3] != "done" and not any(run.states[r.job_id].left_s is not None for r in run.active):
+                facts = (*facts[:3], "")  # nothing trains now
             lines.append((os.fspath(run.run_dir) if i == 0 else "", record.job_id + place, *facts[:3], left, facts[3],
                           what + _state_words(run, record, state)))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -91,7 +93,7 @@ def cancel(args: argparse.Namespace) -> int:
                       f"can end: scancel {' '.join(ids)}", file=sys.stderr)
                 status = EXIT_USER
             elif ids:
-                what = "will not start" if ids is waiting else "save and end"
+                what = "will not start" if ids is waiting else "told to save and end"
                 print(f"{run.run_dir}: {'jobs' if len(ids) > 1 else 'job'} {', '.join(ids)} {what}")
         if running and not status:
             print(f"  Slurm gives the ranks its KillWait, often 30 s; to go on later: officina resume {run.run_dir}")

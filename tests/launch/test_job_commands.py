@@ -140,7 +140,7 @@ def test_jobs_lists_them_and_cancel_ends_them_all(here, tmp_path, capsys):
     assert query([first])[first].state == "RUNNING", "an id of another cluster means another job here"
     assert main(["cancel", str(run_dir)]) == 0
     out = capsys.readouterr().out
-    assert f"jobs {second}, {held} will not start" in out and f"job {first} save and end" in out
+    assert f"jobs {second}, {held} will not start" in out and f"job {first} told to save and end" in out
     until(lambda: all(not state.active for state in query([first, second, held]).values()))
     assert main(["jobs", str(run_dir), "--all"]) == 0 and capsys.readouterr().out.count("cancelled") == 3
 
