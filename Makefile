@@ -5,12 +5,15 @@ BIN := $(VENV)/bin
 EXTRAS := test,deepspeed,kernels,mpi,data,datasets,eval,sealed,wandb,mlflow
 export PYTHONSAFEPATH = 1
 
-.PHONY: help demo test test-full test-floor lint bench gpu venv clean
+.PHONY: help demo demo-finetune test test-full test-floor lint bench gpu venv clean
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 demo: venv ## build shards, train on 2 ranks, resume on others, generate, report: about 4 minutes on 2 cores
 	$(BIN)/officina demo
+
+demo-finetune: venv ## adapt the demo's model with LoRA, evaluate, merge, export, load in transformers
+	$(BIN)/officina demo --finetune
 
 test: venv lint ## everything but the full counts and what needs a GPU
 	$(BIN)/python -m pytest -m "not slow" --durations 15

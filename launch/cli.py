@@ -245,9 +245,12 @@ examples:
 
 
 def _demo(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    command.add_argument("--finetune", action="store_true",
+                         help="adapt the demo's model to a task with LoRA, export it, load it in transformers")
     command.epilog = """\
 examples:
   officina demo
+  officina demo --finetune
 """
 
 

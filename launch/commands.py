@@ -163,7 +163,7 @@ def sites(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """`make demo` without the installation."""
-    return import_module("officina.launch.demo").main()
+    return import_module("officina.launch.demo_finetune" if args.finetune else "officina.launch.demo").main()
 
 
 def bench(args: argparse.Namespace) -> int:

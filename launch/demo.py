@@ -15,6 +15,7 @@ from officina.trainer.metrics import read_metrics
 from officina.trainer.run_dir import METRICS
 
 FOLDER = Path("demo")
+RUN = FOLDER / "first-run"
 PROMPT = 'def read_lines(path):\n    """'
 STOP_AFTER_STEPS = 320
 """Half of the experiment's steps."""
@@ -23,23 +24,16 @@ STOP_AFTER_STEPS = 320
 def main() -> int:
     """Build shards from the standard library's sources, train on 2 ranks, resume on others, generate, report."""
     console, started = Console(highlight=False), time.monotonic()
-    data, run = FOLDER / "data", FOLDER / "first-run"
+    data, run = FOLDER / "data", RUN
+
+    def step(title: str, *words: str, stop_after: int = 0) -> None:
+        run_step(console, title, run, *words, stop_after=stop_after)
+
     if run.exists():
         shutil.rmtree(run)  # the demo owns this folder; the data set is kept, since building it twice gives the same
     zero = importlib.util.find_spec("deepspeed") is not None
     if not zero:
         console.print("DeepSpeed is not installed (pip install 'officina[deepspeed]'): step 3 takes DDP instead.")
-
-    def step(title: str, *words: str, stop_after: int = 0) -> None:
-        console.rule(f"[bold]{title}", align="left")
-        console.print(f"[dim]$ officina {' '.join(_quoted(w) for w in words)}")
-        with subprocess.Popen([sys.executable, "-m", "officina.launch.cli", *words]) as command:
-            if stop_after:
-                _stop_after(stop_after, run, command)
-        status, expect = command.returncode, EXIT_CONTINUE if stop_after else EXIT_DONE
-        if status != expect:
-            raise LaunchError(f"the demo's command `officina {words[0]}` ended with status {status}, expected {expect}; "
-                              f"its log is under {run}/logs")
 
     if (data / "dataset.json").exists():
         console.print(f"{data} is there already: not built again.")
@@ -54,6 +48,19 @@ def main() -> int:
     step("6. The report", "report", str(run))
     console.print(f"\nDone in {time.monotonic() - started:.0f} s. Open {run / 'report.html'}")
     return EXIT_DONE
+
+
+def run_step(console: Console, title: str, run: Path, *words: str, stop_after: int = 0) -> None:
+    """Show and run `officina WORDS`, a command about `run`; LaunchError if it does not end as it should."""
+    console.rule(f"[bold]{title}", align="left")
+    console.print(f"[dim]$ officina {' '.join(_quoted(w) for w in words)}")
+    with subprocess.Popen([sys.executable, "-m", "officina.launch.cli", *words]) as command:
+        if stop_after:
+            _stop_after(stop_after, run, command)
+    status, expect = command.returncode, EXIT_CONTINUE if stop_after else EXIT_DONE
+    if status != expect:
+        raise LaunchError(f"the demo's command `officina {words[0]}` ended with status {status}, expected {expect}; "
+                          f"its log is under {run}/logs")
 
 
 def _stop_after(steps: int, run_dir: Path, command: subprocess.Popen) -> None:

@@ -1,0 +1,54 @@
+"""Samples made of Python sources."""
+
+import json
+
+from officina.launch import demo_samples
+from officina.launch.demo_samples import DOCSTRING, SIGNATURE, samples_of, write_samples
+
+SOURCE = b'''
+class Reader:
+    def count(self, path, *, strict=False):
+        """Return the number of lines in a file.
+
+        More of it.
+        """
+        with open(path) as file:
+            return sum(1 for _ in file)
+
+    def bare(self):
+        """Only what it is, without a body."""
+
+    def short(self):
+        """Too short."""
+        return 1
+
+    def silent(self):
+        return 2
+'''
+
+
+def test_a_function_gives_its_signature_and_its_docstring():
+    rows = list(samples_of(SOURCE, "reader.py"))
+    count = "def count(self, path, *, strict=False):\n"
+    assert rows[:2] == [
+        {"prompt": SIGNATURE.format("Return the number of lines in a file."), "completion": count, "source": "reader.py"},
+        {"prompt": DOCSTRING.format(count + "    with open(path) as file:\n        return sum(1 for _ in file)"),
+         "completion": '    """Return the number of lines in a file."""\n', "source": "reader.py"}]
+    assert [row["completion"] for row in rows[2:]] == ["def bare(self):\n"]
+
+
+def test_what_is_no_python_gives_nothing():
+    assert not list(samples_of(b"def broken(:\n", "broken.py")) and not list(samples_of(b"\0", "nul.py"))
+
+
+def test_long_functions_give_no_docstring_sample(monkeypatch):
+    monkeypatch.setattr(demo_samples, "_LONGEST", 100)
+    assert all(row["prompt"].startswith("# Write the signature") for row in samples_of(SOURCE, "reader.py"))
+
+
+def test_the_standard_library_gives_the_same_samples_twice(tmp_path):
+    n = write_samples(tmp_path / "a" / "1.jsonl")
+    assert n == write_samples(tmp_path / "2.jsonl") > 1_000
+    first = (tmp_path / "a" / "1.jsonl").read_bytes()
+    assert first == (tmp_path / "2.jsonl").read_bytes()
+    assert all(set(json.loads(line)) == {"prompt", "completion", "source"} for line in first.splitlines())
