@@ -10,17 +10,22 @@ from rich.console import Console
 
 from officina.launch.demo import FOLDER, RUN, run_step
 from officina.launch.demo import main as pretrain
-from officina.launch.demo_samples import SIGNATURE, write_samples
+from officina.launch.demo_samples import DOCSTRING, SIGNATURE, write_samples
 from officina.trainer.errors import EXIT_DONE, LaunchError
 from officina.trainer.run_dir import committed_steps
 
-PROMPT = SIGNATURE.format("Return the number of lines in a file.")
+PROMPTS = (SIGNATURE.format("Return the number of lines in a file."),
+           DOCSTRING.format("def is_empty(self):\n    return len(self.items) == 0"))
 _IN_TRANSFORMERS = """\
 import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
-tokens = tokenizer(sys.argv[2], return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(tokens, max_new_tokens=40, do_sample=False)[0], skip_special_tokens=True))
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+folder, *prompts = sys.argv[1:]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+set_seed(0)
+for prompt in prompts:
+    tokens = tokenizer(prompt, return_tensors="pt").input_ids
+    written = model.generate(tokens, max_new_tokens=40, do_sample=True, temperature=0.5)[0]
+    print(tokenizer.decode(written, skip_special_tokens=True))
 """
 
 
@@ -37,11 +42,10 @@ def main() -> int:
     console.rule("[bold]1. Samples from the standard library: docstring to signature, function to docstring", align="left")
     rows = FOLDER / "samples.jsonl"
     console.print(f"{write_samples(rows):,} samples in {rows}")
-    held_out = f"data.sources={{samples:{{path:{data}}}}}"
-    run_step(console, "2. Tokenise them: only the answers are trained on", RUN, "data", "build", str(data), str(rows), "--samples",
-             "--tokenizer", str(RUN), "--source-field", "source", "--licence", "PSF-2.0")
-    run_step(console, "3. Before: loss on answers it has not seen", RUN, "eval", str(RUN), held_out, "data.overlong=leave_out",
-             "ranks=1")
+    run_step(console, "2. Tokenise them: only the answers are trained on", RUN, "data", "build", str(data), str(rows),
+             "--samples", "--tokenizer", str(RUN), "--source-field", "source", "--licence", "PSF-2.0")
+    run_step(console, "3. Before: loss on answers it has not seen", RUN, "eval", str(RUN), f"data.sources.samples.path={data}",
+             "~data.sources.python", "data.overlong=leave_out", "eval.max_rows=64", "ranks=1")
     run_step(console, "4. Fine-tune with LoRA on 2 ranks under FSDP2", tuned, "train", "experiment=demo_finetune",
              "name=finetuned", "--runs-dir", str(FOLDER))
     run_step(console, "5. After", tuned, "eval", str(tuned), "ranks=1")
@@ -49,7 +53,7 @@ def main() -> int:
     console.rule("[bold]7. Load it in transformers and let it write", align="left")
     if importlib.util.find_spec("transformers") is None:
         console.print("transformers is not installed here (pip install transformers): the model lies in " + str(exported))
-    elif subprocess.run([sys.executable, "-c", _IN_TRANSFORMERS, str(exported), PROMPT], check=False).returncode:
+    elif subprocess.run([sys.executable, "-c", _IN_TRANSFORMERS, str(exported), *PROMPTS], check=False).returncode:
         raise LaunchError(f"transformers could not load {exported}; what it said stands above")
     console.print(f"\nDone in {time.monotonic() - started:.0f} s. The model, to be used anywhere: {exported}")
     return EXIT_DONE

@@ -17,7 +17,7 @@ _LONGEST = 480
 
 
 def write_samples(path: Path) -> int:
-    """Write {"prompt", "completion", "source"} rows as JSON lines, shuffled; the same for the same Python. Returns their number."""
+    """Write {"prompt", "completion", "source"} rows as JSON lines, shuffled, the same for the same Python; returns how many."""
     rows = [row for name, file in standard_library()[0][0].files for row in samples_of(file.read_bytes(), name)]
     random.Random(0).shuffle(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
