@@ -32,6 +32,8 @@ BENCHMARKS = {
     "lora": Benchmark("a training step of LoRA against PEFT with Hugging Face's Trainer", "4",
                       ("--blocks", "1", "--steps", "1")),
     "start": Benchmark("time from the command to the first step", "2", ("--repeats", "1")),
+    "submit": Benchmark("officina submit: a dry run, and what its scripts add to the start of a run on Slurm", "3",
+                        ("--repeats", "1")),
     "data_build": Benchmark("building shards against the tokenizer alone on the same texts", "3",
                             ("--megabytes", "2", "--repeats", "1")),
     "loader": Benchmark("the data loader against litdata, streaming, datasets, grain and megatron-core, and its costs", "15",

@@ -93,6 +93,19 @@ def _start(results: Record) -> str:
     return _table(["start", "seconds to the first step", *parts], rows)
 
 
+def _submit(results: Record) -> str:
+    def seconds(found: Record) -> str:
+        return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+
+    rows = [["a dry run", seconds(results["dry_run_s"]), ""]]
+    if "ratio" in results:
+        ratio = results["ratio"]
+        rows += [["start, officina submit", seconds(results["start_s"]["officina submit"]),
+                  f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"],
+                 ["start, srun torchrun", seconds(results["start_s"]["srun torchrun"]), "1"]]
+    return _table(["", "seconds", "against srun torchrun"], rows)
+
+
 def _checkpoint(results: Record) -> str:
     rows = [[case, f"{r['seconds']['median']:.2f}", f"{r['bytes_per_s'] / 1e9:.2f}"]
             for case, r in results.items() if isinstance(r, dict) and "seconds" in r]
@@ -183,7 +196,8 @@ def _loader(results: Record) -> str:
         _table(["order of a million rows in 64 shards", "neighbours of one shard", "chi2 per degree of freedom"], even)])
 
 
-_TABLES = {"loader": _loader, "step": _step, "lora": _lora, "engines": _engines, "start": _start, "data_build": _data_build,
+_TABLES = {"loader": _loader, "step": _step, "lora": _lora, "engines": _engines, "start": _start, "submit": _submit,
+           "data_build": _data_build,
            "checkpoint": _checkpoint, "checkpoint_faults": _checkpoint_faults, "gpu": _gpu, "kernels": _kernels}
 
 

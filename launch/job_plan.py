@@ -155,7 +155,7 @@ def plan_lines(plan: JobPlan) -> list[tuple[str, str]]:
     where = ", ".join(filter(None, (f"partition {request.partition}" if request.partition else "",
                                     f"qos {request.qos}" if request.qos else "",
                                     f"account {request.account}" if request.account else "")))
-    lines = [("site", f"{profile.name}: {where}"), ("nodes", _nodes_words(request)),
+    lines = [("site", f"{profile.name}: {where}" if where else profile.name), ("nodes", _nodes_words(request)),
              ("mesh", mesh_words(run, request.world_size)), *about.items()]
     if request.gpus:
         lines.append(("memory", _memory_words(plan)))

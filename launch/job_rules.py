@@ -9,6 +9,7 @@ from officina.configs.job import expand
 from officina.configs.site_profile import Partition, Qos, SiteProfile
 from officina.launch.image_facts import machine_of
 from officina.launch.job_cost import money_problems
+from officina.launch.job_places import storage_area
 from officina.launch.job_request import IMAGE_FILE, PYXIS, Request
 from officina.launch.site_rows import time_words
 from officina.trainer.errors import Problem
@@ -228,6 +229,17 @@ def missing_paths(request: Request) -> list[Problem]:
     return found
 
 
+def _cache_in_home(request: Request, name: str, value: str) -> str:
+    """The site's home that this variable would put a cache into, with its limits; empty for all else."""
+    if not re.search(r"CACHE|_EXTENSIONS_DIR$|^(HF|TORCH|TRITON)_HOME$|^MIOPEN_USER_DB", name):
+        return ""
+    area = storage_area(request, expand(value))
+    home = request.profile.storage.get("home")
+    limits = [f"{home.quota_gb:,.0f} GB" if home.quota_gb else "",
+              f"{home.quota_files:,} files" if home.quota_files else ""] if home else []
+    return f"a home of {' and '.join(filter(None, limits))}" if area and area[0] == "home" and any(limits) else ""
+
+
 # ---- what passes through -------------------------------------------------------------------------------------------
 def _extra(request: Request) -> Iterator[Problem]:
     rules = request.profile.request
@@ -252,6 +264,9 @@ def _variables(request: Request) -> Iterator[Problem]:
         elif name in env.forbid:
             yield Problem(f"env.extra.{name}", value, f"is known to be bad on {request.profile.name}: {env.forbid[name]}",
                           f"leave {name} out")
+        elif in_home := _cache_in_home(request, name, value):
+            yield Problem(f"env.extra.{name}", value, f"puts a cache into {in_home}, which it fills, and which all ranks share",
+                          f"leave {name} out, which is on the node then")
         elif any(name == ours or (ours.endswith("_") and name.startswith(ours)) for ours in RANK_VARIABLES):
             yield Problem(f"env.extra.{name}", value, "tells ranks how to find each other, and is set by officina or Slurm",
                           f"leave {name} out")

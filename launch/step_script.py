@@ -25,6 +25,7 @@ def caches(request: Request) -> Iterator[str]:
     folders = dict(_CACHES) if request.gpus or request.what in ("train", "resume") else {"XDG_CACHE_HOME": "xdg"}
     if request.gpus:
         folders |= {name: name.lower().replace("_", "-") for name in request.profile.env.node_local}
+    folders = {name: folder for name, folder in folders.items() if name not in request.job.env.extra}
     yield f'cache={scratch}/officina-$SLURM_JOB_ID'
     yield "mkdir -p " + " ".join(f'"$cache/{folder}"' for folder in folders.values())
     yield from (f'export {name}="$cache/{folder}"' for name, folder in folders.items())
@@ -72,7 +73,6 @@ def _srun(request: Request) -> list[str]:
     for text in request.profile.binding.srun:
         name, _, value = text.partition("=")
         given[name] = value
-    given["--kill-on-bad-exit"] = "1"
     if request.profile.request.gpus == "gpus_per_task" and request.tasks_per_node > 1:
         given["--gpu-bind"] = "none"  # each rank would see its own GPU only, and could not reach its neighbours' memory
     if bind := cpu_bind(request):

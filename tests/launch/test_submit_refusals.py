@@ -179,6 +179,15 @@ def test_runs_under_a_home_with_a_quota(monkeypatch):
         assert not seen.problems
 
 
+def test_caches_in_a_home_with_a_quota():
+    for site, home in (("leonardo-booster", "/homes/user"), ("jupiter-booster", "/e/home/user"), ("leonardo-booster", "$HOME")):
+        for name in ("TRITON_CACHE_DIR", "HF_HOME", "XDG_CACHE_HOME"):
+            found = prepared(*words(site, f"env.extra.{name}={home}/.cache")).problems
+            assert [p.key for p in found] == [f"env.extra.{name}"] and "a home of" in found[0].rule, (site, name)
+    elsewhere = prepared(*words("leonardo-booster", "env.extra.TRITON_CACHE_DIR=/scratch/user/triton"))
+    assert not elsewhere.problems and 'TRITON_CACHE_DIR="$cache' not in elsewhere.text, "what is said counts"
+
+
 def test_an_image_s_own_header_counts(project):
     head = b"#!/usr/bin/env run-singularity\n\0" + b"SIF_MAGIC\0" + b"01\0" + b"02\0"
     (project / "plain.sif").write_bytes(head)
