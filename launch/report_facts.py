@@ -152,6 +152,8 @@ class Facts:
     damaged_lines: int
     skipped_samples: list[list[int]]
     """data.skip."""
+    damaged_blocks: dict[str, dict[str, list[int]]]
+    """Source -> shard -> blocks that did not match their checksums: their tokens gave no loss."""
     sources: list[Source]
     config: dict[str, Any]
     overrides: dict[str, list[str]]
@@ -194,7 +196,8 @@ def gather(run_dir: Path) -> tuple[Facts, RunMetrics]:
         left_out=[_event(s) for s in metrics.steps if not s.applied],
         spikes=[_event(s) for s in metrics.steps if s.spike],
         repeated_steps=metrics.repeated_steps, damaged_lines=metrics.damaged_lines,
-        skipped_samples=[list(pair) for pair in run.data.skip], sources=sources,
+        skipped_samples=[list(pair) for pair in run.data.skip], damaged_blocks=_damaged(run_dir / LEDGER),
+        sources=sources,
         config=dump_run(run), overrides=_overrides(lives), environment=environment,
         sample=_sample(run_dir, sources, missing), missing=missing,
     ), metrics
@@ -322,23 +325,37 @@ def _sources(run: RunConfig, run_dir: Path, missing: list[str]) -> list[Source]:
 
 
 def _ledger_rows(file: Path) -> dict[str, int] | None:
-    """Rows that each source gave; a start takes back the steps after it, which were done again."""
+    """Rows that each source gave."""
+    entries = _ledger(file)
+    if entries is None:
+        return None
+    total: Counter[str] = Counter()
+    for entry in entries:
+        total.update(entry["source_rows"])
+    return dict(total)
+
+
+def _damaged(file: Path) -> dict[str, dict[str, list[int]]]:
+    from officina.trainer.data.shards import merge_lost  # brings numpy
+
+    return merge_lost(*(entry["lost"] for entry in _ledger(file) or ()))
+
+
+def _ledger(file: Path) -> list[dict[str, Any]] | None:
+    """The steps that stand; a start takes back the steps after it, which were done again."""
     if not file.exists():
         return None
-    by_step: dict[Any, Mapping[str, int]] = {}
+    by_step: dict[Any, dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
             if "start" in entry:
-                by_step = {step: rows for step, rows in by_step.items() if step <= entry["start"]}
+                by_step = {step: kept for step, kept in by_step.items() if step <= entry["start"]}
             else:
-                by_step[entry["step"]] = entry["source_rows"]
+                by_step[entry["step"]] = {"source_rows": entry["source_rows"], "lost": entry.get("lost", {})}
         except (ValueError, KeyError, TypeError):
             continue
-    total: Counter[str] = Counter()
-    for rows in by_step.values():
-        total.update(rows)
-    return dict(total)
+    return list(by_step.values())
 
 
 def _overrides(lives: Iterable[Life]) -> dict[str, list[str]]:

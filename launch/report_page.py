@@ -255,6 +255,10 @@ def _events(f: Facts) -> str:
         notes.append(("warn", f"{f.damaged_lines} lines of metrics.jsonl could not be read and are left out."))
     for a, b in f.skipped_samples:
         notes.append(("warn", f"Samples {a:,} to {b - 1:,} were left out by data.skip."))
+    for source, shards in f.damaged_blocks.items():
+        for shard, blocks in shards.items():
+            which = f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
+            notes.append(("bad", f"{escape(source)}: {which} of {escape(shard)} did not match the checksums and gave no loss."))
     notes += [("warn", escape(text)) for text in f.missing]
     limit = 40
     if len(notes) > limit:

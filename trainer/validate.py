@@ -341,6 +341,9 @@ def _data_sets(run: RunConfig) -> Iterator[Problem]:
         except DataError as error:
             yield Problem(key, source.path, str(error).rstrip("."), f"officina data verify {source.path}")
             continue
+        if manifest.sealed and not source.key:
+            yield Problem(f"data.sources.{name}.key", "", f"{source.path} is sealed with the key {manifest.sealed}",
+                          f"data.sources.{name}.key=FILE, or data.sources.{name}.key='command:PROGRAM ARGS'")
         if run.data.split not in manifest.splits:
             there = sorted(manifest.splits) or ["train"]
             yield Problem("data.split", run.data.split, f"{source.path} has no such split, only {', '.join(there)}",

@@ -36,13 +36,14 @@ class Seal:
     def __init__(self, key: bytes) -> None:
         """Raises DataError where the package cryptography is missing."""
         try:
+            from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM
         except ImportError as exc:
             raise DataError("sealed data needs the package cryptography, which is not installed here. "
                             "Try: pip install 'officina[sealed]'") from exc
         self._cipher_key, self._nonce_key = (hmac.digest(key, b"officina seal 1 " + use, "sha256")
                                              for use in (b"cipher", b"nonce"))
-        self._gcm = AESGCM(self._cipher_key)
+        self._gcm, self._modules = AESGCM(self._cipher_key), (Cipher, algorithms, modes)
         self.key_id = hmac.digest(key, b"officina seal 1 id", "sha256")[:8].hex()
         """Names the key without telling it."""
 
@@ -65,14 +66,15 @@ class Seal:
         except InvalidTag:
             raise ValueError("the tag does not match") from None
 
-    def range(self, mark: bytes, offset: int, sealed: bytes) -> bytes:
-        """Content of a part of a block whose tag was checked before: `sealed` stands at byte `offset` of the block."""
-        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
+    def range(self, mark: bytes, offset: int, sealed: Any, out: Any) -> None:
+        """Content of a part of a block whose tag was checked before, into `out`; `sealed` stands at byte `offset` of it."""
+        Cipher, algorithms, modes = self._modules
         skip = offset % 16
         counter = mark[:12] + (2 + offset // 16).to_bytes(4, "big")  # GCM: 1 is for the tag, the data begins at 2
         decryptor = Cipher(algorithms.AES(self._cipher_key), modes.CTR(counter)).decryptor()
-        return decryptor.update(bytes(skip) + bytes(sealed))[skip:]
+        if skip:
+            decryptor.update(bytes(skip))
+        decryptor.update_into(sealed, out)
 
 
 class SealedArray:
@@ -99,14 +101,14 @@ class SealedArray:
         start, stop, _ = wanted.indices(len(self))
         if self._seal is None:
             raise DataError(no_key(self._path))
-        at, end, parts = start * self.itemsize, max(start, stop) * self.itemsize, []
-        while at < end:
-            block = at // self._block_bytes
-            upto = min(end, (block + 1) * self._block_bytes)
-            content = self._sealed[at:upto].tobytes()
-            parts.append(self._seal.range(self._marks[block].tobytes(), at % self._block_bytes, content))
-            at = upto
-        return np.frombuffer(bytearray(b"".join(parts)), self.dtype)
+        out = np.empty(max(stop - start, 0), self.dtype)
+        left, at = memoryview(out).cast("B"), start * self.itemsize
+        while len(left):
+            block, offset = divmod(at, self._block_bytes)
+            part = self._sealed[at:min(at + len(left), (block + 1) * self._block_bytes)]
+            self._seal.range(self._marks[block].tobytes(), offset, memoryview(part), left[:len(part)])
+            left, at = left[len(part):], at + len(part)
+        return out
 
 
 def no_key(path: Path) -> str:

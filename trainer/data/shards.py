@@ -467,8 +467,8 @@ class Shard:
         return self.read(int(self.ends[number - 1]) if number else 0, int(self.ends[number]))
 
 
-_REMEDY = ("The file is damaged or foreign: restore it from a copy, or build the data set again with "
-           "`officina data build`; `officina data verify DATASET` lists all damage.")
+_REMEDY = ("The file is damaged or foreign: repair the data set from a copy with `officina data stage COPY DATASET`, or build "
+           "it again with `officina data build`; `officina data verify DATASET` lists all damage.")
 
 
 def _parse_header(path: Path, mapped: np.ndarray) -> _Header:

@@ -60,7 +60,8 @@ def stage(folder: str | Path, out: str | Path, budget_bytes: int | None = None,
         progress(done, total)
     if faults:
         raise DataError(f"{folder} cannot be staged:\n" + "\n".join(f"  - {fault}" for fault in faults) +
-                        f"\nRestore these files from a copy; what is whole stays in {out}, and the same command goes on.")
+                        f"\nRepair it from another copy: officina data stage COPY {folder}. What is whole stays in {out}, and "
+                        "the same command goes on.")
     write_whole(out / ORIGIN, json.dumps({"origin": str(dataset.folder.resolve())}).encode())
     _copy(dataset.folder / MANIFEST, out / MANIFEST, None, lambda here: None)
     return StageReport(len(files) + 1, copied, kept)

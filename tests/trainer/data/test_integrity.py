@@ -11,6 +11,8 @@ import torch
 from data_sets import make_run, write_tokens
 from lives import DECODER, begin, changed, losses, plain_run, states
 
+from officina.launch.report_facts import gather
+from officina.launch.report_page import page
 from officina.trainer.batch import IGNORE
 from officina.trainer.config import CustomModelConfig, RunConfig
 from officina.trainer.data import shards
@@ -258,6 +260,9 @@ def test_a_run_goes_on_without_the_block_on_any_ranks(pool, text: Path, tmp_path
         assert audit(tmp_path / name).faults == [] and audit(tmp_path / name).lost == audit(tmp_path / "one").lost
     lost = audit(tmp_path / "one").lost["text"]["shards/train-00000.dls"]
     assert set(lost) <= {0, 1, 3} and len(lost) >= 2
+    facts, metrics = gather(tmp_path / "one")
+    assert facts.damaged_blocks == audit(tmp_path / "one").lost
+    assert "did not match the checksums and gave no loss" in page(facts, metrics)
 
 
 def replace_engine(world_size: int):

@@ -27,6 +27,7 @@ from officina.trainer.data.stage import stage
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 from officina.trainer.run_dir import save_config
+from officina.trainer.validate import problems
 
 pytest.importorskip("cryptography", reason="needs officina[sealed]")
 KEY = bytes(range(32))
@@ -135,6 +136,8 @@ def test_a_sealed_set_is_built_verified_staged_trained_on_and_audited(pair, key:
     opened = replace(runs["plain"], data=replace(runs["plain"].data, packing="best_fit"))
     assert RowReader(planned).digest(np.arange(40)) == RowReader(opened).digest(np.arange(40))
     without = replace(planned, data=replace(planned.data, sources={"a": SourceConfig(path=str(sealed))}))
+    [problem] = [p for p in problems(without) if p.key == "data.sources.a.key"]
+    assert "is sealed with the key" in str(problem) and "data.sources.a.key=FILE" in str(problem)
     with pytest.raises(DataError, match=r"data\.sources\.a: .* is sealed with the key .*data\.sources\.a\.key=FILE"):
         RowReader(without)
 
