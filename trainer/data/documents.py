@@ -1,6 +1,7 @@
 """From rows to documents: which field is the text, its language, source and id; what HPLT's own fields ask for; filters."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -75,6 +76,9 @@ class Document:
         return f"{self.piece.path}{self.piece.place(self.number)}"
 
 
+_LANGUAGE_CODE = re.compile(r"[a-z]{2,3}([_-][A-Za-z0-9]{2,8})*")
+
+
 @dataclass(slots=True)
 class LeftOut:
     """Rows that give no document, and why; and how often a step of HPLT's fields was taken."""
@@ -120,6 +124,8 @@ def read_documents(pieces: Sequence[Piece], fields: Fields, left_out: LeftOut, *
             found = (_document(row, piece, number, fields, left_out.steps) if chat is None
                      else _sample(row, piece, number, fields, chat, left_out.kinds))
             if isinstance(found, Document):
+                if left_out.hides_why and not _LANGUAGE_CODE.fullmatch(found.language):
+                    found.language = ""  # names of languages are told: a field with other words in it is none
                 yield found
             elif isinstance(found, BadRow):
                 left_out.bad += 1

@@ -235,7 +235,7 @@ def _items(job: Job, writing: Writing, first: int) -> Iterator[_Item]:
     filters = [load_filter(name) for name in job.filters]
     drops = set(np.fromfile(job.file("drops", ""), "<u8").tolist())
     item, number = _Item(None, first), -1
-    found = read_documents(job.pieces, job.fields, LeftOut(), chat=job.chat, all_fields=bool(filters))
+    found = read_documents(job.pieces, job.fields, LeftOut(hides_why=job.hides_text), chat=job.chat, all_fields=bool(filters))
     for number, document in enumerate(found):
         if number < first:
             continue
