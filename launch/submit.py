@@ -266,18 +266,22 @@ def send(prepared: Prepared) -> int:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     path = _write_script(folder, prepared.text)
     jobs = 1 if request.job.requeue else chain_length(request)
-    sent = [_sbatch(path) for _ in range(jobs)]
-    about = JobRecord(job_id=sent[0], what=request.what, site=request.site.id, cluster=_cluster(), script=path.name,
+    about = JobRecord(job_id="", what=request.what, site=request.site.id, cluster=_cluster(), script=path.name,
                       nodes=request.nodes)
-    for place, job_id in enumerate(sent, 1):
-        if not script.run_dirs:
-            append_job(folder, replace(about, job_id=job_id, chain=sent[0] if jobs > 1 else "", place=place))
+    first = ""
+    for place in range(1, jobs + 1):
+        job_id = _sbatch(path)
+        first = first or job_id
+        if not script.run_dirs:  # at once: should sbatch refuse the next, this one is known
+            append_job(folder, replace(about, job_id=job_id, chain=first if jobs > 1 else "", place=place))
     for index, run_dir in enumerate(script.run_dirs):
-        append_job(run_dir, replace(about, job_id=f"{sent[0]}_{index}", array_index=index,
-                                    script=os.path.relpath(path, run_dir)))
+        append_job(run_dir, replace(about, job_id=f"{first}_{index}", array_index=index, script=os.path.relpath(path, run_dir)))
     more = f" and {jobs - 1} more of its chain" if jobs > 1 else ""
-    more = more or (f", an array of {len(script.run_dirs)} runs" if script.run_dirs else "")
-    print(f"Submitted batch job {sent[0]}{more}: {folder}")
+    if script.run_dirs:
+        more = f", an array of {len(script.run_dirs)} runs"
+    shown = os.path.relpath(folder)
+    print(f"Submitted batch job {first}{more}: {folder}\n"
+          f"See it: officina jobs {shown}; its output: officina logs {shown} -f; end it: officina cancel {shown}")
     return EXIT_DONE
 
 

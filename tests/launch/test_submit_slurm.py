@@ -77,6 +77,20 @@ def test_a_new_run_is_not_written_over_another(slurm_cluster: SlurmCluster, proj
     assert sent.returncode == 2 and "officina resume runs/mine" in sent.stderr
 
 
+def test_a_chain_that_is_refused_halfway_is_known_as_far_as_it_came(project, monkeypatch, capsys):
+    """A queue that is full after the first job: sbatch stands for itself here, a real one cannot be made to do it at will."""
+    programs = project / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text("#!/bin/sh\nif [ -e sent ]; then echo 'sbatch: error: queue full' >&2; exit 1; fi\n"
+                                     "touch sent; echo 41\n")
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/nowhere")
+    assert cli.main(["submit", *WORDS, *JOB, "ranks=1", "jobs=3"]) == 2
+    assert "queue full" in capsys.readouterr().err
+    assert [(r.job_id, r.place, r.chain) for r in read_jobs(project / "runs/mine")] == [("41", 1, "41")]
+
+
 def test_without_sbatch(project, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     assert cli.main(["submit", *WORDS, *JOB, "ranks=1"]) == 2
