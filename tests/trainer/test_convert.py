@@ -43,7 +43,11 @@ def their_tokens(folder, prompt, count):
     return out[0, len(prompt):].tolist()
 
 
-@pytest.mark.parametrize("case", CASES)
+FIRST = [case for case in CASES if "-" not in case or case == "qwen3-tied"]
+"""One of each family, and a tied one; the odd shapes are in the full count."""
+
+
+@pytest.mark.parametrize("case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_in_and_out_gives_the_same_files_and_the_same_tokens(case, tmp_path):
     folder, run_dir, out = tmp_path / "in", tmp_path / "run", tmp_path / "out"
     v4 = list(CASES).index(case) % 2 == 0
@@ -67,13 +71,13 @@ def test_in_and_out_gives_the_same_files_and_the_same_tokens(case, tmp_path):
 
     prompt, vocab = [5, 17, 3, 60, 42], open_base(str(folder)).model.vocab_size
     assert max(prompt) < vocab
-    ours = our_tokens(run_dir, prompt, 16)
-    assert ours == their_tokens(out, prompt, 16)
+    ours = our_tokens(run_dir, prompt, 12)
+    assert ours == their_tokens(out, prompt, 12)
     assert len(set(ours)) > 1 or case in ("apertus",)  # one token for ever would prove little
 
     shutil.rmtree(run_dir / "base")  # as if it had been trained from random weights: config.json is written anew
     export_run(str(run_dir), tmp_path / "anew", dtype="float32")
-    assert ours == their_tokens(tmp_path / "anew", prompt, 16)
+    assert ours == their_tokens(tmp_path / "anew", prompt, 12)
     config = json.loads((tmp_path / "anew/config.json").read_text())
     assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None] * 3
 
