@@ -64,6 +64,14 @@ def test_tied_model_conforms(pool, engine, ranks):
     assert distance(expected(case), trace(pool, ranks, case)).within()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "ranks", "recompute"), [("single", 1, "selective"), ("fsdp2", 2, "full")])
+def test_compiled_blocks_conform(pool, engine, ranks, recompute):
+    case = Case(engine, adapter=LORA, steps=4, compile=True, recompute=recompute)
+    away = distance(expected(case), trace(pool, ranks, case))
+    assert away.within(params=2e-5, params_rms=1e-6), away
+
+
 @pytest.mark.parametrize(("fault", "engine", "ranks"), [
     ("missing_reduce", "ddp", 2), ("missing_reduce", "fsdp2", 2), ("wrong_divisor", "zero2", 2), ("data_shift", "zero3", 2),
     ("scale", "single", 1), ("forgotten", "single", 1)])
