@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def live(ranks, run_dir: str, stop_after: int = 0, fault: str = "") -> int:
 
 def inject(fault: str, rank: int):
     """Break something the loop uses; returns the function that mends it."""
-    from officina.trainer import assemble
+    from officina.trainer import assemble, time_left
     from officina.trainer.data import loader
     from officina.trainer.parallel import engine
 
@@ -95,6 +96,16 @@ def inject(fault: str, rank: int):
         real_clock = assemble.Job.use_is_over
         assemble.Job.use_is_over = lambda job: job.deadline is not None and rank == 1 and job.step >= 4
         return lambda: setattr(assemble.Job, "use_is_over", real_clock)
+    if fault == "job ends":  # after step 4, and only by the clock of rank 1
+        real_watch = time_left.TimeLeft.is_over
+
+        def is_over(self):
+            if rank == 1 and self._turns == 4:
+                self._end_s = time.time()
+            return real_watch(self)
+
+        time_left.TimeLeft.is_over = is_over
+        return lambda: setattr(time_left.TimeLeft, "is_over", real_watch)
     if fault:
         raise ValueError(fault)
     return lambda: None

@@ -97,6 +97,13 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(pool, data, tmp_path):
     assert read_metrics(tmp_path / "run").generations[-1].stop.step == 5 and committed_steps(tmp_path / "run")[-1] == 5
 
 
+def test_one_ranks_clock_stops_all_before_the_job_ends(pool, data, tmp_path):
+    begin(tmp_path / "run", plain_run(data, engine=DDPConfig()))
+    assert lived(pool, tmp_path / "run", 3, fault="job ends") == EXIT_CONTINUE
+    stop = read_metrics(tmp_path / "run").generations[-1].stop
+    assert (stop.step, stop.reason) == (4, "time limit") and committed_steps(tmp_path / "run")[-1] == 4
+
+
 def test_a_run_directory_moves_and_the_data_with_it(pool, data, tmp_path):
     begin(tmp_path / "here", plain_run(data))
     lived(pool, tmp_path / "here", 1, stop_after=4)

@@ -143,6 +143,7 @@ def test_time_limit_signal_saves_requeues_and_finishes(jobs, whole):
     assert_is_the_unbroken_run(jobs.run_dir, whole)
 
 
+@pytest.mark.slow
 def test_without_a_signal_the_ranks_stop_in_time_by_themselves(jobs, whole):
     changed(jobs.run_dir, site=SiteConfig(grace=5.0))
     job = jobs.submit("--time=1", held="1:1:slow")
