@@ -10,8 +10,11 @@ import pytest
 
 from officina.trainer.config import FSDP2Config, ObjectiveConfig, RunConfig, SingleConfig, ZeroConfig
 from officina.trainer.data.build import BuildOptions, build
+from officina.trainer.data.chat import PLAIN
 from officina.trainer.data.ledger import audit
 from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.megatron import export_megatron
+from officina.trainer.data.stage import stage
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, DataError
 from officina.trainer.metrics import read_metrics
 from tests.distributed import RankFailure
@@ -68,6 +71,7 @@ def test_fine_tuning_goes_on_on_other_ranks_and_says_how_good_the_answers_are(po
     changed(tmp_path / "two", engine=SingleConfig())
     assert lived(pool, tmp_path / "two", 1) == EXIT_DONE
     assert close(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "two" / "chat_template.jinja").read_text() == PLAIN
     found, other = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [s.filled_tokens for s in found.steps] == [s.filled_tokens for s in other.steps]
     assert all(s.tokens < s.filled_tokens <= 3 * 96 for s in found.steps)
@@ -101,6 +105,13 @@ def test_preference_optimisation_keeps_the_model_it_began_with(pool, folders, tm
         kept.write_bytes(content)
         with pytest.raises((DataError, RankFailure), match=f"text-train.logp: {why}"):
             lived(pool, tmp_path / "two", 1)
+
+
+def test_marks_of_what_is_trained_are_not_lost_silently(folders, tmp_path):
+    with pytest.raises(DataError, match="holds answers, and Megatron's files cannot say which tokens are trained on"):
+        export_megatron(folders["answers"], tmp_path)
+    stage(folders["answers"], tmp_path / "copy")
+    assert (tmp_path / "copy" / "chat_template.jinja").read_text() == PLAIN
 
 
 def test_objective_and_data_must_fit(folders):

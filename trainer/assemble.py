@@ -19,6 +19,7 @@ from officina.trainer.checkpoint.layout import TrainState
 from officina.trainer.checkpoint.read import OpenCheckpoint, open_checkpoint
 from officina.trainer.checkpoint.write import SaveOutcome, Saver
 from officina.trainer.config import RunConfig
+from officina.trainer.data.chat import CHAT_TEMPLATE
 from officina.trainer.data.gate import deadline
 from officina.trainer.data.integrity import Quarantine
 from officina.trainer.data.ledger import Ledger
@@ -357,7 +358,10 @@ def engine_name(run: RunConfig) -> str:
 
 
 def _keep_tokenizer(job: Job) -> None:
-    """Copy the data's tokenizer beside the run, so that a checkpoint can be read without the data set."""
+    """Copy the data's tokenizer and chat template beside the run, so that a checkpoint can be used without the data set."""
+    templates = [path for source in job.run.data.sources.values() if (path := Path(source.path) / CHAT_TEMPLATE).exists()]
+    if templates:
+        shutil.copyfile(templates[0], job.run_dir / CHAT_TEMPLATE)
     for source in job.run.data.sources.values():
         found = Path(source.path) / "tokenizer.json"
         if found.exists():

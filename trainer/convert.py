@@ -22,6 +22,7 @@ from officina.trainer.checkpoint.read import open_checkpoint
 from officina.trainer.checkpoint.verify import Alone
 from officina.trainer.checkpoint.write import Saver
 from officina.trainer.config import CheckpointConfig, DecoderConfig, LoraConfig, RunConfig
+from officina.trainer.data.chat import CHAT_TEMPLATE
 from officina.trainer.data.tokenizer import EOS_NAMES
 from officina.trainer.environment import describe
 from officina.trainer.errors import CheckpointError, OfficinaError
@@ -262,6 +263,8 @@ def _write_small_files(run_dir: Path, run: RunConfig, folder: Path) -> None:
     own = run_dir / "tokenizer.json"
     if own.exists():  # what the data were encoded with: the same file, unless tokens were added
         shutil.copyfile(own, folder / "tokenizer.json")
+    if (run_dir / CHAT_TEMPLATE).exists():  # what its samples were written with
+        shutil.copyfile(run_dir / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
     ids = _special_ids(run_dir)
     if own.exists() and not (folder / "tokenizer_config.json").exists():
         from tokenizers import Tokenizer

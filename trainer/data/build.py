@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from officina.trainer.data.chat import Chat, load_chat
+from officina.trainer.data.chat import CHAT_TEMPLATE, Chat, load_chat
 from officina.trainer.data.croissant import write_croissant
 from officina.trainer.data.documents import (
     HPLT_STEPS,
@@ -69,7 +69,6 @@ from officina.trainer.errors import DataError
 
 SAMPLE_BYTES = 64 << 20
 """Text a tokenizer is trained on at most, chosen by the documents' hashes: merges no longer change much beyond it."""
-CHAT_TEMPLATE = "chat_template.jinja"
 _BATCH_CHARACTERS = 1 << 21
 _MOST_NAMES = 1 << 16
 """Sources, and languages: their ids are u16."""

@@ -17,6 +17,8 @@ from typing import Any
 from officina.trainer.data.tokenizer import EOS_NAMES
 from officina.trainer.errors import DataError
 
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Its file in a tokenizer's folder, a data set and a run."""
 PLAIN = """\
 {%- for message in messages %}{{ '### ' + message['role'] + '\\n' }}
 {%- if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
@@ -226,7 +228,7 @@ def _template(folder: Path | None, asked: str, config: dict[str, Any]) -> str:
         except (OSError, UnicodeError) as exc:
             raise DataError(f"--chat-template {asked}: cannot be read ({exc}). Name a file of Jinja, or: --chat-template "
                             "plain") from exc
-    if folder is not None and (path := folder / "chat_template.jinja").exists():
+    if folder is not None and (path := folder / CHAT_TEMPLATE).exists():
         return path.read_text(encoding="utf-8")
     found = config.get("chat_template") or ""
     if isinstance(found, list):  # several under names

@@ -160,6 +160,9 @@ def export_megatron(dataset_folder: str | Path, out: str | Path,
     if dataset.manifest.kind != "tokens":
         raise DataError(f"{dataset_folder} holds {dataset.manifest.kind}, but Megatron reads tokens. "
                         "Name a data set of tokens.")
+    if dataset.manifest.samples:
+        raise DataError(f"{dataset_folder} holds {dataset.manifest.samples}, and Megatron's files cannot say which tokens are "
+                        "trained on. Name a data set of texts.")
     removed, found = removed_documents(dataset), {}
     out.mkdir(parents=True, exist_ok=True)
     for split in dataset.manifest.splits:

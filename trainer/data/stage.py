@@ -13,10 +13,12 @@ from pathlib import Path
 
 from officina.trainer.data.integrity import ORIGIN
 from officina.trainer.data.manifest import MANIFEST, SHARDS, TOKENIZER, Dataset, open_dataset, sync_folder, write_whole
+from officina.trainer.data.packing import FOLDER as PLANS
 from officina.trainer.data.shards import index_of
 from officina.trainer.errors import DataError
 
 _CHUNK_BYTES = 8 << 20
+_SUFFIXES = (".json", ".jsonl", ".jsonld", ".jinja")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,10 @@ def _files(dataset: Dataset) -> Iterator[tuple[str, str | None]]:
     if manifest.tokenizer:
         known[TOKENIZER] = manifest.tokenizer.sha256
     for path in sorted(dataset.folder.iterdir()):
-        if path.is_file() and path.name not in (*known, MANIFEST, ORIGIN) and path.suffix in (".json", ".jsonl", ".jsonld"):
+        if path.is_file() and path.name not in (*known, MANIFEST, ORIGIN) and path.suffix in _SUFFIXES:
             yield path.name, None
+    for path in sorted((dataset.folder / PLANS).glob("*.plan")):  # each holds its own checksum
+        yield f"{PLANS}/{path.name}", None
     yield from known.items()
     for entry in dataset.shards:
         yield entry.path, entry.sha256
