@@ -311,20 +311,23 @@ def test_most_remedies_are_words_to_type(data):
 
 
 # ---- rules that words alone do not show --------------------------------------------------------------------------
-RECIPES = {"sft": ["data.sources.a.path=a"], "dpo": ["data.sources.a.path=a"],
-           "continued": ["data.sources.new.path=a", "data.sources.replay.path=b"]}
-"""Experiments that ask for a model and data of the user's, and words that give data."""
+RECIPES = {"sft": ["data.sources.a.path=a"], "dpo": ["data.sources.a.path=a"], "lora": ["data.sources.a.path=a"],
+           "continued": ["data.sources.new.path=a", "data.sources.replay.path=b"], "demo_finetune": []}
+"""Experiments that ask for a model and data, and words that give data."""
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_shipped_experiments_are_accepted(experiment):
-    words = RECIPES.get(experiment, [])
-    if words:
-        asked = {problem.key for problem in compose_all([f"experiment={experiment}"]).problems}
-        assert asked >= {"model"} and asked <= {"model", *(word.split("=")[0] for word in words)}
-        words = [*words, "model=tiny"]
-    composed = compose_all([f"experiment={experiment}", *words])
-    assert composed.problems == [] and problems(composed.run, None, read_data=False) == []
+    def found(*words: str) -> list[Problem]:
+        composed = compose_all([f"experiment={experiment}", *words])
+        return composed.problems or list(problems(composed.run, None, read_data=False))
+
+    if experiment in RECIPES:
+        assert {problem.key for problem in found()} <= {"model", "init_from", "data.sources", *(
+            word.split("=")[0] for word in RECIPES[experiment])}
+        assert found() and found("model=tiny", *RECIPES[experiment]) == []
+    else:
+        assert found() == []
 
 
 def test_data_sets_must_share_a_tokenizer(data, tmp_path):
