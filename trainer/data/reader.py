@@ -181,20 +181,25 @@ class Stream:
         starts = rows * seq_len
         first = np.searchsorted(self.token_starts, starts, side="right") - 1
         last = np.searchsorted(self.token_starts, starts + seq_len, side="right") - 1
+        by_shard: dict[int, list[int]] = {}
+        over: list[int] = []
+        for i, (a, b) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
+            (by_shard.setdefault(a, []) if a == b else over).append(i)
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        for number in np.unique(first[first == last]):
-            here = np.flatnonzero((first == number) & (last == number))
+        for number, places in by_shard.items():
+            here = np.asarray(places)
             inside = starts[here] - self.token_starts[number]
-            shard = self._check(int(number), inside, inside + seq_len + 1)
-            _copy_rows(shard, inside.tolist(), out, here.tolist())
+            shard = self._check(number, inside, inside + seq_len + 1)
+            _copy_rows(shard, inside.tolist(), out, places)
             if borders:
                 row, column = _borders(shard.ends, inside, seq_len)
                 found.append((here[row], column))
-        for i in np.flatnonzero(first != last):
-            found.append(self._copy_over_shards(int(i), int(starts[i]), out))
+        for i in over:
+            found.append(self._copy_over_shards(i, int(starts[i]), out))
         removed = self._blanked(out, starts)
         lost: Lost = {}
-        if any(shard.replaced or shard.lost for shard in self._open.values()):
+        touched = {*by_shard, *(number for i in over for number in range(first[i], last[i] + 1))}
+        if any(self._open[number].replaced or self._open[number].lost for number in touched):
             removed, lost, around = self._amended(out, starts, removed)
             found += around
         if not borders or not found:
@@ -440,7 +445,7 @@ class RowReader:
         """The rows of the global samples `samples`, (n,) int64, in their order; `places` are theirs, if they are known."""
         places = self.order.place(samples) if places is None else places
         dtypes = [DTYPES[s.dataset.manifest.dtype] for s in self.streams.values()]
-        numbers = np.unique(places.source)
+        numbers = np.unique(places.source) if len(self.streams) > 1 else places.source[:1]
         parts, digest, lost_of = [], 0, {}
         for number in numbers:
             here = np.flatnonzero(places.source == number)
