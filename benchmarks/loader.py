@@ -101,12 +101,12 @@ class Served:
                                          text=True, env=os.environ | QUIET)
         self._answer("ready")
 
-    def block(self, seconds: float) -> float:
-        """Tokens per second over so long."""
+    def block(self, seconds: float) -> tuple[float, float]:
+        """Tokens per second, and per second of the process's CPU, over so long."""
         self._process.stdin.write(f"{seconds}\n")
         self._process.stdin.flush()
-        tokens, took = self._answer("block")
-        return float(tokens) / float(took)
+        tokens, took, cpu = map(float, self._answer("block"))
+        return tokens / took, tokens / cpu
 
     def _answer(self, word: str) -> list[str]:
         for line in self._process.stdout:
@@ -145,7 +145,7 @@ def race(folder: Path, pythons: dict[str, Path], *, repeats: int, block_s: float
                 running[name] = Served(words)
             except RuntimeError as exc:
                 left_out[name] = f"does not run: {exc}"
-        found: dict[str, list[float]] = {name: [] for name in running}
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
         for turn in range(1 + repeats):
             for name in list(running)[::-1 if turn % 2 else 1]:
                 speed = running[name].block(block_s)
@@ -154,8 +154,13 @@ def race(folder: Path, pythons: dict[str, Path], *, repeats: int, block_s: float
     finally:
         for each in running.values():
             each.end()
-    return {name: {"holds": HOLDS[name.partition(" | ")[0]], "tokens_per_s": summary(speeds)}
-            for name, speeds in found.items()}, left_out
+    results: dict[str, Any] = {}
+    for name, speeds in found.items():
+        of_time, of_cpu = (summary(list(each)) for each in zip(*speeds, strict=True))
+        results[name] = {"holds": HOLDS[name.partition(" | ")[0]], "tokens_per_s": of_time}
+        if "in process" in name:  # worker processes would not be counted
+            results[name]["tokens_per_cpu_s"] = of_cpu
+    return results, left_out
 
 
 def ratio(found: dict[str, Any], ours: str, others: list[str]) -> dict[str, Any] | None:
@@ -167,7 +172,10 @@ def ratio(found: dict[str, Any], ours: str, others: list[str]) -> dict[str, Any]
     pairs = zip(found[ours]["tokens_per_s"]["values"], found[best]["tokens_per_s"]["values"], strict=True)
     values = [a / b for a, b in pairs]
     low, high = median_interval(values)
-    return {"against": best, "median": statistics.median(values), "low": low, "high": high, "values": values}
+    result = {"against": best, "median": statistics.median(values), "low": low, "high": high, "values": values}
+    if "tokens_per_cpu_s" in found[ours]:
+        result["by_cpu_time"] = found[ours]["tokens_per_cpu_s"]["median"] / found[best]["tokens_per_cpu_s"]["median"]
+    return result
 
 
 def ratios(found: dict[str, Any]) -> dict[str, Any]:
@@ -208,10 +216,11 @@ def run(*, tokens: int, repeats: int, block_s: float, environments: Path | None 
         found, failed = race(folder, pythons, repeats=repeats, block_s=block_s)
         load_after = os.getloadavg()[0]
         costs = loader_costs.measure(folder, repeats=repeats)
-    results = {"speed": found, "ratios": ratios(found), "left_out": left_out | failed, **costs}
+    results = {"speed": found, "ratios": ratios(found), "left_out": left_out | failed,
+               "load_average": [load_before, load_after], **costs}
     return record("loader", results, repeats=repeats, settings={
         "tokens": n, "seq_len": SEQ_LEN, "batch_rows": BATCH, "prefetch_workers": WORKERS, "block_s": block_s,
-        "others": versions, "load_average": [load_before, load_after], "cores": os.cpu_count()})
+        "others": versions})
 
 
 def main(argv: list[str] | None = None) -> None:

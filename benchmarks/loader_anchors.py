@@ -1,7 +1,7 @@
 """Other loaders on the same tokens, each run as a script by the Python of its own environment, so it imports nothing of ours.
 
     python loader_anchors.py NAME prepare FOLDER           make NAME's files from FOLDER/tokens.npy and FOLDER/ends.npy
-    python loader_anchors.py NAME serve FOLDER WORKERS     read a number of seconds a line, answer `block TOKENS SECONDS`
+    python loader_anchors.py NAME serve FOLDER WORKERS     read a number of seconds a line, answer `block TOKENS S CPU_S`
 
 Each is used as its documentation says: shuffled, batches of `BATCH` rows, on the CPU. WORKERS 0 is the calling process alone;
 grain has threads instead of worker processes.
@@ -186,14 +186,14 @@ ANCHORS = {"litdata": (prepare_litdata, litdata), "mosaicml-streaming": (prepare
 
 
 def serve(batches: Iterator[int]) -> None:
-    """Answer each line, a number of seconds, with the tokens delivered and the seconds they took."""
+    """Answer each line, a number of seconds, with the tokens delivered, the seconds they took, and this process's CPU seconds."""
     next(batches)
     print("ready", flush=True)
     for line in sys.stdin:
-        wanted, tokens, begun = float(line), 0, time.perf_counter()
+        wanted, tokens, begun, cpu = float(line), 0, time.perf_counter(), time.process_time()
         while (took := time.perf_counter() - begun) < wanted:
             tokens += next(batches)
-        print("block", tokens, took, flush=True)
+        print("block", tokens, took, time.process_time() - cpu, flush=True)
 
 
 def main() -> None:

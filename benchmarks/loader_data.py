@@ -28,8 +28,8 @@ def write_tokens(folder: Path, n: int) -> int:
     return int(ends[-1])
 
 
-def make_run(folders: dict[str, Path], **data: Any) -> RunConfig:
-    """A run over data sets; a step is one batch."""
+def make_run(folders: dict[str, Path], rows: int = BATCH, **data: Any) -> RunConfig:
+    """A run over data sets with `rows` a step."""
     sources = {name: SourceConfig(path=str(folder)) for name, folder in folders.items()}
     return RunConfig(seed=SEED, model=DecoderConfig(vocab_size=50_000), data=DataConfig(sources=sources, **data),
-                     batch=BatchConfig(seq_len=SEQ_LEN, global_tokens=BATCH * SEQ_LEN, micro_rows=BATCH))
+                     batch=BatchConfig(seq_len=SEQ_LEN, global_tokens=rows * SEQ_LEN, micro_rows=BATCH))

@@ -174,9 +174,14 @@ def _loader(results: Record) -> str:
         who, _, mode = name.partition(" | ")
         modes.setdefault(who, {})[mode] = r
     rows = [[who, next(iter(of.values()))["holds"],
-             *(f"{of[mode]['tokens_per_s']['median'] / 1e6:,.1f}" if mode in of else "" for mode in ("in process", "prefetch"))]
+             *(f"{of[mode]['tokens_per_s']['median'] / 1e6:,.1f}" if mode in of else "" for mode in ("in process", "prefetch")),
+             f"{of['in process']['tokens_per_cpu_s']['median'] / 1e6:,.0f}" if "in process" in of else ""]
             for who, of in modes.items()]
-    said = [f"{name}: {_ratio(r)} times {r['against'].partition(' | ')[0]}." for name, r in results["ratios"].items()]
+    said = [f"{name}: {_ratio(r)} times {r['against'].partition(' | ')[0]}" +
+            (f", {r['by_cpu_time']:.2f} times by CPU time." if "by_cpu_time" in r else ".")
+            for name, r in results["ratios"].items()]
+    low, high = results["load_average"]
+    said += [f"Others used the machine: its load average was {low:.0f} before and {high:.0f} after these turns."]
     said += [f"Left out: {name}, {why}." for name, why in results["left_out"].items()]
     cold = [[name, f"{r['bytes_per_s']['median'] / 1e6:,.0f}", f"{r['share']['median']:.2f}"]
             for name, r in results["cold"].items()]
@@ -187,11 +192,13 @@ def _loader(results: Record) -> str:
         ["resume: 8 sources, a change of weights, other ranks, to the first batch",
          f"{resumed['time_s']['median'] * 1e3:.0f} ms"],
         ["state", f"{resumed['last']['state_bytes']} bytes"],
-        ["verification on first touch, of an epoch's time in memory", f"{results['verification']['slower']['median']:+.1%}"],
+        ["verification on first touch, of an epoch's CPU time in memory",
+         f"{results['verification']['slower']['median']:+.1%}"],
         [f"growth over {memory['batches']:,} batches", f"{memory['grown_bytes'] / 1e6:.1f} MB"]]
     even = [[name, f"{r['same_shard']:.4f}", f"{r['chi2_per_freedom']:.2f}"] for name, r in results["shuffle"].items()]
     return "\n\n".join([
-        _table(["loader", "a batch holds", "in process, M tokens/s", "with prefetch"], rows, words=2), "  \n".join(said),
+        _table(["loader", "a batch holds", "in process, M tokens/s", "with prefetch", "in process, M tokens per CPU second"],
+               rows, words=2), "  \n".join(said),
         _table(["cold", "MB/s", "of the disk's rate in order"], cold), _table(["cost", ""], costs),
         _table(["order of a million rows in 64 shards", "neighbours of one shard", "chi2 per degree of freedom"], even)])
 
