@@ -186,7 +186,7 @@ ANCHORS = {"litdata": (prepare_litdata, litdata), "mosaicml-streaming": (prepare
 
 
 def serve(batches: Iterator[int]) -> None:
-    """Answer each line, a number of seconds, with the tokens delivered, the seconds they took, and this process's CPU seconds."""
+    """Answer each line, a number of seconds, with the tokens delivered, the seconds they took, and the process's CPU time."""
     next(batches)
     print("ready", flush=True)
     for line in sys.stdin:

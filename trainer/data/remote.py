@@ -75,7 +75,10 @@ class Store:
                 content = sync(self._system.loop, self._system._cat_file, path, start=start, end=stop, timeout=TIMEOUT_S)
             else:
                 content = self._system.cat_file(path, start=start, end=stop)
-            if start is not None and stop is not None and len(content) != stop - start:
+            if start is not None and stop is not None and len(content) > stop - start:
+                raise DataError(f"{self.url}/{name}: {len(content)} bytes came where {stop - start} were asked for: this "
+                                "server gives whole files alone. Name one that answers range requests; object stores do.")
+            if start is not None and stop is not None and len(content) < stop - start:
                 raise EOFError(f"{len(content)} bytes came instead of {stop - start}")
             return bytes(content)
 
@@ -91,7 +94,7 @@ class Store:
         for attempt in range(TRIES):
             try:
                 return once(path)
-            except FileNotFoundError:
+            except (FileNotFoundError, DataError):
                 raise
             except Exception as exc:  # each driver has errors of its own
                 if isinstance(exc, PermissionError) or getattr(exc, "status", 0) in (401, 403):

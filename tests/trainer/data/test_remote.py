@@ -169,6 +169,10 @@ def busy(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
     return answer(handler, b"", status=503)
 
 
+def whole(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
+    return answer(handler, content + content, status=200)
+
+
 def refused(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
     return answer(handler, b"", status=403)
 
@@ -187,6 +191,11 @@ def test_a_passing_fault_changes_nothing(served: tuple[str, list[Fault]], corpus
 def test_a_store_that_refuses_or_is_gone_stops_the_run_with_its_name(served: tuple[str, list[Fault]], tmp_path: Path) -> None:
     url, faults = served
     stage_from_store(url, tmp_path / "here", on_demand=True)
+    faults += [whole]
+    with pytest.raises(DataError, match=r"this server gives whole files alone"):
+        stage_from_store(url, tmp_path / "other", on_demand=True)
+    with pytest.raises(DataError, match=r"its shards are in http.*without --on-demand"):
+        verify(tmp_path / "here")
     faults += [refused]
     with pytest.raises(DataError, match=r"/corpus/shards/train-0000\d\.dls: the store refuses \(.*403.*credentials"):
         digests(tmp_path / "here")
