@@ -53,7 +53,7 @@ def run_tasks(engine: Engine, run: RunConfig, ranks: Ranks, run_dir: Path, reque
     found = simple_evaluate(
         RunModel(engine, run, ranks, run_dir), tasks=list(request.tasks), task_manager=manager, num_fewshot=request.shots,
         limit=request.limit, log_samples=False, bootstrap_iters=1000, verbosity="ERROR")
-    return {} if found is None else {name: {key: value for key, value in metrics.items() if key != "alias"}
+    return {} if found is None else {name: {key: value for key, value in metrics.items() if key not in ("alias", "sample_len")}
                                      for name, metrics in (found["results"] | found.get("groups", {})).items()}
 
 
