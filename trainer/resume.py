@@ -41,6 +41,7 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("batch.*", "free", "samples are counted in rows, whatever the batch"),
     # data
     ("data.sources.*.path", "free", "a data set may move; its fingerprint is checked"),
+    ("data.sources.*.key", "free", "where the key lies, not what is read"),
     ("data.sources.*.weight", "free", "a new mixture from the next sample on"),
     ("data.temperature*", "free", "new weights from the next sample on"),
     ("data.skip", "free", "of samples that are still to come"),
@@ -194,5 +195,6 @@ def carry_forward(old: RunConfig, new: RunConfig, position: int, named: Collecti
     if {name: source.weight for name, source in current.items()} == last:
         return new  # at most a path has changed
     data = extend_timeline(old.data, position, current)
-    paths = {name: replace(source, path=new.data.sources.get(name, source).path) for name, source in data.sources.items()}
+    moved = {name: new.data.sources.get(name, source) for name, source in data.sources.items()}
+    paths = {name: replace(source, path=moved[name].path, key=moved[name].key) for name, source in data.sources.items()}
     return replace(new, data=replace(new.data, sources=paths, timeline=data.timeline))
