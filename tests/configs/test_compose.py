@@ -85,7 +85,9 @@ def test_a_removed_key_is_back_at_its_default():
 @pytest.mark.parametrize("group", GROUPS)
 def test_each_option_is_accepted(group, tmp_path):
     needs = {"custom": ["model.factory=a:b", "model.loss=a:b", "model.decoder=a:b", "batch.seq_len=1"],
-             "packed": [], "hsdp": ["engine.shard_size=2"]}
+             "packed": [], "hsdp": ["engine.shard_size=2"],
+             "continued": ["model=tiny", "data.sources.new.path=new", "data.sources.replay.path=old"],  # recipes want a model
+             "demo_finetune": ["model=tiny"], "dpo": ["model=tiny"], "sft": ["model=tiny"]}
     for option in sorted({*options(group)} - {"from_init"}):  # which needs a model: tests/trainer/test_init_from.py
         words = [f"{group}={option}", "data.sources.x.path=somewhere", *needs.get(option, [])]
         run = compose(words)
