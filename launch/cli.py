@@ -14,16 +14,17 @@ examples:
   officina train experiment=demo
   officina train experiment=demo name=warm optim.lr=1e-3 steps=1e3 engine=zero2
   officina train model=eurollm_1b7 engine=fsdp2 batch.seq_len=4096 data.sources.wiki.path=data/wiki
-  officina train experiment=./my_experiment.yaml time_limit=8h
-  officina train from=runs/demo@200 name=decay lr_schedule=wsd lr_schedule.decay_steps=100   a branch
+  officina train experiment=./my_run.yaml time_limit=8h
+  officina train experiment=sft init_from=MODEL data.sources.chats.path=chats engine=fsdp2
+  officina train from=runs/demo@600 name=decay steps=1000 lr_schedule=wsd lr_schedule.decay_steps=100   a branch
 """
 _SUBMIT_EXAMPLES = """\
 examples:
-  officina submit experiment=mine site=leonardo nodes=16 account=IscrX_mine time=8h --dry-run
-  officina submit experiment=mine site=lumi nodes=4 account=project_465000000 time=2d jobs=3
-  officina submit experiment=mine site=jupiter nodes=8 account=mine time=12h container=/e/project1/mine/pytorch.sif
+  officina submit experiment=./my_run.yaml site=leonardo nodes=16 account=IscrX_mine time=8h --dry-run
+  officina submit experiment=./my_run.yaml site=lumi nodes=4 account=project_465000000 time=2d jobs=3
+  officina submit experiment=./my_run.yaml site=jupiter nodes=8 account=mine time=12h container=/e/project1/mine/pytorch.sif
   officina submit resume runs/mine site=mn5 nodes=8 account=ehpc00 time=1d budget=20000
-  officina submit experiment=mine optim.lr=1e-3,3e-4,1e-4 site=lumi account=project_465000000 time=4h at_once=2   a sweep
+  officina submit experiment=./my_run.yaml optim.lr=1e-3,3e-4 site=lumi account=project_465000000 time=4h at_once=2   a sweep
   officina submit site=lumi account=project_465000000 time=2h data build corpus texts
 
 words of the job:
@@ -115,7 +116,7 @@ def _check(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 examples:
   officina check experiment=demo
   officina check experiment=demo engine=hsdp engine.shard_size=4 --ranks 16
-  officina check experiment=h200_8b --yaml
+  officina check experiment=demo --yaml
   officina check experiment=demo use=research use.country=FI --explain
   officina check from=runs/demo lr_schedule=wsd
 """
@@ -129,7 +130,7 @@ def _resume(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 examples:
   officina resume runs/demo
   officina resume runs/demo steps=2000 ranks=4 engine=zero2
-  officina resume runs/demo lr_schedule=wsd lr_schedule.decay_steps=500
+  officina resume runs/demo steps=2000 lr_schedule=wsd lr_schedule.decay_steps=500
   officina resume runs/demo data.sources.code.path=data/code data.sources.code.weight=0.3
   officina resume runs/demo precision=fp32 --force
 """
@@ -182,7 +183,7 @@ def _plan(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.epilog = """\
 examples:
   officina plan model=llama3_8b engine=fsdp2 batch.seq_len=4096 batch.global_tokens=1048576 --ranks 64
-  officina plan experiment=mine site=leonardo nodes=16 account=IscrX_mine time=8h tflops=120
+  officina plan experiment=./my_run.yaml site=leonardo nodes=16 account=IscrX_mine time=8h tflops=120
 """
 
 
@@ -204,7 +205,7 @@ def _eval(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.epilog = """\
 examples:
   officina eval runs/demo                                  loss, bits per byte and perplexity by source and language
-  officina eval runs/demo step=200 eval.max_rows=1000 engine=ddp ranks=2
+  officina eval runs/demo step=600 eval.max_rows=1000 engine=ddp ranks=2
   officina eval runs/demo data.sources.laws.path=data/laws   also on data it was not trained on
   officina eval runs/demo tasks=belebele_fin_Latn --shots 5  lm-evaluation-harness, offline
   officina eval runs/demo tasks=mine --tasks-dir my_tasks    a task of your own on local files

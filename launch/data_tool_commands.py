@@ -35,7 +35,7 @@ A line of the file is a document's id as the inputs gave it, its 32 hexadecimal 
 _PACK_EXAMPLES = """examples:
   officina data pack chats --seq-len 4096
   officina data pack corpus --seq-len 8192                 documents too: then train with data.packing=best_fit
-A run makes the same plan itself when none is stored; that takes about a second for a million documents.
+A run makes the same plan itself when none is stored.
 """
 
 

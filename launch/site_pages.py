@@ -84,8 +84,8 @@ def _submitting(site: Site) -> list[str]:
     largest = f"; the largest usual job: {limit}" if limit else ""
     lines = ["## How to submit", "",
              "On a login node; `--dry-run` shows the plan and the whole script, also from elsewhere:", "",
-             f"    officina submit experiment=mine site={(profile.aliases or [site.id])[0]} nodes={request.nodes} {charged}"
-             f"time={time_words(request.time_s)}", "",
+             f"    officina submit experiment=./my_run.yaml site={(profile.aliases or [site.id])[0]} nodes={request.nodes} "
+             f"{charged}time={time_words(request.time_s)}", "",
              f"Whole nodes of {profile.gpu.per_node} GPUs, one rank a GPU{largest}. Of such a job sbatch is told:", ""]
     told = directives(Script(request, "mine", Path("RUN"), ()))
     lines += [f"    --{option}{'=' if value else ''}{value}{f'    # {why}' if why else ''}"

@@ -282,7 +282,7 @@ def describe_run(run: RunConfig, world_size: int | None) -> list[tuple[str, str]
              ("model", _model_line(run)),
              ("data", _data_line(run)),
              ("batch", f"{batch.global_tokens:,} {unit} a step = {shape}{micros} micro-batch{'es' * (micros > 1)} of up to "
-                       f"{batch.micro_rows} rows a rank"),
+                       f"{batch.micro_rows} row{'s' * (batch.micro_rows > 1)} a rank"),
              ("length", f"{run.steps:,} steps = {run.steps * batch.global_tokens:,} {unit}"),
              ("rate", f"{run.optim.kind}, lr {run.optim.lr:g}, {run.lr_schedule.kind} schedule with "
                       f"{run.lr_schedule.warmup_steps} steps of warm-up")]

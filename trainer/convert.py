@@ -47,7 +47,7 @@ _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 EXAMPLES = """examples:
   officina convert import models/EuroLLM-1.7B --to runs/eurollm
   officina convert export runs/demo --to exported/demo
-  officina convert export runs/demo@200 --to exported/demo-200 --dtype float32
+  officina convert export runs/demo@600 --to exported/demo-600 --dtype float32
   officina convert export runs/lora --to exported/merged
   officina convert export runs/lora --to exported/adapter --adapter
   officina train init_from=models/EuroLLM-1.7B model=from_init data.sources.x.path=DATASET   needs no import

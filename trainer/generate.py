@@ -24,7 +24,7 @@ from officina.trainer.state import PARAM, Source
 
 EXAMPLES = """examples:
   officina generate runs/demo "def fibonacci(n):"
-  officina generate runs/demo "class Queue:" --step 200 --temperature 0
+  officina generate runs/demo "class Queue:" --step 600 --temperature 0
 """
 
 
