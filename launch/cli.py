@@ -1,6 +1,7 @@
 """The console script `officina`: words in, exit status out. Imports nothing heavy until a command needs it."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -9,13 +10,14 @@ from officina.trainer.errors import OfficinaError
 
 _INTERRUPTED = 130
 """128 + SIGINT, as a shell reports it."""
+_UNREAD = 141
+"""128 + SIGPIPE, likewise."""
 _TRAIN_EXAMPLES = """\
 examples:
   officina train experiment=demo
   officina train experiment=demo name=warm optim.lr=1e-3 steps=1e3 engine=zero2
   officina train model=eurollm_1b7 engine=fsdp2 batch.seq_len=4096 data.sources.wiki.path=data/wiki
   officina train experiment=./my_run.yaml time_limit=8h
-  officina train experiment=sft init_from=MODEL data.sources.chats.path=chats engine=fsdp2
   officina train from=runs/demo@600 name=decay steps=1000 lr_schedule=wsd lr_schedule.decay_steps=100   a branch
 """
 _SUBMIT_EXAMPLES = """\
@@ -64,10 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return import_module("officina.trainer.convert").main(argv[1:])
         args = _read(argv)
         module, function = args.command.split(":")
-        return getattr(import_module(module), function)(args)
+        status: int = getattr(import_module(module), function)(args)
+        sys.stdout.flush()
+        return status
     except OfficinaError as error:
         print(f"officina {argv[0]}: {error}", file=sys.stderr)
         return error.exit_status
+    except BrokenPipeError:  # whoever read what we print has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return _UNREAD
     except KeyboardInterrupt:
         print(f"officina {argv[0]}: interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -216,7 +223,9 @@ def _data(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.epilog = """\
 examples:
   officina data build demo/data
-  officina data verify demo/data
+  officina data build chats sft.jsonl --samples --tokenizer MODEL
+  officina data inspect demo/data
+  officina data stage demo/data /scratch/data
   officina data audit runs/demo
   officina data build --help
 """

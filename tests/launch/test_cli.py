@@ -21,7 +21,8 @@ from officina.trainer.errors import (
 )
 
 OFFICINA = Path(sys.executable).with_name("officina")
-COMMANDS = ["train", "resume", "check", "eval", "data", "report", "sites", "demo", "bench"]
+COMMANDS = ["train", "resume", "submit", "plan", "jobs", "logs", "cancel", "check", "eval", "data", "report",
+            "sites", "demo", "bench"]
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +111,15 @@ def test_exit_status_of_errors(monkeypatch, capsys, error, status):
     assert cli.main(["check"]) == status
     told = capsys.readouterr().err
     assert told.startswith("officina check: ") and told.count("\n") == 1 and "Traceback" not in told
+
+
+def test_a_reader_that_leaves_early_is_no_bug():
+    """As in `officina plan ... | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([OFFICINA, "plan", "model=tiny"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

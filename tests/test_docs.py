@@ -1,0 +1,49 @@
+"""The documents name what is there: options, keys, files and headings."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from officina.configs.compose import options
+from officina.configs.job import JobConfig
+from officina.configs.sites import find_site
+from officina.launch import cli
+from officina.trainer.keys import GROUPS, fields_of, generic
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+BESIDE = {"from", "step", "tasks", "key"}
+"""Words of commands that are keys of no run; `key=value` stands for any."""
+COMMAND = re.compile(r"officina (?:train|resume|submit|plan|check|eval) [^`\n]*(?:\\\n[^`\n]*)*")
+
+
+def wrong_words(text):
+    """Words of the commands in a text whose key or option there is not; NAME and other capitals stand for anything."""
+    for line in COMMAND.findall(text):
+        for key, value in re.findall(r"(?<=[ '])([a-z_]+(?:\.\w+)*)=([^\s']*)", line.split(" # ")[0]):
+            option = key in GROUPS and value.islower() and not value.startswith(("./", "{"))
+            if not generic(key) and key not in (*GROUPS, *BESIDE) and key.split(".")[0] not in fields_of(JobConfig):
+                yield f"{key}={value}"
+            elif option and key != "site" and value not in options(key):
+                yield f"{key}={value}"
+            elif option and key == "site":
+                find_site(value)
+
+
+def test_commands_name_options_and_keys_that_are_there():
+    helps = [command.epilog or "" for name in cli._COMMANDS
+             for command in [cli._parser([name])._subparsers._group_actions[0].choices[name]]]
+    found = {page.name: wrong for page in PAGES if (wrong := list(wrong_words(page.read_text(encoding="utf-8"))))}
+    assert found == {} and [wrong for text in helps for wrong in wrong_words(text)] == []
+    assert list(wrong_words("`officina train model=llama3-8b optim.lrr=1`")) == ["model=llama3-8b", "optim.lrr=1"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)", page.read_text(encoding="utf-8")):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor[1:] in {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}, path + anchor
