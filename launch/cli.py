@@ -125,7 +125,7 @@ examples:
   officina check experiment=demo engine=hsdp engine.shard_size=4 --ranks 16
   officina check experiment=demo --yaml
   officina check experiment=demo use=research use.country=FI --explain
-  officina check from=runs/demo lr_schedule=wsd
+  officina check from=runs/demo steps=1000 lr_schedule=wsd lr_schedule.decay_steps=100
 """
 
 
