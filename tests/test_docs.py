@@ -1,15 +1,17 @@
 """The documents name what is there: options, keys, files and headings."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from officina.configs.compose import options
+from officina.configs.compose import compose_all, options
 from officina.configs.job import JobConfig
 from officina.configs.sites import find_site
 from officina.launch import cli
 from officina.trainer.keys import GROUPS, fields_of, generic
+from officina.trainer.validate import problems
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -37,6 +39,20 @@ def test_commands_name_options_and_keys_that_are_there():
     found = {page.name: wrong for page in PAGES if (wrong := list(wrong_words(page.read_text(encoding="utf-8"))))}
     assert found == {} and [wrong for text in helps for wrong in wrong_words(text)] == []
     assert list(wrong_words("`officina train model=llama3-8b optim.lrr=1`")) == ["model=llama3-8b", "optim.lrr=1"]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "officina train " in page.read_text(encoding="utf-8")],
+                         ids=lambda page: page.name)
+def test_runs_that_pages_start_are_taken(page):
+    """Without the data and models that they name: those are not here."""
+    absent = ("model", "init_from", "data.sources", "ranks")
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in re.findall(r"^    (?:PYTHONPATH=\S+ )?officina train (.*)", text, re.MULTILINE):
+        words = [word for word in shlex.split(line, comments=True) if "=" in word]
+        if "..." not in line and not line.startswith("["):
+            composed = compose_all(words, {})
+            found = [*composed.problems, *problems(composed.run, read_data=False)]
+            assert [str(p) for p in found if not p.key.startswith(absent)] == [], line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
