@@ -444,6 +444,8 @@ class RowReader:
     def read(self, samples: np.ndarray, places: Places | None = None) -> Rows:
         """The rows of the global samples `samples`, (n,) int64, in their order; `places` are theirs, if they are known."""
         places = self.order.place(samples) if places is None else places
+        if not len(samples):  # fewer rows than ranks: no row, but all that rows have
+            return next(iter(self.streams.values())).gather(places.row, self.seq_len, borders=self._borders)
         dtypes = [DTYPES[s.dataset.manifest.dtype] for s in self.streams.values()]
         numbers = np.unique(places.source) if len(self.streams) > 1 else places.source[:1]
         parts, digest, lost_of = [], 0, {}

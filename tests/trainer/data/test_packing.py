@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from officina.launch.cli import main as officina
 from officina.trainer.batch import IGNORE
-from officina.trainer.config import RunConfig
+from officina.trainer.config import ObjectiveConfig, RunConfig
 from officina.trainer.data.contents import extents_of_row
 from officina.trainer.data.loader import Loader, validation_rows
 from officina.trainer.data.manifest import open_dataset
@@ -187,10 +187,14 @@ def test_samples_longer_than_a_row_are_refused_cut_off_or_left_out_and_counted(t
     assert plan("split").facts()["truncated"] == 0
 
 
+def of_pairs(folder: Path, **how: object) -> RunConfig:
+    return dataclasses.replace(make_run({"a": (folder, 1.0)}, **how), objective=ObjectiveConfig(kind="dpo"))
+
+
 def test_pairs_stay_in_one_row(tmp_path: Path) -> None:
     lengths = [3, 4, 2, 2, 5, 5, 1, 2]
     write_tokens(tmp_path, {"train": lengths}, samples="pairs")
-    run = make_run({"a": (tmp_path, 1.0)}, seq_len=11, rows=1, shuffle=False)
+    run = of_pairs(tmp_path, seq_len=11, rows=1, shuffle=False)
     plan = RowReader(run).streams["a"].plan
     assert sorted(zip(plan.starts.tolist(), plan.lengths.tolist(), strict=True)) == [(0, 7), (7, 4), (11, 10), (21, 3)]
     rows = RowReader(run).read(np.arange(len(plan)))
@@ -199,11 +203,22 @@ def test_pairs_stay_in_one_row(tmp_path: Path) -> None:
         pairs = int(plan.rows[r + 1] - plan.rows[r])
         assert borders[r] == 2 * pairs - (rows.filled[r] == 12)  # the padding is one more
     with pytest.raises(DataError, match=r"data\.overlong=split would compare parts of answers\. Try: data\.overlong=leave_out"):
-        RowReader(make_run({"a": (tmp_path, 1.0)}, seq_len=8, overlong="split"))
+        RowReader(of_pairs(tmp_path, seq_len=8, overlong="split"))
     with pytest.raises(DataError, match=r"1 of 4 pairs are longer .* batch\.seq_len=9, or data\.overlong=leave_out"):
-        RowReader(make_run({"a": (tmp_path, 1.0)}, seq_len=8))
+        RowReader(of_pairs(tmp_path, seq_len=8))
     with pytest.raises(DataError, match=r"holds pairs, which data\.packing=cut would cut through\. Try: data\.packing=auto"):
-        RowReader(make_run({"a": (tmp_path, 1.0)}, seq_len=8, packing="cut"))
+        RowReader(of_pairs(tmp_path, seq_len=8, packing="cut"))
+
+
+def test_a_rank_without_a_row_has_the_fields_of_the_others(tmp_path: Path) -> None:
+    write_tokens(tmp_path, {"train": [3, 4, 2, 2]}, samples="pairs")
+    run, fields = of_pairs(tmp_path, seq_len=11, rows=1), []
+    for rank in range(2):
+        with Loader(run, rank=rank, world_size=2, position=0) as loader:
+            loader.refer({"a": np.zeros((2, 2), np.float32)})
+            step = loader.next_step()
+        fields.append(set(step.micros[0].fields))
+    assert step.loss_tokens == 2 and fields[0] == fields[1] == {"tokens", "labels", "documents", "positions", "reference"}
 
 
 def test_a_stored_plan_is_the_one_that_would_be_made_and_damage_shows(tmp_path: Path, capsys) -> None:
