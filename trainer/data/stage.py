@@ -14,6 +14,7 @@ from pathlib import Path
 from officina.trainer.data.integrity import ORIGIN
 from officina.trainer.data.manifest import MANIFEST, SHARDS, TOKENIZER, Dataset, open_dataset, sync_folder, write_whole
 from officina.trainer.data.packing import FOLDER as PLANS
+from officina.trainer.data.remote import PIECES, REMOTE
 from officina.trainer.data.shards import index_of
 from officina.trainer.errors import DataError
 
@@ -39,8 +40,7 @@ def stage(folder: str | Path, out: str | Path, budget_bytes: int | None = None,
     are not what the manifest says: then none of them is left in `out`.
     """
     dataset, out = open_dataset(folder), Path(out)
-    if (out / MANIFEST).exists() and open_dataset(out).manifest.fingerprint != dataset.manifest.fingerprint:
-        raise DataError(f"{out} holds another data set. Name an empty folder.")
+    check_target(dataset, folder, out)
     files = list(_files(dataset))
     total = sum((dataset.folder / name).stat().st_size for name, _ in files if (dataset.folder / name).exists())
     there = sum(size for name, _ in files if (out / name).exists()
@@ -66,7 +66,27 @@ def stage(folder: str | Path, out: str | Path, budget_bytes: int | None = None,
                         "the same command goes on.")
     write_whole(out / ORIGIN, json.dumps({"origin": str(dataset.folder.resolve())}).encode())
     _copy(dataset.folder / MANIFEST, out / MANIFEST, None, lambda here: None)
+    forget_store(out)
     return StageReport(len(files) + 1, copied, kept)
+
+
+def check_target(dataset: Dataset, origin: str | Path, out: Path) -> None:
+    """Raise DataError if `out` holds another data set than `origin`, or lists of removed documents that are missing there."""
+    if not (out / MANIFEST).exists():
+        return
+    there = open_dataset(out).manifest
+    if there.fingerprint != dataset.manifest.fingerprint:
+        raise DataError(f"{out} holds another data set. Name an empty folder.")
+    if lost := [each for each in there.removals if each not in dataset.manifest.removals]:
+        raise DataError(f"{out}: documents were removed from it on request ({', '.join(each.path for each in lost)}), but not "
+                        f"from {origin}: staged over, they would be trained on again. Remove them there first "
+                        "(officina data remove DATASET IDS), or stage into an empty folder.")
+
+
+def forget_store(out: Path) -> None:
+    """Every shard is in `out` now: none is read from the store any more."""
+    (out / REMOTE).unlink(missing_ok=True)
+    shutil.rmtree(out / PIECES, ignore_errors=True)
 
 
 def _files(dataset: Dataset) -> Iterator[tuple[str, str | None]]:
@@ -76,7 +96,7 @@ def _files(dataset: Dataset) -> Iterator[tuple[str, str | None]]:
     if manifest.tokenizer:
         known[TOKENIZER] = manifest.tokenizer.sha256
     for path in sorted(dataset.folder.iterdir()):
-        if path.is_file() and path.name not in (*known, MANIFEST, ORIGIN) and path.suffix in _SUFFIXES:
+        if path.is_file() and path.name not in (*known, MANIFEST, ORIGIN, REMOTE) and path.suffix in _SUFFIXES:
             yield path.name, None
     for path in sorted((dataset.folder / PLANS).glob("*.plan")):  # each holds its own checksum
         yield f"{PLANS}/{path.name}", None

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
+from officina.trainer.data.chat import CHAT_TEMPLATE
 from officina.trainer.data.manifest import (
     MANIFEST,
     SHARDS,
@@ -19,11 +20,11 @@ from officina.trainer.data.manifest import (
 )
 from officina.trainer.data.remote import LEAST_BUDGET_BYTES, REMOTE, Remote, Store
 from officina.trainer.data.shards import index_of
-from officina.trainer.data.stage import StageReport, hash_of, room
+from officina.trainer.data.stage import StageReport, check_target, forget_store, hash_of, room
 from officina.trainer.errors import DataError
 
 _PART_BYTES = 64 << 20
-_SMALL = (SHARDS, STATS, TOKENIZER, "policy.json", "croissant.json", "mldcat.jsonld")
+_SMALL = (SHARDS, STATS, TOKENIZER, CHAT_TEMPLATE, "policy.json", "croissant.json", "mldcat.jsonld")
 
 
 def stage_from_store(url: str, out: str | Path, budget_bytes: int | None = None, *, on_demand: bool = False,
@@ -36,8 +37,7 @@ def stage_from_store(url: str, out: str | Path, budget_bytes: int | None = None,
     store, out = Store(url), Path(out)
     with tempfile.TemporaryDirectory(prefix="officina-stage-") as scratch:
         dataset = _fetch_small(store, Path(scratch))
-        if (out / MANIFEST).exists() and open_dataset(out).manifest.fingerprint != dataset.manifest.fingerprint:
-            raise DataError(f"{out} holds another data set. Name an empty folder.")
+        check_target(dataset, store.url, out)
         small = sorted(path.relative_to(scratch).as_posix() for path in Path(scratch).rglob("*") if path.is_file())
         total = 0 if on_demand else sum(entry.bytes for entry in dataset.shards)
         if on_demand:
@@ -67,6 +67,8 @@ def stage_from_store(url: str, out: str | Path, budget_bytes: int | None = None,
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(out / name, content)
             copied += len(content)
+        if not on_demand:
+            forget_store(out)
     return StageReport(len(small) + (0 if on_demand else len(dataset.shards)), copied, kept)
 
 

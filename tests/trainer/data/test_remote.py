@@ -98,6 +98,23 @@ def test_s3_staged_whole_is_the_data_set(bucket: str, corpus: Path, tmp_path: Pa
 
 # ---- faults --------------------------------------------------------------------------------------------------------
 Fault = Callable[[BaseHTTPRequestHandler, bytes], bool]
+def test_a_set_that_was_on_demand_and_is_staged_whole_asks_the_store_no_more(bucket: str, corpus: Path, tmp_path: Path) -> None:
+    stage_from_store(bucket, tmp_path / "here", on_demand=True)
+    digests(tmp_path / "here", 1)
+    stage_from_store(bucket, tmp_path / "here")  # as `officina data verify` says
+    assert not (tmp_path / "here" / REMOTE).exists() and not (tmp_path / "here" / PIECES).exists()
+    assert verify(tmp_path / "here").faults == []
+
+
+def test_processes_beside_each_other_keep_the_budget_together(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}"
+    ranks = [Pieces(tmp_path, Remote(url, 100_000)) for _ in range(8)]
+    for number in range(60):
+        for rank, pieces in enumerate(ranks):
+            pieces.keep(f"{rank}-{number}", bytes(500))
+        assert sum(path.stat().st_size for path in pieces.folder.iterdir()) <= 100_000
+
+
 """Answers a request for a part of a shard in its own way; False = it leaves that to the server."""
 
 

@@ -13,6 +13,7 @@ from data_sets import tokenizer_info, write_tokens
 
 from officina.trainer.data.integrity import ORIGIN
 from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.remote import PIECES, REMOTE
 from officina.trainer.data.removal import remove
 from officina.trainer.data.stage import stage
 from officina.trainer.data.verify import verify
@@ -50,6 +51,30 @@ def test_a_copy_is_whole_and_done_once(dataset: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "fast") == content(dataset)
     two = sum(e.bytes for e in open_dataset(dataset).shards if e.path[-5] in "12" and e.split == "train")
     assert two <= again.copied_bytes < two + 2000 and again.kept_bytes > 0
+
+
+def test_a_copy_does_not_bring_removed_documents_back(dataset: Path, tmp_path: Path) -> None:
+    """The repair from a copy that was made before the request."""
+    stage(dataset, tmp_path / "copy")
+    remove(dataset, ["shards/train-00000.dls:1"])
+    with pytest.raises(DataError, match=r"removed from it on request \(removed/00002\.jsonl\), but not from "
+                       rf"{tmp_path / 'copy'}: .*\(officina data remove DATASET IDS\)"):
+        stage(tmp_path / "copy", dataset)
+    assert len(open_dataset(dataset).manifest.removals) == 2
+    remove(tmp_path / "copy", ["shards/train-00000.dls:1"])
+    stage(tmp_path / "copy", dataset)
+    assert content(dataset) == content(tmp_path / "copy")
+
+
+def test_a_whole_copy_asks_no_store(dataset: Path, tmp_path: Path) -> None:
+    """Neither one that was on demand before, nor the copy of a copy."""
+    stage(dataset, tmp_path / "fast")
+    for folder in (dataset, tmp_path / "fast"):
+        (folder / REMOTE).write_text('{"url": "s3://bucket/d", "budget_bytes": 1}')
+    (tmp_path / "fast" / PIECES).mkdir()
+    stage(dataset, tmp_path / "fast")
+    assert not (tmp_path / "fast" / REMOTE).exists() and not (tmp_path / "fast" / PIECES).exists()
+    assert verify(tmp_path / "fast").faults == []
 
 
 def test_wrong_files_are_all_named_and_none_is_copied(dataset: Path, tmp_path: Path) -> None:
