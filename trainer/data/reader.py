@@ -56,7 +56,7 @@ class Stream:
         self._buffers = Buffers()
         remote = remote_of(dataset.folder)
         self._pieces = Pieces(dataset.folder, remote) if remote else None
-        self._removed_starts, self._removed_stops = removed_spans(dataset, self.entries, removals)
+        self._removed_starts, self._removed_stops = removed_spans(dataset, self.entries, removals, self.shard)
         self._blank = dataset.manifest.tokenizer.eos_id if dataset.manifest.tokenizer else 0
         self.plan: Plan | None = None
         """Rows of whole documents; none: cut from the stream."""
@@ -115,7 +115,7 @@ class Stream:
         for left in reversed(range(TRIES)):
             try:
                 shard = Shard(path, entry, remote=file, seal=self.dataset.seal)
-                file.sound = shard.is_sound
+                file.sound, file.changed = shard.is_sound, shard.has_changed
                 return shard
             except DamagedIndex:  # it may have come damaged, or have been damaged here
                 if not left:

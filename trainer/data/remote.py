@@ -150,7 +150,7 @@ class Pieces:
             temporary.unlink(missing_ok=True)
             return
         self._since_look += len(content)
-        if self._since_look > self._budget // 20:
+        if self._since_look > self._budget // 100:  # so that ten processes beside each other keep the budget too
             self._since_look = 0
             self._make_room()
 
@@ -179,6 +179,10 @@ class RemoteFile:
         self._bounds = [0, *range(first_byte, tokens_end, PIECE_BYTES), tokens_end, entry.bytes]
         self.sound: Callable[[int, bytes], bool] = lambda start, content: True
         """Is the piece at byte `start` as the shard's checksums say? Known when its footer is."""
+        self.changed: Callable[[int, bytes], bool] = lambda start, content: False
+        """Does it hold something else where it was sound before?"""
+        self._unsound: dict[int, bytes] = {}
+        """Pieces that stayed wrong in all tries: not kept on the disk, and not asked for again at each read."""
         self._fetching: dict[int, threading.Lock] = {}
 
     def read_into(self, start: int, out: memoryview) -> None:
@@ -194,6 +198,9 @@ class RemoteFile:
             start, out, number = start + n, out[n:], number + 1
 
     def _read_here(self, number: int, offset: int, out: memoryview) -> bool:
+        if (content := self._unsound.get(number)) is not None:
+            out[:] = content[offset:offset + len(out)]
+            return True
         try:
             file = os.open(self._path(number), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -216,6 +223,11 @@ class RemoteFile:
                             "Restore it in the store.") from exc
         if self.sound(start, content):
             self._pieces.keep(self._name(number), content)
+        elif self.changed(start, content):
+            raise DataError(f"{self._pieces.store.url}/{self.entry.path}: bytes {start} to {stop} are not those any more that "
+                            "this run read there before. Restore the file in the store, then resume the run.")
+        else:
+            self._unsound[number] = content
         return content
 
     def array(self) -> "RemoteArray":
@@ -227,6 +239,7 @@ class RemoteFile:
         stop = self.entry.bytes if stop is None else stop
         for number, (first, end) in enumerate(pairwise(self._bounds)):
             if first < stop and end > start:
+                self._unsound.pop(number, None)
                 self._path(number).unlink(missing_ok=True)
 
     def _name(self, number: int) -> str:

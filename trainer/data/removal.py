@@ -11,7 +11,7 @@ To delete the tokens themselves, build the data set anew without the documents.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,17 @@ def removed_documents(dataset: Dataset, lists: int | None = None) -> dict[str, n
     return {shard: np.unique(np.asarray(numbers, np.int64)) for shard, numbers in found.items()}
 
 
-def removed_spans(dataset: Dataset, entries: list[ShardEntry], lists: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Where the removed documents lie in a split's token stream: (n,) first tokens and (n,) ends, sorted."""
+def removed_spans(dataset: Dataset, entries: list[ShardEntry], lists: int | None,
+                  shard: Callable[[int], Shard]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the removed documents lie in a split's token stream: (n,) first tokens and (n,) ends, sorted.
+
+    shard: opens the shard of an entry, by its number.
+    """
     starts, stops, first = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
     documents = removed_documents(dataset, lists)
-    for entry in entries:
+    for number, entry in enumerate(entries):
         if entry.path in documents:
-            ends, numbers = Shard(dataset.folder / entry.path, entry).ends, documents[entry.path]
+            ends, numbers = shard(number).ends, documents[entry.path]
             starts.append(first + np.where(numbers > 0, ends[numbers - 1], 0))
             stops.append(first + ends[numbers])
         first += entry.tokens

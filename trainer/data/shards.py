@@ -389,17 +389,25 @@ class Shard:
 
     def is_sound(self, start: int, content: bytes) -> bool:
         """Are the bytes from `start` of the file on, whole blocks of tokens, as their checksums say? True for other bytes."""
+        return not self._unsound(start, content)
+
+    def has_changed(self, start: int, content: bytes) -> bool:
+        """Is one of these blocks not sound that was sound when it was checked?"""
+        return any(self._checked[block] and block not in self.lost and block not in self.replaced
+                   for block in self._unsound(start, content))
+
+    def _unsound(self, start: int, content: bytes) -> list[int]:
         first, rest = divmod(start - self._first_byte, GRANULE_BYTES)
         if first < 0 or rest or start >= self._first_byte + len(self._bytes):
-            return True
-        view = memoryview(content)
-        return all(xxhash.xxh3_64_intdigest(view[i:i + GRANULE_BYTES]) == int(self._hashes[first + i // GRANULE_BYTES])
-                   for i in range(0, len(view), GRANULE_BYTES))
+            return []
+        blocks = enumerate(memoryview(content)[i:i + GRANULE_BYTES] for i in range(0, len(content), GRANULE_BYTES))
+        return [first + i for i, block in blocks if xxhash.xxh3_64_intdigest(block) != int(self._hashes[first + i])]
 
     def _open(self, block: int, content: Any) -> bytes:
         """Content of a block that has its checksum: as it is, or with the seal opened and its tag checked."""
         if not len(self._marks) or self._seal is None:
             return bytes(content) if not len(self._marks) else b""
+        before = self._marks[block - 1].tobytes() if block else b""
         try:
             return self._seal.open(block, bytes(content), self._marks[block].tobytes())
         except ValueError:

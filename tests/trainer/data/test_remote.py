@@ -12,9 +12,11 @@ import pytest
 from data_sets import make_run, write_tokens
 
 from officina.trainer.data import remote
+from officina.trainer.data.chat import CHAT_TEMPLATE
 from officina.trainer.data.loader import Loader
 from officina.trainer.data.manifest import MANIFEST, open_dataset
-from officina.trainer.data.remote import PIECES, REMOTE
+from officina.trainer.data.remote import PIECES, REMOTE, TRIES, Pieces, Remote
+from officina.trainer.data.removal import remove
 from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES
 from officina.trainer.data.stage_remote import stage_from_store
 from officina.trainer.data.verify import verify
@@ -96,8 +98,6 @@ def test_s3_staged_whole_is_the_data_set(bucket: str, corpus: Path, tmp_path: Pa
         stage_from_store(bucket, tmp_path / "small", 1000, on_demand=True)
 
 
-# ---- faults --------------------------------------------------------------------------------------------------------
-Fault = Callable[[BaseHTTPRequestHandler, bytes], bool]
 def test_a_set_that_was_on_demand_and_is_staged_whole_asks_the_store_no_more(bucket: str, corpus: Path, tmp_path: Path) -> None:
     stage_from_store(bucket, tmp_path / "here", on_demand=True)
     digests(tmp_path / "here", 1)
@@ -115,6 +115,8 @@ def test_processes_beside_each_other_keep_the_budget_together(tmp_path: Path) ->
         assert sum(path.stat().st_size for path in pieces.folder.iterdir()) <= 100_000
 
 
+# ---- faults --------------------------------------------------------------------------------------------------------
+Fault = Callable[[BaseHTTPRequestHandler, bytes], bool]
 """Answers a request for a part of a shard in its own way; False = it leaves that to the server."""
 
 
@@ -237,6 +239,55 @@ def test_a_block_that_is_always_wrong_is_set_aside_and_never_kept(served: tuple[
     kept = {piece.name for piece in (tmp_path / "here" / PIECES).iterdir()}
     name = open_dataset(corpus).shards[0].sha256[:24]
     assert f"{name}-00001" in kept and f"{name}-00002" not in kept
+
+
+def test_a_piece_that_stays_wrong_is_asked_for_only_when_it_is_met(served: tuple[str, list[Fault]], tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each row of the sound blocks that it holds beside the wrong one."""
+    monkeypatch.setattr(remote, "PIECE_BYTES", 4 * GRANULE_BYTES)
+    url, faults = served
+    stage_from_store(url, tmp_path / "here", on_demand=True)
+    asked: list[str] = []
+
+    def wrong_block(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
+        asked.append(handler.path + handler.headers["Range"])
+        if not asked[-1].startswith(f"/corpus/shards/train-00000.dlsbytes={HEADER_BYTES}-"):
+            return False
+        return answer(handler, content[:GRANULE_BYTES + 9] + b"\x55" + content[GRANULE_BYTES + 10:])
+
+    faults += [wrong_block] * 10_000
+    with Loader(make_run({"a": (tmp_path / "here", 1)}, seq_len=512, rows=32), rank=0, world_size=1, position=0) as loader:
+        lost = [loader.next_step().lost for _ in range(30)]
+    assert {str(step["a"]) for step in lost if step} == {"{'shards/train-00000.dls': [1]}"}
+    wrong = [each for each in asked if f"bytes={HEADER_BYTES}-" in each and "train-00000" in each]
+    assert TRIES <= len(wrong) <= 2 * TRIES
+
+
+def test_a_store_that_is_changed_under_a_run_stops_it(served: tuple[str, list[Fault]], tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that were sound when they were checked, and have gone to make room since."""
+    monkeypatch.setattr("officina.trainer.data.stage_remote.LEAST_BUDGET_BYTES", 1)
+    url, faults = served
+    stage_from_store(url, tmp_path / "here", GRANULE_BYTES, on_demand=True)
+    with Loader(make_run({"a": (tmp_path / "here", 1)}, seq_len=512, rows=32, prefetch_batches=1), rank=0, world_size=1,
+                position=0) as loader:
+        for _ in range(40):  # more than an epoch: every block was checked
+            loader.next_step()
+        faults += [lambda handler, content: answer(handler, bytes(len(content)))] * 10_000
+        with pytest.raises(DataError, match=r"train-0000\d\.dls: bytes \d+ to \d+ are not those any more .*Restore the file"):
+            for _ in range(10):
+                loader.next_step()
+
+
+def test_removed_documents_of_a_set_in_a_store_are_not_read(served: tuple[str, list[Fault]], corpus: Path,
+                                                            tmp_path: Path) -> None:
+    url, _ = served
+    asked = Path(shutil.copytree(corpus, corpus.parent / "asked"))
+    (asked / CHAT_TEMPLATE).write_text("{{ messages }}")
+    remove(asked, [f"shards/train-00000.dls:{i}" for i in range(30)])
+    stage_from_store(url.replace("corpus", "asked"), tmp_path / "here", on_demand=True)
+    assert digests(tmp_path / "here") == digests(asked) != digests(corpus)
+    assert (tmp_path / "here" / CHAT_TEMPLATE).read_text() == "{{ messages }}"
 
 
 def test_a_piece_damaged_here_is_fetched_again(served: tuple[str, list[Fault]], corpus: Path, tmp_path: Path) -> None:
