@@ -1,7 +1,8 @@
 """Sealed sets: tokens lie on the disk as AES-256-GCM ciphertext, block by block, of the same length and at the same place.
 
-A block is 256 KiB of tokens. Its nonce is made from the key, its number and its content by HMAC-SHA256 (the idea of SIV, RFC
-5297), so that the same input gives the same bytes and no nonce serves two contents; both, 28 bytes, stand in the footer.
+A block is 256 KiB of tokens. Its nonce is made from the key, its number, the mark of the block before it and its content by
+HMAC-SHA256 (the idea of SIV, RFC 5297), so that the same input gives the same bytes and no nonce serves two contents; nonce and
+tag, its mark, 28 bytes, stand in the footer. The tag too is over number and mark before: a block of another shard does not fit.
 The checksums of the footer are those of the ciphertext: copies are verified without the key. On first touch a block is opened
 whole and its tag checked; after that, a range of it is decrypted alone (GCM is counter mode).
 
@@ -50,19 +51,22 @@ class Seal:
     def __repr__(self) -> str:
         return f"Seal({self.key_id})"
 
-    def close(self, block: int, content: bytes) -> tuple[bytes, bytes]:
-        """Ciphertext of a block's content, as long as it is, and the block's mark: nonce and tag."""
-        number = block.to_bytes(8, "little")
-        nonce = hmac.digest(self._nonce_key, number + content, "sha256")[:12]
-        sealed = self._gcm.encrypt(nonce, content, number)
+    def close(self, block: int, content: bytes, before: bytes) -> tuple[bytes, bytes]:
+        """Ciphertext of a block's content, as long as it is, and the block's mark: nonce and tag.
+
+        before: mark of the block before; empty for the first.
+        """
+        place = block.to_bytes(8, "little") + before
+        nonce = hmac.digest(self._nonce_key, place + content, "sha256")[:12]
+        sealed = self._gcm.encrypt(nonce, content, place)
         return sealed[:-16], nonce + sealed[-16:]
 
-    def open(self, block: int, sealed: bytes, mark: bytes) -> bytes:
-        """Content of a whole block. Raises ValueError if it is not what `close` sealed under this key and number."""
+    def open(self, block: int, sealed: bytes, mark: bytes, before: bytes) -> bytes:
+        """Content of a whole block. Raises ValueError if it is not what `close` sealed under this key in this place."""
         from cryptography.exceptions import InvalidTag
 
         try:
-            return self._gcm.decrypt(mark[:12], bytes(sealed) + mark[12:], block.to_bytes(8, "little"))
+            return self._gcm.decrypt(mark[:12], bytes(sealed) + mark[12:], block.to_bytes(8, "little") + before)
         except InvalidTag:
             raise ValueError("the tag does not match") from None
 

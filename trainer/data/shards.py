@@ -146,7 +146,8 @@ class ShardWriter:
 
     def _end_granule(self) -> None:
         if self._seal is not None:
-            sealed, mark = self._seal.close(len(self._hashes), bytes(self._open_granule))
+            before = self._marks[-1] if self._marks else b""
+            sealed, mark = self._seal.close(len(self._hashes), bytes(self._open_granule), before)
             self._file.write(sealed)
             self._granule.update(sealed)
             self._marks.append(mark)
@@ -409,7 +410,7 @@ class Shard:
             return bytes(content) if not len(self._marks) else b""
         before = self._marks[block - 1].tobytes() if block else b""
         try:
-            return self._seal.open(block, bytes(content), self._marks[block].tobytes())
+            return self._seal.open(block, bytes(content), self._marks[block].tobytes(), before)
         except ValueError:
             raise DataError(f"{self.path}: block {block} has its checksum, but not its seal: somebody changed it, or sealed it "
                             "with another key. Take the data set from its provider again.") from None

@@ -68,6 +68,31 @@ def test_any_range_of_a_sealed_shard_is_that_of_an_open_one(tmp_path_factory, n:
             Shard(folder / "sealed.dls").read(0, 1)
 
 
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_block_of_another_shard_under_the_same_key_is_found_out(tmp_path: Path, block: int) -> None:
+    """Put with its mark where it stood there, and with a checksum that fits."""
+    class Kept(Seal):
+        def __init__(self, put: dict[int, tuple[bytes, bytes]]) -> None:
+            super().__init__(KEY)
+            self.put, self.closed = put, []
+
+        def close(self, block: int, content: bytes, before: bytes) -> tuple[bytes, bytes]:
+            before = self.closed[-1][1] if self.closed else b""  # what was put came later
+            self.closed.append(super().close(block, content, before))
+            return self.put.get(block, self.closed[-1])
+
+    def written(name: str, seal: Kept) -> Shard:
+        writer = ShardWriter(tmp_path / name, dtype="u8", seal=seal)
+        writer.add(np.random.default_rng(len(name)).integers(0, 256, 2 * GRANULE_BYTES).astype("u1"))
+        writer.close(relative_to=tmp_path, split="train")
+        return Shard(tmp_path / name, seal=Seal(KEY))
+
+    other = Kept({})
+    assert written("one.dls", other).check_all() == []
+    [fault] = written("other.dls", Kept({block: other.closed[block]})).check_all()
+    assert "block 1 has its checksum, but not its seal: somebody changed it" in fault
+
+
 def test_keys_are_read_from_files_and_commands_and_never_told(key: Path, tmp_path: Path) -> None:
     import base64
 
