@@ -7,8 +7,18 @@ import numpy as np
 
 _MOST = 64
 """Arrays of one kind that are kept; whoever holds more gets fresh ones."""
-_OWN = 3
-"""References to an array that only the pool holds, while `take` looks at it: list, loop variable, argument."""
+
+
+def _references_to_free() -> int:
+    """References to an array that only the pool holds, as `take` sees them: of the list, the loop variable and, before
+    Python 3.14, the argument."""
+    kept = [np.empty(0)]
+    for array in kept:
+        return sys.getrefcount(array)
+    raise AssertionError
+
+
+_OWN = _references_to_free()
 
 
 class Buffers:
