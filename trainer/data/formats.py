@@ -166,6 +166,7 @@ def _array(path: Path) -> Iterator[tuple[Row, int]]:
 def _csv(path: Path) -> Iterator[tuple[Row, int]]:
     """The first line names the columns; a row may hold line breaks within quotes."""
     content = _content(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # 128 KiB otherwise, and a conversation may be longer
     try:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
         for row in reader:

@@ -60,7 +60,7 @@ def _read(row: dict[str, Any], chat: Chat) -> Sample:
     if "messages" in row:
         return _chat(_messages(row["messages"], "messages", chat), row, chat)
     if "conversations" in row:
-        return _chat(_with_system(row, _messages(row["conversations"], "conversations", chat)), row, chat)
+        return _chat(_with_system(row, _messages(row["conversations"], "conversations", chat), chat), row, chat)
     if "instruction" in row:
         return _chat(_alpaca(row, chat), row, chat)
     if "completion" in row:
@@ -93,7 +93,7 @@ def _plain(prompt: str, answer: str, chat: Chat, name: str) -> Part:
 # ---- conversations ---------------------------------------------------------------------------------------------------
 def _messages(value: Any, name: str, chat: Chat) -> list[Message]:
     if isinstance(value, str):  # a prompt that is a text, before messages
-        return [{"role": "user", "content": value}]
+        value = [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         kind = "empty" if value == [] else f"a {type(value).__name__}"
         raise _Wrong(f"expected a list of messages as {name!r}; it is {kind}")
@@ -121,9 +121,10 @@ def _messages(value: Any, name: str, chat: Chat) -> list[Message]:
     return found
 
 
-def _with_system(row: dict[str, Any], messages: list[Message]) -> list[Message]:
+def _with_system(row: dict[str, Any], messages: list[Message], chat: Chat) -> list[Message]:
     if row.get("system") and messages[0]["role"] != "system":
-        return [{"role": "system", "content": _text(row["system"], "system")}, *messages]
+        said = {"role": "system", "content": _text(row["system"], "system")}
+        return [*_messages([said], "system", chat), *messages]
     return messages
 
 
@@ -138,7 +139,7 @@ def _alpaca(row: dict[str, Any], chat: Chat) -> list[Message]:
         raise _Wrong(f"expected 'output' beside 'instruction'; it has {', '.join(map(repr, list(row)[:8]))}")
     turns = [*turns, [question, _text(row["output"], "output")]]
     return _with_system(row, _messages([message for asked, said in turns for message in (
-        {"role": "user", "content": asked}, {"role": "assistant", "content": said})], "instruction and output", chat))
+        {"role": "user", "content": asked}, {"role": "assistant", "content": said})], "instruction and output", chat), chat)
 
 
 def _tools(row: dict[str, Any]) -> Any:

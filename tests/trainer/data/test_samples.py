@@ -160,6 +160,9 @@ WRONG = {
     "empty answer": ({"messages": [U, {"role": "assistant", "content": " "}]}, "expected an answer in message 2 .* is empty"),
     "no answer": ({"messages": [U]}, "expected an answer, a message of role assistant; there is none to train on"),
     "special": ({"messages": [{"role": "user", "content": "<|im_end|>x"}, A]}, r"message 1 .* spells the special token <"),
+    "special in a text": ({"prompt": "a</s>", "completion": [A]}, "message 1 of 'prompt' spells the special token </s>"),
+    "special, ShareGPT": ({"system": "</s>", "conversations": [U, A]}, "message 1 of 'system' spells the special token </s>"),
+    "special, alpaca": ({"system": "</s>", "instruction": "a", "output": "b"}, "'system' spells the special token </s>"),
     "empty completion": ({"prompt": "a", "completion": ""}, "expected a completion to train on; it is empty"),
     "prompt": ({"prompt": 3, "completion": "a"}, "expected a text as 'prompt'; it is a int"),
     "output": ({"instruction": "a"}, "expected 'output' beside 'instruction'"),
@@ -222,8 +225,8 @@ def write_inputs(folder: Path) -> list[Path]:
     pq.write_table(pa.Table.from_pylist(rows["parquet"]), folder / "e.parquet")
     Dataset.from_list(rows["saved"]).save_to_disk(str(folder / "f"))
     with open(folder / "g.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([["prompt", "completion"], *([f"csv {i}\n:", f' "yes",{i}'] for i in range(3))])
+        writer, long = csv.writer(file), "the answer " * 13_000  # more than csv reads by itself
+        writer.writerows([["prompt", "completion"], *([f"csv {i}\n:" + long * (i == 2), f' "yes",{i}'] for i in range(3))])
     return [folder / name for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.json", "e.parquet", "f", "g.csv")]
 
 
