@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +15,7 @@ from officina.trainer.data.heldout import LabelFacts
 from officina.trainer.data.integrity import mend
 from officina.trainer.data.loader import validation_batches
 from officina.trainer.data.reader import Stream, validation_streams
-from officina.trainer.data.shards import merge_lost
+from officina.trainer.data.shards import Lost, merge_lost
 from officina.trainer.metrics import EvalMetrics
 from officina.trainer.objective import REWARDS, measured, token_scores
 from officina.trainer.parallel.engine import Engine
@@ -35,16 +36,13 @@ def held_out(engine: Engine, run: RunConfig, ranks: Ranks, step: int,
         began_s = time.perf_counter()
         if references and source in references:
             stream.reference = references[source]
-            yield _pairs(engine, run, ranks, step, source, stream)
+            found, lost = _pairs(engine, run, ranks, step, source, stream)
+            lost = _agreed(lost, mended, bool(*ranks.sum([bool(mended or lost)])), ranks, say)
+            yield replace(found, lost_blocks=sum(map(len, lost.values())))
             continue
         names, sums, answers, lost = _sums(engine, run, ranks, stream)
         total = np.asarray(ranks.sum([*sums.ravel(), *answers, bool(mended or lost)]))
-        if total[-1]:
-            said = [json.loads(text) for text in ranks.gather_text(json.dumps([{source: lost} if lost else {}, mended]))]
-            lost = merge_lost(*(found for found, _ in said)).get(source, {})
-            for text in dict.fromkeys(text for _, texts in said for text in texts):
-                say(text)
-            mended.clear()
+        lost = _agreed(lost, mended, bool(total[-1]), ranks, say)
         nats, tokens, sizes = total[:sums.size].reshape(3, -1)
         known = sizes.sum() > 0
         by_language = {name: {"tokens": int(tokens[i]), "loss_nats": _finite(nats[i] / tokens[i]),
@@ -57,14 +55,27 @@ def held_out(engine: Engine, run: RunConfig, ranks: Ranks, step: int,
             **_answers(total[sums.size:-1], tokens.sum()))
 
 
-def _pairs(engine: Engine, run: RunConfig, ranks: Ranks, step: int, source: str, stream: Stream) -> EvalMetrics:
-    began_s, sums, pairs = time.perf_counter(), np.zeros(1 + len(REWARDS)), 0
-    for batch, _, _ in validation_batches(run, stream, ranks.rank, ranks.world_size, ranks.device):
+def _agreed(lost: Lost, mended: list[str], met: bool, ranks: Ranks, say: Callable[[str], None]) -> Lost:
+    """The lost blocks of all ranks, what became of damaged ones said once; met: has a rank met any? Empties `mended`."""
+    if not met:
+        return {}
+    told = [json.loads(text) for text in ranks.gather_text(json.dumps([lost, mended]))]
+    for text in dict.fromkeys(text for _, texts in told for text in texts):
+        say(text)
+    mended.clear()
+    return merge_lost(*({"": found} for found, _ in told)).get("", {})
+
+
+def _pairs(engine: Engine, run: RunConfig, ranks: Ranks, step: int, source: str, stream: Stream) -> tuple[EvalMetrics, Lost]:
+    """Of all ranks, and the lost blocks under the rows of this one."""
+    began_s, sums, pairs, lost = time.perf_counter(), np.zeros(1 + len(REWARDS)), 0, {}
+    for batch, _, damaged in validation_batches(run, stream, ranks.rank, ranks.world_size, ranks.device):
+        lost = merge_lost({"": lost}, {"": damaged}).get("", {})
         sums += engine.evaluate(batch.to(ranks.device)).double().cpu().numpy()
         pairs += batch.loss_tokens
     loss, *beside, count = ranks.sum([*sums, pairs])
     return EvalMetrics(step=step, source=source, loss_nats=loss / max(count, 1), tokens=int(count),
-                       eval_time_s=time.perf_counter() - began_s, **measured(beside, count))
+                       eval_time_s=time.perf_counter() - began_s, **measured(beside, count)), lost
 
 
 def _answers(sums: np.ndarray, tokens: float) -> dict[str, float]:

@@ -8,7 +8,7 @@ import importlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -203,7 +203,8 @@ class Loader:
         sizes = _micro_sizes(self._run, self._world_size)
         if reader.records:
             records, digest, lost = reader.read_records(own)
-            padding = next((record for record in records if not record.lost), None) or self._sound_record(samples)
+            padding = next((record for record in records if not record.lost), None) or _sound_record(
+                (reader.read_records(np.asarray([i]))[0][0] for i in samples), f"samples {samples[0]} to {samples[-1]}")
             micros = _record_batches(records, padding, sizes, self._decode, self._memory)
         else:
             rows = reader.read(own, planned.places)
@@ -213,14 +214,13 @@ class Loader:
         return StepData(micros, position, stop, sum(m.loss_tokens for m in micros), digest,
                         reader.skips.within(position, stop), planned.source_rows, reader.removals, lost, tuple(mended))
 
-    def _sound_record(self, samples: np.ndarray) -> Record:
-        """A record to fill up with, for a rank that has none of its own."""
-        for sample in samples:
-            [record], _, _ = self._reader.read_records(np.asarray([sample]))
-            if not record.lost:
-                return record
-        raise DataError(f"samples {samples[0]} to {samples[-1]}: every record lies in a damaged block. "
-                        "`officina data verify DATASET` lists the damage.")
+
+def _sound_record(records: Iterable[Record], what: str) -> Record:
+    """The first that is whole: to fill up with, for a rank that has none of its own."""
+    for record in records:
+        if not record.lost:
+            return record
+    raise DataError(f"{what}: every record lies in a damaged block. `officina data verify DATASET` lists the damage.")
 
 
 def validation_sources(run: RunConfig) -> list[str]:
@@ -244,6 +244,8 @@ def validation_batches(run: RunConfig, stream: Stream, rank: int, world_size: in
     """As `validation_rows`, of one stream: batches, the numbers of their rows, and the lost blocks under them."""
     decode, memory = _decoder(run), Memory(torch.device(device).type == "cuda")
     available = stream.rows(run.batch.seq_len) if decode is None else int(stream.document_starts[-1])
+    padding = None if decode is None else _sound_record(
+        map(stream.record, range(available)), f"split {stream.split} of {stream.dataset.folder}")
     for here, size in _shares(run, min(available, run.eval.max_rows), rank, world_size):
         if decode is None:
             found = stream.gather(here, run.batch.seq_len, borders=run.data.mask_documents)
@@ -251,7 +253,7 @@ def validation_batches(run: RunConfig, stream: Stream, rank: int, world_size: in
         else:
             records = [stream.record(int(i)) for i in here]
             lost = merge_lost(*({"": record.lost} for record in records)).get("", {})
-            yield _record_batches(records, stream.record(0), [size], decode, memory)[0], here, lost
+            yield _record_batches(records, padding, [size], decode, memory)[0], here, lost
 
 
 def packed_rows(run: RunConfig, stream: Stream, rank: int, world_size: int,

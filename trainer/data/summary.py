@@ -52,7 +52,7 @@ class Consumed:
     contributors: list[str]
     attribution: str
     lost: int = 0
-    """Tokens (or records) of the rows that lay in damaged blocks: neither read nor counted above."""
+    """Tokens (or records) of the rows that lay in damaged blocks, pairs whole: neither read nor counted above."""
     by_source: dict[str, int] = field(default_factory=dict)
     """Tokens by the sources within the data set."""
     by_language: dict[str, int] = field(default_factory=dict)
@@ -225,6 +225,9 @@ class _Counts:
         if self._records:  # a record is lost with any part of it
             bounds = self._record_bounds()
             whole = (bounds[rows][:, None] < ends) & (bounds[rows + 1][:, None] > firsts)
+            starts, stops = starts[whole.any(1)], stops[whole.any(1)]
+        elif self._stream.dataset.manifest.samples == "pairs":  # and so is a pair
+            whole = (starts[:, None] < ends) & (stops[:, None] > firsts)
             starts, stops = starts[whole.any(1)], stops[whole.any(1)]
         else:
             a, b = np.maximum(starts[:, None], firsts).ravel(), np.minimum(stops[:, None], ends).ravel()

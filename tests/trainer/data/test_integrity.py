@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,19 +14,22 @@ from lives import DECODER, begin, changed, losses, plain_run, states
 
 from officina.launch.report_facts import gather
 from officina.launch.report_page import page
-from officina.trainer.batch import IGNORE
-from officina.trainer.config import CustomModelConfig, RunConfig
+from officina.trainer.batch import IGNORE, Batch
+from officina.trainer.config import CustomModelConfig, ObjectiveConfig, RunConfig
 from officina.trainer.data import shards
-from officina.trainer.data.integrity import origin_of, read_past_cache
+from officina.trainer.data.integrity import mend, origin_of, read_past_cache
 from officina.trainer.data.ledger import Ledger, audit, read_ledger
-from officina.trainer.data.loader import Loader, StepData
+from officina.trainer.data.loader import Loader, StepData, validation_batches
 from officina.trainer.data.manifest import open_dataset, write_manifest
+from officina.trainer.data.reader import validation_streams
 from officina.trainer.data.removal import remove
 from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES, Shard, SplitWriter, write_records
 from officina.trainer.data.stage import stage
 from officina.trainer.data.summary import summarise
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
+from officina.trainer.evaluate import held_out
+from officina.trainer.ranks import LONE, Ranks
 from officina.trainer.run_dir import save_config
 
 BLOCK = GRANULE_BYTES // 4
@@ -206,8 +210,6 @@ def test_records_of_a_lost_block_are_not_valid(tmp_path: Path) -> None:
     write_records(tmp_path / "d", [bytes([i]) * 100_000 for i in range(40)], name="r")
     run = replace(make_run({"a": (tmp_path / "d", 1)}, seq_len=1, rows=10, micro_rows=4),
                   model=CustomModelConfig(factory="x:x", loss="x:x", decoder="test_integrity:decode"))
-    import sys
-
     sys.modules["test_integrity"] = sys.modules[__name__]
     flip(tmp_path / "d", 2)  # bytes 524,288 to 786,432: records 5, 6, 7
     for world_size in (1, 3, 11):
@@ -221,6 +223,49 @@ def test_records_of_a_lost_block_are_not_valid(tmp_path: Path) -> None:
     keep_ledger(run, tmp_path / "run", 4, 2)
     assert audit(tmp_path / "run").faults == []
     assert (summarise(tmp_path / "run").sources["a"].lost, summarise(tmp_path / "run").total) == (3, 37)
+
+
+def test_held_out_records_of_a_lost_block_are_not_valid_even_the_first(tmp_path: Path) -> None:
+    sys.modules["test_integrity"] = sys.modules[__name__]
+    for split in ("train", "validation"):
+        write_records(tmp_path / "d", [bytes([i]) * 300_000 for i in range(3)], split=split, name="r")
+    run = replace(make_run({"a": (tmp_path / "d", 1)}, seq_len=1, rows=2, micro_rows=2),
+                  model=CustomModelConfig(factory="x:x", loss="x:x", decoder="test_integrity:decode"))
+    flip(tmp_path / "d", 0, split="validation")  # record 0
+    stream = validation_streams(run, on_damage=mend)["a"]
+    found = [(batch, lost) for rank in range(2) for batch, _, lost in validation_batches(run, stream, rank, 2)]
+    seen = [int(x[0]) for batch, _ in found for x, good in zip(batch.fields["x"], batch.fields["valid"], strict=True) if good]
+    assert seen == [1, 2] and found[0][1] == {"shards/validation-00000.dls": [0]}
+
+
+@pytest.fixture()
+def pairs(tmp_path: Path) -> RunConfig:
+    """Two pairs a split, a row each; the first fills a block and 14 tokens of the next."""
+    write_tokens(tmp_path / "d", {split: [BLOCK - 6, 20, 100, 50] for split in ("train", "validation")}, samples="pairs")
+    return replace(make_run({"a": (tmp_path / "d", 1)}, seq_len=BLOCK + 13, rows=1, micro_rows=1),
+                   objective=ObjectiveConfig(kind="dpo"))
+
+
+def test_a_pair_that_lost_a_part_is_not_counted_at_all(pairs: RunConfig, tmp_path: Path) -> None:
+    flip(tmp_path / "d", 0)
+    (tmp_path / "run").mkdir()
+    keep_ledger(pairs, tmp_path / "run", 2, 1)
+    assert audit(tmp_path / "run").faults == []
+    found = summarise(tmp_path / "run")
+    assert (found.sources["a"].lost, found.total) == (BLOCK + 14, 150)
+
+
+def test_damage_under_held_out_pairs_is_told(pairs: RunConfig, tmp_path: Path) -> None:
+    class Engine:
+        def evaluate(self, batch: Batch) -> torch.Tensor:
+            return torch.zeros(5)
+
+    flip(tmp_path / "d", 0, split="validation")
+    said: list[str] = []
+    [found] = held_out(Engine(), pairs, Ranks(LONE, torch.device("cpu")), 3, said.append, {"a": np.zeros((2, 2), np.float32)})
+    assert (found.tokens, found.lost_blocks) == (1, 1)
+    [told] = said
+    assert "validation-00000.dls: block 0" in told and "is set aside" in told
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------
