@@ -81,13 +81,13 @@ def reference(trained: Path) -> dict[str, tuple[float, int, int]]:
 def test_any_engine_and_ranks_give_what_a_plain_count_gives(pool, trained: Path) -> None:
     wanted, run = reference(trained), load_config(trained)
     nats, tokens, sizes = (sum(of[i] for of in wanted.values()) for i in range(3))
-    for name, engine, n in (("one", SingleConfig(), 1), ("ddp", DDPConfig(), 3), ("fsdp2", FSDP2Config(), 2),
+    for name, engine, n in (("single", SingleConfig(), 1), ("ddp", DDPConfig(), 3), ("fsdp2", FSDP2Config(), 2),
                             ("zero3", ZeroConfig(stage=3, persistence_threshold=0), 2)):
         folder = ask(trained, name, replace(run, engine=engine))
         assert pool.run(n, "tests.trainer.evaluation_cases:evaluate", str(folder)) == [0] * n
         results = read_results(folder)
         [found] = results.held_out
-        assert (results.step, results.engine, results.world_size) == (3, engine.kind, n)
+        assert (results.step, results.engine, results.world_size) == (3, name, n)
         assert (found["source"], found["tokens"], found["text_bytes"]) == ("text", tokens, pytest.approx(sizes))
         assert found["loss_nats"] == pytest.approx(nats / tokens, rel=1e-5)
         assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / sizes, rel=1e-5)
