@@ -86,6 +86,17 @@ def import_model(folder: Path, run_dir: Path, words: Sequence[str] = ()) -> str:
     return hash_
 
 
+class _Stored:
+    """A source's values as the files hold them: rounded to their dtypes. Their hash is the one that is read there."""
+
+    def __init__(self, source: Source, plan: Sequence[ToWrite], ours: Mapping[str, str]) -> None:
+        self._source = source
+        self._dtypes = {ours[tensor.name]: DTYPES[tensor.dtype] for tensor in plan if tensor.name in ours}
+
+    def read(self, name: str, slot: str, start: int, stop: int) -> torch.Tensor:
+        return self._source.read(name, slot, start, stop).to(self._dtypes[name])
+
+
 class _Nothing:
     """Sizes without values."""
 
@@ -113,7 +124,7 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
     """Write RUN, RUN@STEP or the directory of a checkpoint to `folder` in Hugging Face's form.
 
     dtype: float32, bfloat16 or float16; None = that of the model the run started from, else the one it computed in.
-    Returns what was written: `family`, `dtype`, `hash`, `files` (name -> SHA-256), `step`, `bytes`.
+    Returns what was written: `family`, `dtype`, `hash` (of the values as stored), `files` (name -> SHA-256), `step`, `bytes`.
     """
     run_dir, step = _which(text)
     run = load_config(run_dir)
@@ -136,7 +147,7 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
         with plain_weights(run_dir, opened, Alone()) as source:
             if source is opened:
                 opened.check_fits(shapes)
-            hash_ = weights_hash(source, shapes, Alone())
+            hash_ = weights_hash(_Stored(source, plan, ours), shapes, Alone())
             for name, tensors in writer.shards.items():
                 writer.write(name, _bytes_of(tensors, ours, source, family))
         step = opened.step

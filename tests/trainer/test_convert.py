@@ -109,6 +109,8 @@ def test_a_run_from_random_weights_is_exported_as_the_family_that_fits(tmp_path,
     prompt = list(range(7))
     assert our_tokens(tmp_path / "run", prompt, 12) == their_tokens(tmp_path / "out", prompt, 12)
     card = (tmp_path / "out/README.md").read_text()
+    narrow = export_run(str(tmp_path / "run"), tmp_path / "narrow", dtype="bfloat16")  # rounded: other weights, and it says so
+    assert narrow["hash"] == import_model(tmp_path / "narrow", tmp_path / "again") != found["hash"]
     for told in ("CC-BY-4.0", '- "fin_Latn"', "None: trained from random weights", "| optimizer steps | 2 |", "perplexity",
                  "training FLOPs"):
         assert told in card, told
