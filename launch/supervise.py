@@ -54,8 +54,9 @@ class Job(NamedTuple):
     """The Slurm job we are in; empty outside of one."""
 
     id: str
+    """As Slurm takes it for this job alone: `ARRAY_TASK` in an array, whose last task has the number of the whole array."""
     names: tuple
-    """The ids under which RUN/jobs.jsonl may know it: a task of an array has two."""
+    """The ids under which RUN/jobs.jsonl and RUN/attempts.jsonl may know it: a task of an array has two."""
     restart: int
     """How often it was requeued: SLURM_RESTART_COUNT."""
 
@@ -332,9 +333,9 @@ def stopped_before(run_dir, job):
 def read_job(environ):
     """The job that the environment tells of."""
     job, array = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_ARRAY_JOB_ID", "")
-    names = (job, "{}_{}".format(array, environ.get("SLURM_ARRAY_TASK_ID", ""))) if array else (job,)
+    names = ("{}_{}".format(array, environ.get("SLURM_ARRAY_TASK_ID", "")), job) if array else (job,)
     restart = environ.get("SLURM_RESTART_COUNT", "")
-    return Job(job, names, int(restart) if restart.isdigit() else 0)
+    return Job(names[0], names, int(restart) if restart.isdigit() else 0)
 
 
 def _slurm(*words):

@@ -16,6 +16,7 @@ from officina.configs.sites import find_site
 from officina.launch import cli
 from officina.launch.job_record import read_jobs
 from officina.launch.site_rows import time_words
+from officina.launch.supervise import read_attempts
 from officina.trainer.run_dir import load_config
 from tests.launch.submit_cases import ACCOUNTS, SITES, cases
 
@@ -171,6 +172,7 @@ def test_a_sweep_and_another_command(tmp_path, monkeypatch):
         assert [(r.job_id, r.array_index) for r in read_jobs(run_dir)] == [(f"{sweep}_{i}", i)]
         assert (run_dir / read_jobs(run_dir)[0].script).resolve().is_file()
         assert (run_dir / f"logs/slurm-{sweep}_{i}.out").exists()
+        assert [(a["job"], a["outcome"]) for a in read_attempts(str(run_dir))] == [(f"{sweep}_{i}", "done")]
         assert load_config(run_dir).optim.lr == float(rate)
     assert (tmp_path / "corpus/dataset.json").is_file(), log(tmp_path)
     assert read_jobs(tmp_path / "runs/data-build-1")[0].what == "data"

@@ -278,8 +278,9 @@ def test_ranks_that_srun_killed_while_they_left_had_left_in_good_order():
 
 
 def test_an_array_task_has_two_names():
-    found = supervise.read_job({"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2"})
-    assert found.names == ("12", "10_2") and found.restart == 0
+    found = supervise.read_job({"SLURM_JOB_ID": "10", "SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2"})
+    assert found.names == ("10_2", "10") and found.restart == 0
+    assert found.id == "10_2", "to Slurm 10 is the whole array: its steps would be ended and its tasks requeued"
 
 
 # ---- RUN/jobs.jsonl ------------------------------------------------------------------------------------------------
