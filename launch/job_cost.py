@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from officina.launch.job_request import Request
+from officina.launch.job_request import RANKED, Request
 from officina.launch.site_rows import time_words
 from officina.trainer.errors import Problem
 
@@ -24,9 +24,9 @@ def cost_of_job(request: Request) -> float | None:
     return request.nodes * share * rate * request.time_s / 3600
 
 
-def sweep_problems(request: Request, n_runs: int) -> list[Problem]:
-    """What an array of `n_runs` jobs must not ask for."""
-    job, cost, most = request.job, cost_of_job(request), most_jobs(request)
+def sweep_problems(request: Request) -> list[Problem]:
+    """What an array of jobs must not ask for."""
+    job, cost, most, n_runs = request.job, cost_of_job(request), most_jobs(request), request.runs
     found = []
     if n_runs < 2:
         return found
@@ -36,19 +36,30 @@ def sweep_problems(request: Request, n_runs: int) -> list[Problem]:
     if most and n_runs > most:
         found.append(Problem("jobs", None, f"the sweep is {n_runs} jobs, and {request.profile.name} takes {most} of one user "
                              "at once there", f"a sweep of {most} runs"))
-    if job.budget and cost and cost * n_runs > job.budget:
-        found.append(Problem("budget", f"{job.budget:g}", f"{n_runs} runs may cost {cost * n_runs:,.0f} "
-                             f"{request.profile.billing.unit}s", f"budget={-(-cost * n_runs // 1):.0f}"))
+    whole = cost * n_runs * _starts(request) if cost else 0.0
+    if job.budget and whole > job.budget:
+        found.append(Problem("budget", f"{job.budget:g}", f"{n_runs} runs may cost {whole:,.0f} "
+                             f"{request.profile.billing.unit}s", f"budget={-(-whole // 1):.0f}"))
     return found
 
 
+def _starts(request: Request) -> int:
+    """How often each run may start as it was asked for: what queues itself again does so once at least."""
+    if request.what not in RANKED:
+        return 1
+    return max(request.job.jobs or 1, 2 if request.job.requeue else 1)
+
+
 def chain_length(request: Request) -> int:
-    """Jobs of the chain: as said, else as many as the budget pays for."""
-    if request.job.jobs:
-        return request.job.jobs
-    cost = cost_of_job(request)
-    if request.job.budget and cost:
-        return max(1, min(int(request.job.budget / cost), most_jobs(request) or MOST_JOBS, MOST_JOBS))
+    """Jobs of the chain of each run: as said, else as many as the budget pays for. No chain: a command that is no run, which
+    would be done over, and runs of a sweep, whose array goes on only by requeueing itself."""
+    job, cost = request.job, cost_of_job(request)
+    if request.what not in RANKED:
+        return 1
+    if job.jobs:
+        return job.jobs
+    if job.budget and cost and (request.runs == 1 or job.requeue):
+        return max(1, min(int(job.budget / (cost * request.runs)), most_jobs(request) or MOST_JOBS, MOST_JOBS))
     return 1
 
 
@@ -65,11 +76,11 @@ def money_problems(request: Request) -> Iterator[Problem]:
     if job.budget and cost is None:
         yield Problem("budget", f"{job.budget:g}", f"it is not known what a job costs on {request.profile.name}",
                       "leave budget out, and say jobs=3")
-    elif job.budget and cost and cost * (job.jobs or 1) > job.budget * (1 + 1e-9):
-        fits = int(job.budget / cost + 1e-9)
-        remedy = f"jobs={fits}" if fits and job.jobs else f"budget={-(-cost // 1):.0f}"
-        yield Problem("budget", f"{job.budget:g}", f"{job.jobs or 1} job{'s' * ((job.jobs or 1) > 1)} of "
-                      f"{time_words(request.time_s)} may cost {cost * (job.jobs or 1):,.0f} {unit}s", remedy)
+    elif job.budget and cost and cost * (starts := _starts(request)) > job.budget * (1 + 1e-9):
+        fits, least = int(job.budget / cost + 1e-9), 2 if job.requeue else 1
+        remedy = f"jobs={fits}" if fits >= least and job.jobs else f"budget={-(-cost * least // 1):.0f}"
+        yield Problem("budget", f"{job.budget:g}", f"{starts} job{'s' * (starts > 1)} of "
+                      f"{time_words(request.time_s)} may cost {cost * starts:,.0f} {unit}s", remedy)
     if job.jobs and most and job.jobs > most:
         yield Problem("jobs", job.jobs, f"{request.profile.name} takes {most} job{'s' * (most > 1)} of one user at once there",
                       f"jobs={most}" + (" requeue=true" if most == 1 else ""))

@@ -236,7 +236,7 @@ def _jobs_words(plan: JobPlan) -> str:
     jobs, needed, job = chain_length(plan.request), plan.jobs_needed, plan.request.job
     text = f"{jobs}" + (", each goes on where the one before it stopped" if jobs > 1 and not job.requeue else "")
     if job.requeue:
-        text = f"1, which queues itself again at its time limit, {max(jobs, 2)} times at most"
+        text = f"1, which queues itself again at its time limit and runs {max(jobs, 2)} times at most"
     if needed and needed > jobs:
         text += f"; the run needs about {needed}: jobs={needed}"
     return text

@@ -32,6 +32,8 @@ class Request:
     """The officina command."""
     wants_gpus: bool = True
     """A run that is not said to be for CPUs, or a command that computes."""
+    runs: int = 1
+    """Of a sweep: each is a task of one array."""
 
     @property
     def profile(self) -> SiteProfile:

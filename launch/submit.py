@@ -121,6 +121,7 @@ def prepare(words: Sequence[str], runs_dir: Path, *, dry_run: bool = False, forc
     site = _site(job, first, environ, problems)
     request = make_request(site, job, what=what, account=first.run.site.account,
                            cpu_ranks=(first.run.ranks or 1) if first.run.device == "cpu" else 0)
+    request = replace(request, runs=len(sweep))
     plans, planned = [], []
     for make in makers:
         plan = make(request.world_size)
@@ -130,7 +131,7 @@ def prepare(words: Sequence[str], runs_dir: Path, *, dry_run: bool = False, forc
         planned.append(make_plan(request, plan.run, run_dir=plan.run_dir if what == "resume" else None,
                                  steps_done=plan.origin.step if plan.origin else 0))
     problems += _unique([p for plan in plans for p in [*plan.problems, *_ranks(request, plan)]])
-    problems += [*site_problems(request), *sweep_problems(request, len(plans))]
+    problems += [*site_problems(request), *sweep_problems(request)]
     if not problems:
         problems += _unique([p for one in planned for p in memory_problems(one)])
     notes = [f"{plan.run_dir}: {' '.join(varied)}" for plan, (_, varied) in zip(plans, sweep, strict=True) if varied]
@@ -239,6 +240,8 @@ def _prepare_command(what: str, job: JobConfig, problems: list[Problem], own: li
     problems = problems + site_problems(request)
     if request.nodes > 1:
         problems.append(Problem("nodes", request.nodes, f"{what} runs on one node", "nodes=1"))
+    if (job.jobs or 1) > 1:
+        problems.append(Problem("jobs", job.jobs, f"{what} is no run that a next job could go on with", "jobs=1"))
     if not dry_run:
         problems += missing_paths(request)
     return Prepared(request, script, (), problems, [])

@@ -10,6 +10,7 @@ import pytest
 
 from officina.configs.sites import announced, find_site
 from officina.launch import cli
+from officina.launch.job_cost import chain_length
 from officina.launch.job_request import make_request
 from officina.launch.site_rows import time_words
 from officina.trainer.errors import ConfigError, LaunchError, Problem
@@ -264,7 +265,14 @@ def test_runs_of_a_sweep_are_judged_each():
     assert [plan.run.name for plan in found.plans] == ["mine-0", "mine-1", "mine-2", "mine-3"]
     assert {p.key for p in prepared(*words("leonardo-booster", "seed=1,2", "jobs=2")).problems} == {"jobs"}
     assert {p.key for p in prepared(*words("leonardo-booster", "seed=1,2", "nodes=1", "budget=100")).problems} == {"budget"}
-    assert not prepared(*words("leonardo-booster", "seed=1,2", "nodes=1", "budget=128")).problems
+    two_each = prepared(*words("leonardo-booster", "seed=1,2", "nodes=1", "budget=128"))
+    assert not two_each.problems and chain_length(two_each.request) == 1, "the budget of all runs pays for one job of each"
+    assert "singleton" not in two_each.text and "--chain" not in two_each.text
+    again = prepared(*words("leonardo-booster", "seed=1,2", "nodes=1", "budget=400", "requeue=true"))
+    assert not again.problems and "--max-jobs 3 " in again.text, "400 of 2 x 64"
+    for more in (["seed=1,2", "budget=200"], ["seed=1,2", "jobs=4", "budget=400"], ["budget=100"]):
+        dear = prepared(*words("leonardo-booster", "nodes=1", "requeue=true", *more)).problems
+        assert {p.key for p in dear} == {"budget"}, f"{more}: a job that queues itself again runs twice at least"
     assert "takes 1 of one user" in str(prepared(*words("meluxina-gpu", "qos=long", "seed=1,2")).problems)
     with pytest.raises(LaunchError, match="resume: goes on with one run"):
         prepared("resume", "runs/mine", "seed=1,2", "site=lumi", "time=1h")
@@ -283,6 +291,10 @@ def test_other_commands():
     assert {p.key for p in two.problems} == {"nodes"}
     bench = prepared("bench", "all", "site=lumi", "account=project_1", "time=1h", "gpus=1", "partition=small-g")
     assert "#SBATCH --gpus-per-node=1" in bench.text and not bench.problems
+    evaluate = ["eval", "runs/mine", "site=leonardo", "account=a", "time=1h"]
+    once = prepared(*evaluate, "budget=1000")
+    assert not once.problems and chain_length(once.request) == 1 and "singleton" not in once.text, "not 31 times the same"
+    assert {p.key for p in prepared(*evaluate, "jobs=2").problems} == {"jobs"}
 
 
 def test_options_of_submit_and_of_the_command(capsys):
