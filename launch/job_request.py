@@ -1,8 +1,9 @@
 """What a job asks of its site: queue, nodes, GPUs, tasks, cores and memory, from the job's words and the site's profile."""
 
+import os
 from dataclasses import dataclass
 
-from officina.configs.job import JobConfig
+from officina.configs.job import JobConfig, expand
 from officina.configs.site_profile import Partition, Qos, Queue, SiteProfile
 from officina.configs.sites import Site
 
@@ -69,6 +70,14 @@ class Request:
         if not name:
             return NO_IMAGE
         return PYXIS if name.endswith((".sqsh", ".squashfs")) or "#" in name else IMAGE_FILE
+
+    @property
+    def image(self) -> str:
+        """The image as the node finds it, with `~` and variables of who submits. pyxis takes `a/b.sqsh` for a registry's."""
+        name = self.job.container
+        if self.image_kind == PYXIS and "#" not in name:
+            return str(expand(name))
+        return os.path.expanduser(os.path.expandvars(name))
 
     @property
     def partition_limits(self) -> Partition:

@@ -1,5 +1,6 @@
 """What a site would refuse, or let start and fail: told before sbatch, each fault with a word that works."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -223,9 +224,14 @@ def missing_paths(request: Request) -> list[Problem]:
     if request.image_kind == IMAGE_FILE and not expand(image).exists():
         shown = request.profile.container.images
         found.append(Problem("container", image, "there is no such image", f"container={shown or 'PATH.sif'}"))
-    if venv and not (expand(venv) / "bin/python").exists():
-        found.append(Problem("venv", venv, "is no virtual environment: there is no bin/python in it",
-                             f"python3 -m venv {venv} && {venv}/bin/pip install officina"))
+    python = expand(venv) / "bin/python"
+    if venv and not (os.path.lexists(python) if request.image_kind else python.exists()):  # made in an image: a link into it
+        made = f"python3 -m venv {venv} && {venv}/bin/pip install officina"
+        if request.image_kind == IMAGE_FILE:
+            runtime = request.profile.container.runtime or "apptainer"
+            made = (f"{runtime} exec {image} sh -c 'python3 -m venv --system-site-packages {venv} && "
+                    f"{venv}/bin/pip install officina'")
+        found.append(Problem("venv", venv, "is no virtual environment: there is no bin/python in it", made))
     return found
 
 

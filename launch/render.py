@@ -160,8 +160,7 @@ def _software(script: Script) -> Iterator[str]:
         yield f"export PATH={quote(script.venv)}/bin:$PATH"
         yield f'[ -x {quote(script.python)} ] || stop {quote(f"{script.python} is not there, seen from the node")}'
     if image == IMAGE_FILE:
-        image_file = request.job.container
-        yield f'[ -e {quote(image_file)} ] || stop {quote(f"{image_file} is not there, seen from the node")}'
+        yield f'[ -e {quote(request.image)} ] || stop {quote(f"{request.image} is not there, seen from the node")}'
 
 
 def _environment(script: Script) -> Iterator[str]:

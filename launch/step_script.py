@@ -50,7 +50,7 @@ def step_words(request: Request, *, python: str, binds: Sequence[str]) -> list[l
     lines = _mpirun(request) if request.job.launcher == "mpirun" else [_srun(request)]
     if request.image_kind == PYXIS:
         mounts = ",".join(f"{path}:{path}" for path in [*request.profile.container.binds, *binds])
-        lines.append([f"--container-image={quote(request.job.container)}", f"--container-mounts={quote(mounts)}"])
+        lines.append([f"--container-image={quote(request.image)}", f"--container-mounts={quote(mounts)}"])
     elif request.image_kind == IMAGE_FILE:
         lines.append(image_words(request, binds))
     program = ["-m", "torch.distributed.run"] if request.job.launcher == "torchrun" else ["-m", "officina.trainer", '"$RUN"']
@@ -63,7 +63,7 @@ def image_words(request: Request, binds: Sequence[str]) -> list[str]:
     container = request.profile.container
     wanted = [*([] if container.setup else container.binds), *binds]
     return [container.runtime or "apptainer", "exec", *([container.gpu_flag] if container.gpu_flag and request.gpus else []),
-            *([f"--bind={quote(','.join(wanted))}"] if wanted else []), quote(request.job.container)]
+            *([f"--bind={quote(','.join(wanted))}"] if wanted else []), quote(request.image)]
 
 
 # ---- srun ----------------------------------------------------------------------------------------------------------------

@@ -204,10 +204,23 @@ def test_a_python_for_another_processor(project):
     assert found and found[0].key == "venv" and "is for aarch64" in found[0].rule
 
 
+def test_an_environment_made_in_an_image_is_one(project, monkeypatch):
+    """Its python is a link into the image, which leads nowhere outside."""
+    Path("within/bin").mkdir(parents=True)
+    Path("within/bin/python").symlink_to("/opt/of-the-image/bin/python3")
+    Path("there.sif").touch()
+    monkeypatch.setenv("IMAGES", str(project))
+    found = prepared(*words("lumi-g", "container=$IMAGES/there.sif", "venv=within"), dry_run=False)
+    assert not {p.key for p in found.problems} & {"container", "venv"}
+    assert f"[ -e {project}/there.sif ] ||" in found.text and f" {project}/there.sif \\\n" in found.text, "as it is at the node"
+    assert "venv" in {p.key for p in prepared(*words("lumi-g", "venv=within"), dry_run=False).problems}
+
+
 def test_what_is_not_there_is_refused_where_it_is_submitted():
     found = {p.key: p for p in prepared(*words("lumi-g", "container=nowhere.sif"), dry_run=False).problems}
     assert "there is no such image" in found["container"].rule and "no virtual environment" in found["venv"].rule
     assert "lumi-multitorch" in found["container"].remedy
+    assert found["venv"].remedy.startswith("singularity exec nowhere.sif sh -c 'python3 -m venv --system-site-packages venv &&")
     missing = words("lumi-g", "data.sources.text.path=elsewhere")
     assert "is no data set" in str(prepared(*missing, dry_run=False).problems)
     seen = prepared(*missing)
