@@ -119,7 +119,7 @@ def _directives(script: Script) -> Iterator[str]:
     for option, value, why in directives(script):
         if why:
             yield f"# {why}:"
-        yield f"#SBATCH --{option}{'=' if value else ''}{value}"
+        yield f"#SBATCH --{option}" + (f"={quote(value)}" if value else "")
     if script.request.job.slurm.extra:
         yield "# yours (slurm.extra):"
         for text in script.request.job.slurm.extra:

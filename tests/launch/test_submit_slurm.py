@@ -25,9 +25,10 @@ JOB = ["site=slurm", "time=10m", "stop_before=30s", "attempts=1"]
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    write_tokens(tmp_path / "data", {"train": [300] * 6, "validation": [64]}, tokenizer=tokenizer_info("0" * 64, 2048))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    folder = tmp_path / "a folder's name"  # Slurm and shell must take it as one word
+    write_tokens(folder / "data", {"train": [300] * 6, "validation": [64]}, tokenizer=tokenizer_info("0" * 64, 2048))
+    monkeypatch.chdir(folder)
+    return folder
 
 
 def submit(cluster: SlurmCluster, folder: Path, *given: str) -> str:
