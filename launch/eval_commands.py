@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import time
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from officina.trainer.errors import EXIT_DONE, CheckpointError, ConfigError, Lau
 from officina.trainer.evaluation import EVALS, REQUEST, RESULTS, Request, Results, read_request, read_results, write_request
 from officina.trainer.metrics import bits_per_byte
 from officina.trainer.rank_env import read_rank_env
-from officina.trainer.run_dir import load_config, save_config, unwritable
+from officina.trainer.run_dir import CONFIG, config_text, load_config, save_config, unwritable
 from officina.trainer.validate import missing_packages, problems
 
 _WAIT_S = 120.0
@@ -49,7 +48,7 @@ def evaluate(args: argparse.Namespace) -> int:
     folder = run_dir / EVALS / f"step-{request.step:08d}-{_digest(words, request)}"
     env = read_rank_env(os.environ)
     if env and env.rank:
-        _wait_for(folder, request)
+        _wait_for(folder, run, request)
     else:
         _make_ready(folder, run, request)
     status = start(folder, run, os.environ)
@@ -96,18 +95,19 @@ def _digest(words: list[str], request: Request) -> str:
 
 def _make_ready(folder: Path, run: RunConfig, request: Request) -> None:
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULTS).unlink(missing_ok=True)  # no more: where this was asked before, other ranks may have begun
         save_config(run, folder)
         write_request(folder, request)
     except OSError as error:
         raise unwritable(folder, error) from error
 
 
-def _wait_for(folder: Path, request: Request) -> None:
-    """Until rank 0 has written the request that this rank came to itself."""
-    deadline = time.monotonic() + _WAIT_S
-    while not (folder / REQUEST).is_file() or read_request(folder) != request:
+def _wait_for(folder: Path, run: RunConfig, request: Request) -> None:
+    """Until the run and the request that this rank came to itself are there."""
+    deadline, config = time.monotonic() + _WAIT_S, folder / CONFIG
+    while not ((folder / REQUEST).is_file() and config.is_file() and read_request(folder) == request
+               and config.read_text(encoding="utf-8") == config_text(run)):
         if time.monotonic() > deadline:
             raise LaunchError(f"{folder / REQUEST} has not appeared after {_WAIT_S:.0f} s. All ranks must see the same run "
                               "directory: check that it is on a shared file system.")

@@ -1,0 +1,36 @@
+"""The folder of an evaluation under srun: rank 0 makes it ready while the other ranks wait for it."""
+
+from dataclasses import replace
+
+import pytest
+
+from officina.launch import eval_commands
+from officina.trainer.config import RunConfig
+from officina.trainer.errors import LaunchError
+from officina.trainer.evaluation import REQUEST, RESULTS, Request
+from officina.trainer.run_dir import CONFIG, load_config
+
+
+def test_what_is_asked_again_is_ready_throughout(tmp_path, monkeypatch):
+    """Ranks that find the earlier request go on at once: config and request must never be gone under them."""
+    folder, run, request = tmp_path / "evals/one", RunConfig(), Request(step=3, tasks=[])
+    eval_commands._make_ready(folder, run, request)
+    (folder / RESULTS).write_text("{}")
+    save, present = eval_commands.save_config, []
+    monkeypatch.setattr(eval_commands, "save_config", lambda *given: (
+        present.append([(folder / name).exists() for name in (CONFIG, REQUEST, RESULTS)]), save(*given)))
+    eval_commands._make_ready(folder, run, request)
+    assert present == [[True, True, False]], "and no results of before"
+    eval_commands._wait_for(folder, run, request)
+
+
+def test_a_rank_does_not_take_the_run_of_an_earlier_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_commands, "_WAIT_S", 0.2)
+    folder, run, request = tmp_path / "evals/one", RunConfig(), Request(step=3, tasks=[])
+    eval_commands._make_ready(folder, run, request)
+    changed = replace(run, seed=run.seed + 1)
+    with pytest.raises(LaunchError, match="must see the same run directory"):
+        eval_commands._wait_for(folder, changed, request)
+    eval_commands._make_ready(folder, changed, request)
+    eval_commands._wait_for(folder, changed, request)
+    assert load_config(folder).seed == changed.seed
