@@ -55,7 +55,8 @@ class Prepared:
 def submit(args: argparse.Namespace) -> int:
     """Submit, or with --dry-run show the script (stdout) and the plan (stderr)."""
     args = _own_options(args)
-    prepared = prepare(args.words, Path(args.runs_dir), dry_run=args.dry_run, force=args.force)
+    runs_dir = Path(os.path.expanduser(os.path.expandvars(args.runs_dir)))  # no shell does it in --runs-dir=~/runs
+    prepared = prepare(args.words, runs_dir, dry_run=args.dry_run, force=args.force)
     if prepared.problems:
         raise ConfigError(prepared.problems, "the job")
     if prepared.planned:
@@ -93,22 +94,22 @@ def show_plan(lines: list[tuple[str, str]]) -> None:
 
 # ---- words -------------------------------------------------------------------------------------------------------------
 def split_command(words: Sequence[str]) -> tuple[str, list[str]]:
-    """(command, its words). `--` ends the words of the job for commands that are no run."""
+    """(command, its words and those of the job)."""
     for i, word in enumerate(words):
         if "=" not in word and not word.startswith("-"):
             if word in COMMANDS:
                 return word, [*words[:i], *words[i + 1:]]
-            break
-        if word == "--":
             break
     return "train", list(words)
 
 
 def prepare(words: Sequence[str], runs_dir: Path, *, dry_run: bool = False, force: bool = False,
             environ: Mapping[str, str] = os.environ) -> Prepared:
-    """What the words come to, with every fault."""
+    """What the words come to, with every fault. `--` ends the words of the job: what follows is the command's own."""
     what, rest = split_command(words)
-    job_words, own_words = split_words([word for word in rest if word != "--"])
+    end = rest.index("--") if "--" in rest else len(rest)
+    job_words, own_words = split_words(rest[:end])
+    own_words += rest[end + 1:]
     job, problems, _ = read_job(job_words, environ)
     if what not in RANKED:
         own_words = [word for word in own_words if not word.startswith("site=")]

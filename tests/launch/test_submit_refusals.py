@@ -310,6 +310,13 @@ def test_other_commands():
     assert {p.key for p in prepared(*evaluate, "jobs=2").problems} == {"jobs"}
 
 
+def test_after_two_dashes_all_words_are_the_command_s():
+    job = ["site=lumi", "account=project_1", "time=1h"]
+    assert prepared(*job, "--", "data", "build", "corpus", "--force").script.command == ("data", "build", "corpus", "--force")
+    given = prepared("generate", *job, "--", "runs/mine", "time=3")
+    assert given.script.command == ("generate", "runs/mine", "time=3") and given.request.time_s == 3600
+
+
 def test_options_of_submit_and_of_the_command(capsys):
     job = ["site=lumi", "account=project_1", "time=1h"]
     assert cli.main(["submit", *job, "data", "build", "corpus", "texts", "--licence", "MIT", "--dry-run"]) == 0

@@ -92,6 +92,20 @@ def test_a_chain_that_is_refused_halfway_is_known_as_far_as_it_came(project, mon
     assert [(r.job_id, r.place, r.chain) for r in read_jobs(project / "runs/mine")] == [("41", 1, "41")]
 
 
+def test_runs_lie_where_the_job_looks_for_them(project, monkeypatch):
+    """`--runs-dir=~/runs` comes as it was typed: no shell expands it."""
+    programs = project / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text("#!/bin/sh\necho 41\n")
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/nowhere")
+    monkeypatch.setenv("HOME", str(project / "home"))
+    assert cli.main(["submit", *WORDS, *JOB, "ranks=1", "--runs-dir=~/runs"]) == 0
+    there = {path.name for path in (project / "home/runs/mine").iterdir()}
+    assert there >= {"config.yaml", "supervise.py", "job.sbatch", "jobs.jsonl", "logs"}
+
+
 def test_without_sbatch(project, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     assert cli.main(["submit", *WORDS, *JOB, "ranks=1"]) == 2
