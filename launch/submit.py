@@ -1,13 +1,14 @@
 """`officina submit`: the words that train on a laptop become a job on a cluster. Composed, checked, planned, rendered, sent."""
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,8 @@ from officina.launch.job_rules import missing_paths, site_problems
 from officina.launch.memory_plan import checkpoint_bytes, checkpoint_files, checkpoints_kept
 from officina.launch.render import Script, bind_folders, render
 from officina.launch.start import Plan, plan_resume, plan_train, refuse_existing, write_start
-from officina.trainer.errors import EXIT_DONE, ConfigError, LaunchError, Problem
+from officina.trainer.errors import EXIT_DONE, ConfigError, LaunchError, OfficinaError, Problem
+from officina.trainer.hf.base import open_base
 from officina.trainer.run_dir import claim
 
 COMMANDS = ("train", "resume", "data", "convert", "generate", "eval", "bench", "report", "check")
@@ -205,12 +207,19 @@ def _script(request: Request, plans: list[Plan], words: Sequence[str], environ: 
     venv, python = _python(request, environ)
     folders = [expand_path(str(plan.run_dir)) for plan in plans]
     data = [expand_path(source.path) for plan in plans for source in plan.run.data.sources.values()]
-    own = [folders[0].parent, *data, *([Path(venv)] if venv else [])]
+    own = [folders[0].parent, *data, *_begins(plans), *([Path(venv)] if venv else [])]
     name = plans[0].run.name
     name = name.rpartition("-")[0] if len(plans) > 1 else name
     return Script(request, name, folders[0], tuple(words), python=python, venv=venv,
                   run_dirs=tuple(folders) if len(plans) > 1 else (),
                   binds=bind_folders(request, own) if request.image_kind else (), chdir=Path.cwd())
+
+
+def _begins(plans: list[Plan]) -> Iterator[Path]:
+    """What the runs start from, `init_from`: an image must see it too. A run that has begun may have lost it."""
+    for text in dict.fromkeys(plan.run.init_from for plan in plans if plan.run.init_from):
+        with contextlib.suppress(OfficinaError):
+            yield expand_path(str(open_base(text).path))
 
 
 def _python(request: Request, environ: Mapping[str, str]) -> tuple[str, str]:

@@ -13,7 +13,9 @@ from officina.launch import cli
 from officina.launch.job_cost import chain_length
 from officina.launch.job_request import make_request
 from officina.launch.site_rows import time_words
+from officina.trainer.config import RunConfig
 from officina.trainer.errors import ConfigError, LaunchError, Problem
+from officina.trainer.run_dir import save_config
 from tests.launch.submit_cases import ACCOUNTS, NOBODY, SITES, data_set, prepared, words
 
 
@@ -214,6 +216,14 @@ def test_an_environment_made_in_an_image_is_one(project, monkeypatch):
     assert not {p.key for p in found.problems} & {"container", "venv"}
     assert f"[ -e {project}/there.sif ] ||" in found.text and f" {project}/there.sif \\\n" in found.text, "as it is at the node"
     assert "venv" in {p.key for p in prepared(*words("lumi-g", "venv=within"), dry_run=False).problems}
+
+
+def test_an_image_sees_what_the_run_starts_from(project):
+    Path("bases/one").mkdir(parents=True)
+    save_config(RunConfig(), Path("bases/one"))
+    for base in ("bases/one", "bases/one@7"):
+        given = words("lumi-g", "container=images/x.sif", f"init_from={base}", "model=from_init")
+        assert f",{project}/bases/one," in prepared(*given).text
 
 
 def test_what_is_not_there_is_refused_where_it_is_submitted():
