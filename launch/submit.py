@@ -119,15 +119,18 @@ def prepare(words: Sequence[str], runs_dir: Path, *, dry_run: bool = False, forc
     if job.site and not any(word.startswith("site=") for word in own_words):
         own_words.append(f"site={job.site}")
     sweep = expand(own_words)
-    makers = [_planner(what, one, runs_dir, force, i if len(sweep) > 1 else None) for i, (one, _) in enumerate(sweep)]
+    makers = [_planner(what, one, runs_dir, force, len(sweep) > 1) for one, _ in sweep]
     first = makers[0](None)
     site = _site(job, first, environ, problems)
     request = make_request(site, job, what=what, account=first.run.site.account,
                            cpu_ranks=(first.run.ranks or 1) if first.run.device == "cpu" else 0)
     request = replace(request, runs=len(sweep))
     plans, planned = [], []
-    for make in makers:
+    for place, make in enumerate(makers):
         plan = make(request.world_size)
+        if len(sweep) > 1:  # of one stem, also where the sweep varies the name: Slurm finds the logs by the task's number
+            run = replace(plan.run, name=f"{first.run.name}-{place}")
+            plan = replace(plan, run=run, run_dir=runs_dir / run.name)
         if request.gpus and plan.run.device == "auto":
             plan = replace(plan, run=replace(plan.run, device="cuda"))  # a rank without its GPU must not train on the CPU
         plans.append(plan)
@@ -159,24 +162,16 @@ def _unique(problems: Iterable[Problem]) -> list[Problem]:
     return list({str(problem): problem for problem in problems}.values())
 
 
-def _planner(what: str, words: list[str], runs_dir: Path, force: bool, place: int | None) -> Callable[[int | None], Plan]:
-    """Plans the run for a number of ranks. place: in a sweep, where each run has a name of its own."""
+def _planner(what: str, words: list[str], runs_dir: Path, force: bool, in_sweep: bool) -> Callable[[int | None], Plan]:
+    """Plans the run for a number of ranks."""
     if what == "resume":
         if not words or "=" in words[0]:
             raise LaunchError("resume: names no run directory. Try: officina submit resume runs/mine site=lumi nodes=2 time=8h")
-        if place is not None:
+        if in_sweep:
             raise LaunchError(f"resume: goes on with one run, and {' '.join(words[1:])} asks for several. Try: officina submit "
                               f"train from={words[0]} {' '.join(words[1:])}")
         return lambda n: plan_resume(Path(words[0]), words[1:], world_size=n, force=force)
-    if place is None:
-        return lambda n: plan_train(words, runs_dir, world_size=n, force=force)
-
-    def plan(n: int | None) -> Plan:
-        found = plan_train(words, runs_dir, world_size=n, force=force)
-        run = replace(found.run, name=f"{found.run.name}-{place}")
-        return replace(found, run=run, run_dir=runs_dir / run.name)
-
-    return plan
+    return lambda n: plan_train(words, runs_dir, world_size=n, force=force)
 
 
 def _site(job: JobConfig, plan: Plan, environ: Mapping[str, str], problems: list[Problem]) -> Site:

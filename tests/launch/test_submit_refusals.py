@@ -286,6 +286,8 @@ def test_runs_of_a_sweep_are_judged_each():
     found = prepared(*words("leonardo-booster", "batch.global_tokens=65536,65537", "seed=1,2"))
     assert [p.key for p in found.problems] == ["batch.global_tokens"], "told once, though two runs have it"
     assert [plan.run.name for plan in found.plans] == ["mine-0", "mine-1", "mine-2", "mine-3"]
+    varied = prepared(*words("leonardo-booster", "name=one,two"))
+    assert [plan.run_dir.name for plan in varied.plans] == ["one-0", "one-1"] and "/runs/one-%a/logs/" in varied.text
     assert {p.key for p in prepared(*words("leonardo-booster", "seed=1,2", "jobs=2")).problems} == {"jobs"}
     assert {p.key for p in prepared(*words("leonardo-booster", "seed=1,2", "nodes=1", "budget=100")).problems} == {"budget"}
     two_each = prepared(*words("leonardo-booster", "seed=1,2", "nodes=1", "budget=128"))
