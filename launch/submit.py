@@ -276,9 +276,15 @@ def send(prepared: Prepared) -> int:
     jobs = 1 if request.job.requeue else chain_length(request)
     about = JobRecord(job_id="", what=request.what, site=request.site.id, cluster=_cluster(), script=path.name,
                       nodes=request.nodes)
-    first = ""
+    first, shown = "", os.path.relpath(folder)
     for place in range(1, jobs + 1):
-        job_id = _sbatch(path)
+        try:
+            job_id = _sbatch(path)
+        except LaunchError as error:
+            if not first:
+                raise
+            raise LaunchError(f"{error}\nOf the chain's {jobs} jobs {place - 1} are submitted and will run: "
+                              f"officina jobs {shown}; to end them: officina cancel {shown}") from None
         first = first or job_id
         if not script.run_dirs:  # at once: should sbatch refuse the next, this one is known
             append_job(folder, replace(about, job_id=job_id, chain=first if jobs > 1 else "", place=place))
@@ -287,7 +293,6 @@ def send(prepared: Prepared) -> int:
     more = f" and {jobs - 1} more of its chain" if jobs > 1 else ""
     if script.run_dirs:
         more = f", an array of {len(script.run_dirs)} runs"
-    shown = os.path.relpath(folder)
     print(f"Submitted batch job {first}{more}: {folder}\n"
           f"See it: officina jobs {shown}; its output: officina logs {shown} -f; end it: officina cancel {shown}")
     return EXIT_DONE

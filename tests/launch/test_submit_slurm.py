@@ -88,7 +88,8 @@ def test_a_chain_that_is_refused_halfway_is_known_as_far_as_it_came(project, mon
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     monkeypatch.setenv("XDG_CONFIG_HOME", "/nowhere")
     assert cli.main(["submit", *WORDS, *JOB, "ranks=1", "jobs=3"]) == 2
-    assert "queue full" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "queue full" in said and "3 jobs 1 are submitted and will run: officina jobs runs/mine" in said
     assert [(r.job_id, r.place, r.chain) for r in read_jobs(project / "runs/mine")] == [("41", 1, "41")]
 
 
