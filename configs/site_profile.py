@@ -222,6 +222,7 @@ class Container:
 
     runtime: Literal["singularity", "apptainer"] | None = None
     gpu_flag: str = ""
+    """Brings the GPUs in; empty = `--nv` where they are NVIDIA's."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before the first use."""
     binds: list[str] = field(default_factory=list)

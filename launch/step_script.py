@@ -61,8 +61,9 @@ def step_words(request: Request, *, python: str, binds: Sequence[str]) -> list[l
 def image_words(request: Request, binds: Sequence[str]) -> list[str]:
     """`singularity exec ...` up to the image. Where the site has a module that binds what is needed, only our own are added."""
     container = request.profile.container
+    flag = container.gpu_flag or ("--nv" if request.profile.gpu.vendor == "nvidia" else "")  # brings the host's driver in
     wanted = [*([] if container.setup else container.binds), *binds]
-    return [container.runtime or "apptainer", "exec", *([container.gpu_flag] if container.gpu_flag and request.gpus else []),
+    return [container.runtime or "apptainer", "exec", *([flag] if flag and request.gpus else []),
             *([f"--bind={quote(','.join(wanted))}"] if wanted else []), quote(request.image)]
 
 

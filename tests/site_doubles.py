@@ -241,7 +241,8 @@ def _programs(root: Path, profile: SiteProfile) -> None:
     modules = [name for line in lines if line.startswith("module load ") for name in line.split()[2:]]
     texts = {"module": _MODULE.replace("MODULES", " ".join(modules))}
     if profile.container.runtime:
-        text = _RUNTIME.replace("FLAG", profile.container.gpu_flag or "--nothing")
+        flag = profile.container.gpu_flag or ("--nv" if profile.gpu.vendor == "nvidia" else "--nothing")
+        text = _RUNTIME.replace("FLAG", flag)
         texts[profile.container.runtime] = text.replace("PYTHON", str(Path(sys.executable).parent))
     (root / "bin").mkdir()
     for name, text in texts.items():

@@ -12,7 +12,7 @@ import pytest
 from officina.configs.sites import find_site
 from officina.launch.render import directives
 from officina.trainer.quantities import parse_duration_s
-from tests.launch.submit_cases import ACCOUNTS, NOBODY, cases, data_set, prepared, words
+from tests.launch.submit_cases import ACCOUNTS, NOBODY, SITES, cases, data_set, prepared, words
 
 GOLDEN = Path(__file__).parent / "sbatch"
 CASES = cases()
@@ -141,6 +141,13 @@ def test_masks_are_those_of_the_ranks(project):
     assert [(min(c), max(c), len(c)) for c in cores] == [(0, 71, 72), (72, 143, 72), (144, 215, 72), (216, 287, 72)]
     lumi = re.search(r"mask_cpu:(\S+)", text_of(tuple(words("lumi-g", "nodes=1")), project))[1].split(",")
     assert len(lumi) == 8 and sum(bin(int(m, 16)).count("1") for m in lumi) == 56
+
+
+@pytest.mark.parametrize("site", [site for site in SITES if find_site(site, NOBODY).profile.container.runtime])
+def test_an_image_sees_the_gpus(site, project):
+    """Of NVIDIA's the driver is the host's, and comes in by a flag only; AMD's devices are seen without."""
+    text = prepared(*words(site, "container=images/officina.sif")).text
+    assert (" exec --nv " in text) == (find_site(site, NOBODY).profile.gpu.vendor == "nvidia")
 
 
 def test_text_of_users_stays_one_word(project):
