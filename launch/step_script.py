@@ -19,7 +19,7 @@ def quote(text: object) -> str:
 
 def caches(request: Request) -> Iterator[str]:
     """Shell lines that make the node's caches and name them."""
-    scratch = request.profile.node.scratch or "${TMPDIR:-/tmp}"
+    scratch = "/tmp" if request.image_kind else request.profile.node.scratch or "${TMPDIR:-/tmp}"  # images see /tmp, no $TMPDIR
     if scratch.startswith("$") and scratch[1:].isidentifier():
         scratch = f"${{{scratch[1:]}:-/tmp}}"
     folders = dict(_CACHES) if request.gpus or request.what in ("train", "resume") else {"XDG_CACHE_HOME": "xdg"}

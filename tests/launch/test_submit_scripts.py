@@ -144,9 +144,10 @@ def test_masks_are_those_of_the_ranks(project):
 
 
 @pytest.mark.parametrize("site", [site for site in SITES if find_site(site, NOBODY).profile.container.runtime])
-def test_an_image_sees_the_gpus(site, project):
+def test_an_image_sees_gpus_and_caches(site, project):
     """Of NVIDIA's the driver is the host's, and comes in by a flag only; AMD's devices are seen without."""
     text = prepared(*words(site, "container=images/officina.sif")).text
+    assert " cache=/tmp/officina-" in text, "what else is on the node, an image does not see"
     assert (" exec --nv " in text) == (find_site(site, NOBODY).profile.gpu.vendor == "nvidia")
 
 
