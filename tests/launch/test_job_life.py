@@ -244,6 +244,28 @@ def test_node_that_dies_is_left_behind(jobs, whole):
         jobs.wait(lambda: jobs.cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == "4", "the node")
 
 
+def test_a_crash_in_the_last_task_of_an_array_leaves_the_others_alone(slurm_cluster, tmp_path):
+    """That task has the number of the whole array as its job id."""
+    runs = [tmp_path / f"run-{i}" for i in (0, 1)]
+    for run_dir in runs:
+        run_dir.mkdir()
+    script = tmp_path / "job.sh"
+    script.write_text(f"""#!/bin/bash
+first="touch {runs[0]}/began; until [ -e {runs[1]}/over ]; do sleep 0.1; done"
+last="until [ -e {runs[0]}/began ]; do sleep 0.1; done; exit 9"
+steps=("$first" "$last")
+trap 'touch {runs[1]}/over' EXIT
+python3 {supervise.__file__} {tmp_path}/run-$SLURM_ARRAY_TASK_ID -- srun bash -c "${{steps[$SLURM_ARRAY_TASK_ID]}}"
+""")
+    sent = slurm_cluster.run("sbatch", "--parsable", "--array=0-1", "--time=5", f"--output={tmp_path}/%a.out", str(script))
+    assert sent.returncode == 0, sent.stderr
+    array, first, last = sent.stdout.strip(), *(Jobs(slurm_cluster, run_dir) for run_dir in runs)
+    last.wait(lambda: set(last.outcomes()) & {supervise.NO_PROGRESS}, "end of the last task", 60)
+    first.wait(lambda: first.outcomes()[-1:] not in ([], [None]), "end of the first task", 60)
+    assert last.outcomes() == ["crash", "no progress"] and first.outcomes() == ["done"]
+    assert {a["job"] for a in first.attempts()} == {f"{array}_0"} and {a["job"] for a in last.attempts()} == {f"{array}_1"}
+
+
 def test_run_moves_to_another_site_account_and_path(jobs, data, tmp_path, whole):
     """Stopped on one Slurm; the directory and its data, copied elsewhere, go on as other ranks and engine on another one."""
     job = jobs.submit("--account=EHPC-1", held="1:4", supervise_with=())
