@@ -24,9 +24,11 @@ from officina.trainer.hf.base import BASE_DIR, Base, card_licence, open_base
 from officina.trainer.hf.source import FolderSource
 from officina.trainer.hf.tokenizers import TOKENIZER_FILES, tokenizer_text
 from officina.trainer.init_from import init_problems
-from officina.trainer.model.build import build_model
+from officina.trainer.model.build import build_transformer
+from officina.trainer.model.init import InitSource
 from officina.trainer.model.lora import MergedSource
 from officina.trainer.model.shapes import parameter_shapes
+from officina.trainer.model.targets import choose
 from officina.trainer.run_dir import CONFIG, load_config
 from officina.trainer.state import PARAM, Source
 
@@ -47,6 +49,8 @@ def initial_weights(run: RunConfig, random: Source, run_dir: Path, shapes: Mappi
     weights are is written to RUN/base, beside the model's configuration and tokenizer. Raises ConfigError, OfficinaError or
     CheckpointError.
     """
+    if ranks.rank == 0:
+        shutil.rmtree(run_dir / BASE_DIR, ignore_errors=True)  # of a start that came to no checkpoint
     if not run.init_from:
         yield random
         return
@@ -104,11 +108,11 @@ def plain_weights(run_dir: Path, opened: OpenCheckpoint, ranks: RankGroup) -> It
 def all_weights(run_dir: Path, opened: OpenCheckpoint, ranks: RankGroup) -> Iterator[Source]:
     """All weights of a run with an adapter: its own from the checkpoint, frozen ones from the base, checked. Collective."""
     run = load_config(run_dir)
-    built = build_model(run)
-    shapes = parameter_shapes(run.model)
-    with base_weights(run, built.source, shapes, ranks, run_dir) as base:
-        check_frozen(base, opened, content_of(base, {name: shapes[name] for name in built.frozen}, ranks), run_dir)
-        yield JoinedSource(opened, base, built.frozen)
+    shapes, frozen = parameter_shapes(run.model), choose(run.model, run.adapter).frozen
+    random = InitSource(build_transformer(run.model), run.model, run.seed)  # no module that computes: it may not do so here
+    with base_weights(run, random, shapes, ranks, run_dir) as base:
+        check_frozen(base, opened, content_of(base, {name: shapes[name] for name in frozen}, ranks), run_dir)
+        yield JoinedSource(opened, base, frozen)
 
 
 @contextmanager

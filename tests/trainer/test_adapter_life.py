@@ -23,7 +23,10 @@ from officina.trainer.hf.base import open_base
 from officina.trainer.initial import GrownSource, open_weights, plain_weights
 from officina.trainer.model.build import build_model
 from officina.trainer.model.init import ValuesSource
+from officina.trainer.model.lora import MergedSource
 from officina.trainer.model.shapes import parameter_shapes
+from officina.trainer.model.targets import choose
+from officina.trainer.run_dir import load_config
 from officina.trainer.state import PARAM
 
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.1, train=["*norm"])
@@ -135,8 +138,6 @@ def test_a_base_that_is_gone_is_a_problem_of_the_plan(trained, tmp_path, llama):
 
 
 def test_merged_weights_compute_what_the_adapters_do(trained):
-    from officina.trainer.run_dir import load_config
-
     run, cpu = load_config(trained), torch.device("cpu")
     tokens = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(0))
     with open_checkpoint(trained) as opened, plain_weights(trained, opened, Alone()) as merged:
@@ -158,6 +159,34 @@ def test_merged_weights_compute_what_the_adapters_do(trained):
     assert away < 1e-5 * max(1.0, plain(tokens).abs().max().item()) and moved > 1e-3
 
 
+def test_merged_weights_are_the_same_bits_however_they_are_cut():
+    """A matrix product of few rows sums in another order than one of many; hashes of frozen weights must not follow that."""
+    model = DecoderConfig(vocab_size=64, d_model=192, n_layers=1, n_heads=4, d_ff=256)
+    for rank, alpha in ((8, 16), (16, 20)):
+        adapter, draw = LoraConfig(rank=rank, alpha=alpha), torch.Generator().manual_seed(rank)
+        shapes = parameter_shapes(model)
+        layers = choose(model, adapter).adapter_shapes(rank)
+        values = {name: torch.randn(shape, generator=draw) / 8 for name, shape in (shapes | layers).items()}
+        name, scale = "blocks.0.mlp.down", adapter.scale
+        merged, (n_out, n_in) = MergedSource(ValuesSource(values), model, adapter), shapes[f"{name}.weight"]
+        numel = n_out * n_in
+        whole = merged.read(f"{name}.weight", PARAM, 0, numel)
+        for step in (n_in, 3 * n_in, 5 * n_in + 7, 1001):
+            parts = [merged.read(f"{name}.weight", PARAM, at, min(numel, at + step)) for at in range(0, numel, step)]
+            assert torch.equal(torch.cat(parts), whole)
+        w, a, b = (values[f"{name}.{leaf}"].double() for leaf in ("weight", "lora_a", "lora_b"))
+        assert torch.allclose(whole.view(n_out, n_in).double(), w + scale * b @ a, atol=1e-6)
+
+
+def test_they_are_read_where_the_run_could_not_compute(trained, tmp_path):
+    """On a login node, of a run that asked for kernels of a GPU by name."""
+    run = moved(trained, tmp_path / "run")
+    changed(run, model=replace(load_config(run).model, kernels="triton"))
+    with open_checkpoint(run) as opened, plain_weights(run, opened, Alone()) as merged, \
+            open_checkpoint(trained) as other, plain_weights(trained, other, Alone()) as same:
+        assert torch.equal(*(source.read("blocks.0.attn.q.weight", PARAM, 0, 48) for source in (merged, same)))
+
+
 def base_of(run) -> ValuesSource:
     shapes = parameter_shapes(run.model)
     with open_weights(open_base(run.init_from), shapes, Alone()) as base:
@@ -171,6 +200,8 @@ def test_a_run_can_start_from_one_with_an_adapter(pool, trained, data, tmp_path)
     begin(tmp_path / "lora", replace(again, name="lora", adapter=replace(LORA, dropout=0.0)))
     assert lived(pool, tmp_path / "again", 1) == lived(pool, tmp_path / "lora", 1) == EXIT_DONE
     assert losses(tmp_path / "again")[1][0] == pytest.approx(losses(tmp_path / "lora")[1][0], rel=1e-6)
+    changed(tmp_path / "lora", steps=2, engine=DDPConfig())  # its frozen weights are those of before, merged on other ranks
+    assert lived(pool, tmp_path / "lora", 2) == EXIT_DONE
 
 
 # ---- new tokens ----------------------------------------------------------------------------------------------------

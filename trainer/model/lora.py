@@ -19,6 +19,9 @@ from officina.trainer.model.layers import Linear
 from officina.trainer.model.targets import LORA_A, LORA_B, Chosen, choose
 from officina.trainer.state import PARAM, Source
 
+_CACHED = 1 << 16
+"""Elements of B A that are computed at a time."""
+
 
 class LoraLinear(Linear):
     """A linear layer with an adapter, all in the dtype of x."""
@@ -97,7 +100,11 @@ class AdapterSource:
 
 
 class MergedSource:
-    """A `state.Source` of the plain transformer: W + scale B A of a model with adapters, in fp32, some rows at a time."""
+    """A `state.Source` of the plain transformer: W + scale B A of a model with adapters, in fp32, some rows at a time.
+
+    The same bits however it is cut and on every processor, since checkpoints name frozen weights by their hash: a matrix
+    product would sum in another order by the number of rows and the library.
+    """
 
     def __init__(self, source: Source, model: DecoderConfig, adapter: LoraConfig) -> None:
         self._source, self._rank, self._scale = source, adapter.rank, adapter.scale
@@ -111,5 +118,13 @@ class MergedSource:
         first, last = start // n_in, -(-stop // n_in)
         a = self._source.read(f"{layer}.{LORA_A}", PARAM, 0, rank * n_in).float().view(rank, n_in)
         b = self._source.read(f"{layer}.{LORA_B}", PARAM, first * rank, last * rank).float().view(-1, rank)
-        change = torch.mm(b, a).flatten()[start - first * n_in:stop - first * n_in]
-        return values.float().add(change, alpha=self._scale)
+        change = torch.cat([_product(part, a) for part in b.split(max(1, _CACHED // n_in))]).mul_(self._scale)
+        return values.float() + change.flatten()[start - first * n_in:stop - first * n_in]
+
+
+def _product(b: Tensor, a: Tensor) -> Tensor:
+    """b a, every element summed in the order of the rank: products and sums apart, so that none is fused with another."""
+    total, term = torch.zeros(len(b), a.shape[1]), torch.empty(len(b), a.shape[1])
+    for column, row in zip(b.unbind(1), a, strict=True):
+        total += torch.mul(column[:, None], row, out=term)
+    return total
