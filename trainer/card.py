@@ -6,6 +6,7 @@ What the records do not say is said to be missing; nothing is guessed.
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from officina.trainer.run_dir import read_history, read_run_id
 
 def model_card(run_dir: Path, run: RunConfig, export: Mapping[str, Any]) -> str:
     """Markdown with the front matter that hubs read. export: the result of `export_run`."""
-    metrics, record = read_metrics(run_dir), read_weights_record(run_dir)
+    metrics, record = _until(read_metrics(run_dir), export["step"]), read_weights_record(run_dir)
     trained = bool(metrics.steps)
     data = _data(run)
     languages = sorted({code for _, facts in data for code in facts.get("languages", [])})
@@ -30,13 +31,20 @@ def model_card(run_dir: Path, run: RunConfig, export: Mapping[str, Any]) -> str:
         f"# {run.name}\n\n{_first_words(run, record, trained)}",
         "## Base\n\n" + (_base(record) if record else "None: trained from random weights."),
         "## Model\n\n" + _model(run, export),
-        "## Data\n\n" + _data_table(data),
+        "## Data\n\n" + _data_table(data, export["rows"]),
         "## Licence\n\n" + _licence(record, data),
-        "## Compute\n\n" + (_compute(run, metrics) if trained else "No training was done here."),
-        "## Evaluation\n\n" + _evaluation(metrics),
+        "## Compute\n\n" + (_compute(run_dir, run, metrics) if trained else "No training was done here."),
+        "## Evaluation\n\n" + _evaluation(run, metrics),
         "## Origin\n\n" + _origin(run_dir, export),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _until(metrics: RunMetrics, step: int) -> RunMetrics:
+    """What had been recorded when the checkpoint of `step` was written."""
+    return replace(metrics, steps=[s for s in metrics.steps if s.step <= step],
+                   evals=[e for e in metrics.evals if e.step <= step],
+                   generations=[g for g in metrics.generations if g.start.step < step])
 
 
 def _front_matter(base: str | None, licence: str | None, languages: list[str]) -> str:
@@ -86,11 +94,13 @@ def _data(run: RunConfig) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def _data_table(data: list[tuple[str, dict[str, Any]]]) -> str:
+def _data_table(data: list[tuple[str, dict[str, Any]]], read: Mapping[str, int]) -> str:
+    """read: rows that each source gave so far; empty if nothing was trained."""
     if not data:
         return "The records name none."
-    total = sum(facts["weight"] for _, facts in data)
-    rows = [(name, facts["title"], f"{facts['weight'] / total:.1%}", facts.get("licence") or "not stated",
+    parts = {name: read.get(name, 0) if read else facts["weight"] for name, facts in data}
+    total = sum(parts.values()) or 1
+    rows = [(name, facts["title"], f"{parts[name] / total:.1%}", facts.get("licence") or "not stated",
              ", ".join(facts.get("languages", [])) or "not stated", ", ".join(facts.get("creators", [])) or "not stated")
             for name, facts in data]
     return _table(("source", "data set", "share of rows", "licence", "languages", "creators"), rows)
@@ -102,25 +112,33 @@ def _licence(record: Mapping[str, Any], data: list[tuple[str, dict[str, Any]]]) 
     return "\n".join([*lines, "- these weights: to be decided by who publishes them, within the licences above"])
 
 
-def _compute(run: RunConfig, metrics: RunMetrics) -> str:
+def _compute(run_dir: Path, run: RunConfig, metrics: RunMetrics) -> str:
     starts = [generation.start for generation in metrics.generations]
     seconds = sum(step.step_time_s for step in metrics.steps)
     processed = len(metrics.steps) * run.batch.rows * run.batch.seq_len
-    rows = [("optimizer steps", f"{metrics.steps[-1].step:,}"), ("tokens with a loss", f"{metrics.tokens:,}"),
+    items = "preference pairs" if run.objective.kind == "dpo" else "tokens with a loss"
+    rows = [("optimizer steps", f"{metrics.steps[-1].step:,}"), (items, f"{metrics.tokens:,}"),
             ("tokens processed", f"{processed:,}"), ("time in steps", f"{seconds / 3600:.2f} h"),
             ("ranks", ", ".join(sorted({f"{s.world_size} x {s.device}" for s in starts}))),
             ("device hours", f"{seconds / 3600 * max(s.world_size for s in starts):.2f}"),
             ("engine, precision", ", ".join(sorted({f"{s.engine}, {s.precision}" for s in starts})))]
+    if origin := next((start.get("origin") for start in read_history(run_dir)), None):
+        rows.append(("counted from", f"step {origin['step']:,}, where it left the run {origin['name']}"))
     per_token = starts[-1].flops_per_token_causal
     if per_token:
         rows.append(("training FLOPs (architecture, attention causal, no recomputation)", f"{per_token * processed:.2e}"))
     return _table(("", ""), rows)
 
 
-def _evaluation(metrics: RunMetrics) -> str:
+def _evaluation(run: RunConfig, metrics: RunMetrics) -> str:
     if not metrics.evals:
         return "None in the run's records."
     last = {record.source: record for record in metrics.evals}
+    if run.objective.kind == "dpo":
+        rows = [(name, f"{r.step:,}", f"{r.loss_nats:.4f}", f"{r.reward_accuracy or 0:.1%}", f"{r.tokens:,}")
+                for name, r in last.items()]
+        return "Preference pairs at the last evaluation of each source.\n\n" + _table(
+            ("source", "step", "DPO loss", "chosen answer preferred", "pairs"), rows)
     rows = [(name, f"{r.step:,}", f"{r.loss_nats:.4f}", f"{math.exp(min(r.loss_nats, 700)):.3f}", f"{r.tokens:,}")
             for name, r in last.items()]
     return "Held-out loss at the last evaluation of each source.\n\n" + _table(

@@ -124,7 +124,8 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
     """Write RUN, RUN@STEP or the directory of a checkpoint to `folder` in Hugging Face's form.
 
     dtype: float32, bfloat16 or float16; None = that of the model the run started from, else the one it computed in.
-    Returns what was written: `family`, `dtype`, `hash` (of the values as stored), `files` (name -> SHA-256), `step`, `bytes`.
+    Returns what was written: `family`, `dtype`, `hash` (of the values as stored), `files` (name -> SHA-256), `step`, `bytes`, and
+    `rows` (data source -> rows read until then).
     """
     run_dir, step = _which(text)
     run = load_config(run_dir)
@@ -150,10 +151,10 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
             hash_ = weights_hash(_Stored(source, plan, ours), shapes, Alone())
             for name, tensors in writer.shards.items():
                 writer.write(name, _bytes_of(tensors, ours, source, family))
-        step = opened.step
+        step, read = opened.step, dict(opened.train_state.loader.get("cursors", {}))
     writer.finish()
     result = {"family": family.architecture, "dtype": common, "hash": hash_, "step": step,
-              "bytes": sum(tensor.bytes for tensor in plan), "files": dict(writer.sha256)}
+              "bytes": sum(tensor.bytes for tensor in plan), "files": dict(writer.sha256), "rows": read}
     _write_small_files(run_dir, run, folder)
     (folder / "README.md").write_text(model_card(run_dir, run, result), encoding="utf-8")
     config = write_config(run.model, family, base=raw, dtype=_torch_name(common), max_seq_len=run.batch.seq_len)

@@ -15,8 +15,9 @@ from lives import begin, plain_run
 from safetensors.torch import load_file, save_file
 
 from officina.launch.cli import main
+from officina.trainer.card import _data_table
 from officina.trainer.checkpoint.read import open_checkpoint
-from officina.trainer.config import DecoderConfig
+from officina.trainer.config import CheckpointConfig, DecoderConfig
 from officina.trainer.convert import export_run, import_model
 from officina.trainer.errors import OfficinaError
 from officina.trainer.generate import generate, load
@@ -101,8 +102,10 @@ def test_a_run_from_random_weights_is_exported_as_the_family_that_fits(tmp_path,
     write_tokens(tmp_path / "data", {"train": [60] * 5, "validation": [40]}, licence="CC-BY-4.0", languages=["fin_Latn"])
     model = DecoderConfig(vocab_size=320, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_ff=64, qk_norm="head",
                           head_dim=20, tie_embeddings=True)
-    run = plain_run(tmp_path / "data", model=model, steps=2)
+    run = plain_run(tmp_path / "data", model=model, steps=2, checkpoint=CheckpointConfig(every_steps=1))
     begin(tmp_path / "run", run)
+    (tmp_path / "run/base").mkdir()  # of a start from a model that came to no checkpoint
+    (tmp_path / "run/base/weights.json").write_text('{"name": "other", "hash": "0", "parameters": 1}')
     assert pool.run(1, "tests.lives:live", str(tmp_path / "run")) == [0]
     found = export_run(str(tmp_path / "run/checkpoints/step-00000002"), tmp_path / "out")
     assert (found["family"], found["dtype"], found["step"]) == ("Qwen3ForCausalLM", "F32", 2)  # it computed in fp32
@@ -114,6 +117,15 @@ def test_a_run_from_random_weights_is_exported_as_the_family_that_fits(tmp_path,
     for told in ("CC-BY-4.0", '- "fin_Latn"', "None: trained from random weights", "| optimizer steps | 2 |", "perplexity",
                  "training FLOPs"):
         assert told in card, told
+    export_run(f"{tmp_path / 'run'}@1", tmp_path / "first")  # of an earlier step: what had been done by then
+    card = (tmp_path / "first/README.md").read_text()
+    assert "| optimizer steps | 1 |" in card and "perplexity" not in card and "None in the run's records" in card
+
+
+def test_the_card_counts_rows_as_they_were_read():
+    facts = {"title": "a set", "weight": 1.0}
+    assert "| new | a set | 75.0% |" in _data_table([("old", facts), ("new", facts)], {"old": 2, "new": 6})
+    assert "| new | a set | 50.0% |" in _data_table([("old", facts), ("new", facts)], {})
 
 
 def test_each_family_is_found_again_and_odd_switches_are_named(tmp_path):
