@@ -16,12 +16,14 @@ from officina.trainer.data.register import Going
 from officina.trainer.data.register import enter as enter_registers
 from officina.trainer.environment import code_diff, describe
 from officina.trainer.errors import CheckpointError, ConfigError, LaunchError, Problem
-from officina.trainer.init_from import init_problems
+from officina.trainer.hf.base import BASE_DIR
+from officina.trainer.init_from import init_problems, pinned
 from officina.trainer.resume import Change, carry_forward, changes, resume_problems
 from officina.trainer.run_dir import (
     CONFIG,
     LEDGER,
     METRICS,
+    REFERENCE_DIR,
     Start,
     append_history,
     config_text,
@@ -92,7 +94,8 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
         composed = _weighed(compose_all(words), words)
         found = _all_problems(composed, world_size, devices, Going())
         found += init_problems(composed.run, force=force) if not composed.problems else []
-        return Plan(composed.run, runs_dir / composed.run.name, "start", words, composed.defaults, found, [], forced=force)
+        run = composed.run if found else replace(composed.run, init_from=pinned(composed.run.init_from))
+        return Plan(run, runs_dir / composed.run.name, "start", words, composed.defaults, found, [], forced=force)
     if len(origins) > 1:
         raise ConfigError([Problem("from", " ".join(origins), "names more than one run", f"from={origins[0]}")])
     origin = _read_origin(origins[0])
@@ -233,7 +236,8 @@ def _engine_name(run: RunConfig) -> str:
 
 
 def _lend_checkpoint(origin: Origin, run_dir: Path) -> None:
-    """Give the branch the checkpoint it starts from: hard links where the file system can, else copies.
+    """Give the branch the checkpoint it starts from, by hard links where the file system can, and what is kept of the weights
+    that its origin began with.
 
     So a branch stands on its own: its origin may be moved or removed. Files of a checkpoint are never written again.
     """
@@ -244,6 +248,10 @@ def _lend_checkpoint(origin: Origin, run_dir: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=_link_or_copy)
     os.replace(partial, target)
+    for name in (BASE_DIR, REFERENCE_DIR):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+        if (origin.run_dir / name).is_dir():
+            shutil.copytree(origin.run_dir / name, run_dir / name)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from officina.trainer.config import FSDP2Config, ObjectiveConfig, RunConfig, SingleConfig, ZeroConfig
+from officina.launch.start import plan_train, write_start
+from officina.trainer.config import FSDP2Config, LoraConfig, ObjectiveConfig, RunConfig, SingleConfig, ZeroConfig
+from officina.trainer.convert import export_run
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.chat import PLAIN
 from officina.trainer.data.ledger import audit
@@ -18,7 +20,7 @@ from officina.trainer.data.stage import stage
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, DataError
 from officina.trainer.metrics import read_metrics
 from tests.distributed import RankFailure
-from tests.lives import begin, changed, losses, plain_run
+from tests.lives import begin, changed, losses, plain_run, states
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,34 @@ def test_preference_optimisation_keeps_the_model_it_began_with(pool, folders, tm
         kept.write_bytes(content)
         with pytest.raises((DataError, RankFailure), match=f"text-train.logp: {why}"):
             lived(pool, tmp_path / "two", 1)
+
+
+def test_adapters_are_trained_on_preferences_and_a_branch_keeps_the_reference(pool, folders, tmp_path):
+    run = run_on(folders["answers"])
+    begin(tmp_path / "base", replace(run, steps=2))
+    assert lived(pool, tmp_path / "base", 1) == EXIT_DONE
+    run = replace(run_on(folders["pairs"], objective=ObjectiveConfig(kind="dpo", beta=0.3)), init_from=f"{tmp_path / 'base'}@2",
+                  adapter=LoraConfig(rank=4, alpha=8))
+    run = replace(run, batch=replace(run.batch, global_tokens=96))  # one row a step: the second rank has none
+    begin(tmp_path / "one", run)
+    assert lived(pool, tmp_path / "one", 1) == EXIT_DONE
+    begin(tmp_path / "two", replace(run, engine=FSDP2Config()))
+    assert lived(pool, tmp_path / "two", 2, stop_after=3) == EXIT_CONTINUE
+    assert lived(pool, tmp_path / "two", 2) == EXIT_DONE
+    steps = read_metrics(tmp_path / "one").steps
+    assert math.isclose(steps[0].loss_nats, math.log(2), abs_tol=1e-5) and steps[-1].reward_margin > 0
+    assert close(tmp_path / "one", tmp_path / "two")
+    assert {name.rpartition(".")[2] for name, _ in states(tmp_path / "one", 5)} == {"lora_a", "lora_b"}
+
+    plan = plan_train([f"from={tmp_path / 'one'}@2", "name=branch"], tmp_path, world_size=1).checked()
+    write_start(plan, 1)
+    assert lived(pool, plan.run_dir, 1) == EXIT_DONE
+    assert losses(plan.run_dir) == {step: found for step, found in losses(tmp_path / "one").items() if step > 2}
+    export_run(str(plan.run_dir), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for told in ('base_model: "base@2"', "| preference pairs |", "step 2, where it left the run life", "chosen answer"):
+        assert told in card
+    assert "perplexity" not in card
 
 
 def test_marks_of_what_is_trained_are_not_lost_silently(folders, tmp_path):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from officina.trainer.checkpoint.verify import list_checkpoints
 from officina.trainer.config import DecoderConfig, RunConfig
 from officina.trainer.errors import ConfigError, OfficinaError, Problem
 from officina.trainer.hf.base import Base, open_base
@@ -29,6 +30,14 @@ def model_values(init_from: str, own: Values) -> tuple[Values, list[Problem]]:
     except OfficinaError as error:
         return own, _told(init_from, error)
     return dump_run(RunConfig(model=base.model))["model"] | own, []
+
+
+def pinned(init_from: str) -> str:
+    """`init_from` with the step, where it names a run: what that run trains later does not change where this one began."""
+    if not init_from or (base := open_base(init_from)).family or base.step is not None:
+        return init_from
+    steps = [info.step for info in list_checkpoints(base.path) if info.status == "complete"]
+    return f"{base.path}@{max(steps)}" if steps else init_from
 
 
 def init_problems(run: RunConfig, *, force: bool = False) -> list[Problem]:

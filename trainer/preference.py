@@ -21,8 +21,8 @@ from officina.trainer.errors import DataError
 from officina.trainer.objective import document_logp
 from officina.trainer.parallel.engine import Engine
 from officina.trainer.ranks import Ranks
+from officina.trainer.run_dir import REFERENCE_DIR
 
-FOLDER = "reference"
 References = dict[str, dict[str, np.ndarray]]
 """Split -> source -> (pairs, 2) fp32."""
 _AT_ONCE = 1 << 20
@@ -39,7 +39,7 @@ def references(run: RunConfig, run_dir: Path, engine: Engine, ranks: Ranks, *, f
     if run.objective.kind != "dpo":
         return found
     for name, split, stream in _streams(run):
-        path = run_dir / FOLDER / f"{name}-{split}.logp"
+        path = run_dir / REFERENCE_DIR / f"{name}-{split}.logp"
         head = {"fingerprint": stream.dataset.manifest.fingerprint, "pairs": len(stream.pair_starts)}
         if fresh:
             say(f"log-probabilities of {len(stream.pair_starts):,} pairs ({name}, {split}) under the model as it is")

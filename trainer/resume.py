@@ -57,7 +57,7 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("data.read", "free", "changes no sample"),
     ("data.prefetch_batches", "free", "changes no sample"),
     ("data.max_damaged_blocks", "free", "says when to stop"),
-    ("init_from", "free", "is read before the first step only; the folder may move"),
+    ("init_from", "free", "may move: read before the first step, and of an adapter's frozen weights the hash is checked"),
     ("seed", "refused", "the order of past samples rests on it"),
     # the adapter
     ("adapter.dropout", "free", "takes effect at the next step"),

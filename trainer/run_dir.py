@@ -31,6 +31,8 @@ from officina.trainer.schema import dump_run, read_run
 
 CONFIG, HISTORY, CODE, CHECKPOINTS = "config.yaml", "history.jsonl", "code", "checkpoints"
 METRICS, LEDGER, CLAIM = "metrics.jsonl", "ledger.jsonl", ".claim"
+REFERENCE_DIR = "reference"
+"""What the model at the beginning made of preference pairs: see preference.py."""
 
 _HEAD = """\
 # The whole run, every key written out. Ranks read only this file. To change it: officina resume RUN key=value

@@ -15,7 +15,7 @@ from officina.trainer.checkpoint.verify import Alone
 from officina.trainer.config import DDPConfig, FSDP2Config
 from officina.trainer.hf.base import open_base
 from officina.trainer.hf.source import read_stored
-from officina.trainer.init_from import init_problems
+from officina.trainer.init_from import init_problems, pinned
 from officina.trainer.initial import open_weights, weights_hash
 from officina.trainer.model.build import build_transformer
 
@@ -115,6 +115,14 @@ def test_every_engine_starts_from_the_same_weights(llama, data, tmp_path, pool):
     record = json.loads((tmp_path / "again/base/weights.json").read_text())
     assert record["kind"] == "run" and record["base"]["hash"] == hash_ and record["dtype"] == "BF16"
     assert record["hash"] != hash_
+
+    # which goes on training, so the plan of a run that starts from it names the step
+    run_dir = str(tmp_path / "ddp")
+    assert pinned(run_dir) == f"{run_dir}@2"
+    assert [pinned(text) for text in (f"{run_dir}@1", str(llama), "")] == [f"{run_dir}@1", str(llama), ""]
+    words = ["model=from_init", f"init_from={run_dir}", f"data.sources.x.path={data}", "device=cpu", "steps=2",
+             "batch.seq_len=32", "batch.global_tokens=64", "lr_schedule.warmup_steps=1"]
+    assert plan_train(words, tmp_path, world_size=1).checked().run.init_from == f"{run_dir}@2"
 
 
 def test_the_model_is_taken_from_the_folder(llama):

@@ -472,10 +472,11 @@ class RowReader:
         column = np.concatenate([part.border_columns for _, part in parts]) if parts else np.empty(0, np.int64)
         in_order = np.lexsort((column, row))
         pair_rows = reference = None
-        if any(part.reference is not None for _, part in parts):
-            pair_rows = np.concatenate([here[part.pair_rows] for here, part in parts])
+        if any(stream.reference is not None for stream in self.streams.values()):  # also of no rows: all ranks have the field
+            pair_rows = np.concatenate([np.empty(0, np.int64), *(here[part.pair_rows] for here, part in parts)])
             by_row = np.argsort(pair_rows, kind="stable")
-            pair_rows, reference = pair_rows[by_row], np.concatenate([part.reference for _, part in parts])[by_row]
+            pair_rows = pair_rows[by_row]
+            reference = np.concatenate([np.empty((0, 2), np.float32), *(part.reference for _, part in parts)])[by_row]
         return Rows(tokens, row[in_order], column[in_order], removed, digest=digest % DIGEST_MODULUS, lost_of=lost_of,
                     trained=trained, filled=filled, pair_rows=pair_rows, reference=reference)
 
