@@ -144,6 +144,12 @@ class RunModel(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         texts: dict[int, str] = {}
         world = self._ranks.world_size
+        limit = max((_limit(request.args[1]) for request in requests), default=0)
+        if limit >= self._longest:
+            raise OfficinaError(
+                f"tasks: up to {limit} tokens are generated (max_gen_toks), and batch.seq_len={self._longest} leaves nothing "
+                f"for the prompt. Try: batch.seq_len={1 << (2 * limit).bit_length()}, or in a task file of your own "
+                f"generation_kwargs: {{max_gen_toks: {max(1, self._longest // 4)}}}")
         for first in range(0, len(requests), world):
             number = min(first + self._ranks.rank, len(requests) - 1)
             context, wishes = requests[number].args
@@ -158,10 +164,10 @@ class RunModel(TemplateLM):
     def _continued(self, context: str, wishes: dict[str, Any]) -> str:
         """One text a rank; a rank whose text is done goes on with the others until all are."""
         until = [wishes["until"]] if isinstance(wishes.get("until"), str) else list(wishes.get("until") or [])
-        limit = int(wishes.get("max_gen_toks") or MAX_NEW_TOKENS)
+        limit = _limit(wishes)
         temperature = float(wishes.get("temperature") or 0) if wishes.get("do_sample") else 0.0
         random = torch.Generator().manual_seed(self._run.seed)
-        prompt = (self.tok_encode(context) or [self._eos])[-max(1, self._longest - limit):]
+        prompt = (self.tok_encode(context) or [self._eos])[-(self._longest - limit):]
         model = self._run.model
         cache = KVCache([LayerCache(window_of_layer(model, layer)) for layer in range(model.n_layers)])
         fed, new, text, going = prompt, [], "", True
@@ -179,3 +185,8 @@ class RunModel(TemplateLM):
         for stop in until:
             text = text.split(stop)[0]
         return text
+
+
+def _limit(wishes: dict[str, Any]) -> int:
+    """Tokens that a request may generate."""
+    return int(wishes.get("max_gen_toks") or MAX_NEW_TOKENS)

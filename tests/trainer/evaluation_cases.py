@@ -7,3 +7,14 @@ def evaluate(ranks, folder: str) -> int:
     from officina.trainer.eval_rank import evaluate
 
     return evaluate(Path(folder), ranks)
+
+
+def refusal(ranks, folder: str) -> str:
+    """Why the evaluation is refused; empty if it is not."""
+    from officina.trainer.errors import OfficinaError
+
+    try:
+        evaluate(ranks, folder)
+    except OfficinaError as error:
+        return str(error)
+    return ""

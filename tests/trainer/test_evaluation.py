@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from lives import DECODER, begin, plain_run
 
-from officina.trainer.config import DDPConfig, EvalConfig, FSDP2Config, SingleConfig, ZeroConfig
+from officina.trainer.config import DDPConfig, EvalConfig, FSDP2Config, LoraConfig, SingleConfig, ZeroConfig
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.reader import Stream
@@ -100,6 +101,22 @@ def test_any_engine_and_ranks_give_what_a_plain_count_gives(pool, trained: Path)
     assert set(in_the_loop.languages) == set(wanted)
 
 
+def test_an_adapter_is_evaluated_merged(pool, trained: Path, tmp_path) -> None:
+    """The same loss as in the loop, which computes with the adapter beside its frozen weights."""
+    run = load_config(trained)
+    run = replace(run, name="lora", init_from=f"{trained}@3", adapter=LoraConfig(rank=4, alpha=10, train=["norm"]),
+                  optim=replace(run.optim, lr=3e-2))
+    begin(tmp_path / "lora", run)
+    pool.run(1, "tests.lives:live", str(tmp_path / "lora"))
+    [in_the_loop], [before] = read_metrics(tmp_path / "lora").evals, read_metrics(trained).evals
+    assert in_the_loop.loss_nats < before.loss_nats - 0.01
+    for name, engine, n in (("one", SingleConfig(), 1), ("fsdp2", FSDP2Config(), 2)):
+        folder = ask(tmp_path / "lora", name, replace(run, engine=engine))
+        assert pool.run(n, "tests.trainer.evaluation_cases:evaluate", str(folder)) == [0] * n
+        [found] = read_results(folder).held_out
+        assert found["loss_nats"] == pytest.approx(in_the_loop.loss_nats, rel=1e-5) and found["tokens"] == in_the_loop.tokens
+
+
 # ---- benchmarks ----------------------------------------------------------------------------------------------------
 CHOICE = """\
 task: {name}
@@ -183,8 +200,11 @@ def plain_scores(trained: Path, tasks: Path) -> tuple[float, float, int]:
 def test_a_task_that_is_not_known_or_not_here_is_refused(pool, trained: Path, tasks: Path) -> None:
     text = (tasks / "own_choice.yaml").read_text().replace("dataset_path: json", "dataset_path: nobody/nothing")
     (tasks / "elsewhere.yaml").write_text(text.replace("task: own_choice", "task: elsewhere"))
-    for name, task, message in (("u1", "own_choise", "own_choise: is no task .* Did you mean own_choice"),
+    text = (tasks / "own_words.yaml").read_text().replace("task: own_words", "task: long")
+    (tasks / "long.yaml").write_text(text.replace("max_gen_toks: 7", "max_gen_toks: 32"))
+    for name, task, message in (("u0", "long", "up to 32 tokens .* leaves nothing for the prompt. Try: batch.seq_len=128"),
+                                ("u1", "own_choise", "own_choise: is no task .* Did you mean own_choice"),
                                 ("u2", "elsewhere", "its data cannot be loaded, and nothing is downloaded here")):
         folder = ask(trained, name, tasks=[task], tasks_dir=str(tasks))
-        with pytest.raises(AssertionError, match=message):
-            pool.run(1, "tests.trainer.evaluation_cases:evaluate", str(folder))
+        [told] = pool.run(1, "tests.trainer.evaluation_cases:refusal", str(folder))
+        assert re.search(message, told), told
