@@ -124,8 +124,8 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
     """Write RUN, RUN@STEP or the directory of a checkpoint to `folder` in Hugging Face's form.
 
     dtype: float32, bfloat16 or float16; None = that of the model the run started from, else the one it computed in.
-    Returns what was written: `family`, `dtype`, `hash` (of the values as stored), `files` (name -> SHA-256), `step`, `bytes`, and
-    `rows` (data source -> rows read until then).
+    Returns what was written: `family`, `dtype`, `hash` (of the values as stored), `files` (name -> SHA-256), `step`, `bytes`,
+    and `rows` (data source -> rows read until then).
     """
     run_dir, step = _which(text)
     run = load_config(run_dir)
