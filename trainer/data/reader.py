@@ -435,6 +435,12 @@ class RowReader:
 
     def _rows_of(self, name: str, stream: Stream) -> int:
         rows = int(stream.document_starts[-1]) if self.records else stream.rows(self.seq_len)
+        if not rows and stream.plan is not None:
+            unit = 2 if stream.dataset.manifest.samples == "pairs" else 1
+            longest = int(np.diff(stream.document_ends()[unit - 1::unit], prepend=0).max())
+            raise DataError(f"data.sources.{name}: nothing is left of split {stream.split} of {stream.dataset.folder}, as "
+                            f"all of it is longer than a row of batch.seq_len={self.seq_len} and data.overlong leaves it "
+                            f"out, or cuts off what is trained on. Try: batch.seq_len={longest - 1}")
         if not rows:
             raise DataError(f"data.sources.{name}: split {stream.split} of {stream.dataset.folder} "
                             f"has {stream.token_starts[-1]} tokens, fewer than one row of batch.seq_len={self.seq_len} and its "

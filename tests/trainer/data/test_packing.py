@@ -210,6 +210,14 @@ def test_pairs_stay_in_one_row(tmp_path: Path) -> None:
         RowReader(of_pairs(tmp_path, seq_len=8, packing="cut"))
 
 
+def test_data_of_which_every_row_is_left_out_is_told_so(tmp_path: Path) -> None:
+    write_tokens(tmp_path, {"train": [30, 40, 50, 25]}, samples="pairs")
+    with pytest.raises(DataError, match=r"data\.sources\.a: nothing is left of split train .* longer than a row of "
+                       r"batch\.seq_len=8 .*Try: batch\.seq_len=74"):
+        RowReader(of_pairs(tmp_path, seq_len=8, overlong="leave_out"))
+    assert RowReader(of_pairs(tmp_path, seq_len=74, overlong="leave_out")).rows == {"a": 2}
+
+
 def test_a_rank_without_a_row_has_the_fields_of_the_others(tmp_path: Path) -> None:
     write_tokens(tmp_path, {"train": [3, 4, 2, 2]}, samples="pairs")
     run, fields = of_pairs(tmp_path, seq_len=11, rows=1), []
