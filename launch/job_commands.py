@@ -41,8 +41,8 @@ def jobs(args: argparse.Namespace) -> int:
     """One line a job: those that wait or run, and where a run has none, its last one."""
     folders = [_run_dir(run) for run in args.runs] or sorted(path.parent for path in Path(args.runs_dir).glob(f"*/{JOBS}"))
     if not folders:
-        print(f"No jobs: no run in {args.runs_dir} was submitted. Submit one: officina submit experiment=demo site=NAME "
-              "nodes=1 time=1h. Runs elsewhere: officina jobs --runs-dir DIR")
+        print(f"No jobs: no run in {args.runs_dir} was submitted. Submit one: officina submit experiment=demo ranks=0 "
+              "site=NAME nodes=1 time=1h. Runs elsewhere: officina jobs --runs-dir DIR")
         return EXIT_DONE
     lines = [("run", "job", "step", "loss", "rate", "job ends in", "run ends in", "state")]
     for run in _with_states(folders):

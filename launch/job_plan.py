@@ -224,20 +224,24 @@ def _cost_words(plan: JobPlan) -> str:
     if whole is None:
         return ""
     text = f"at most {whole:,.0f} {billing.unit}s a job ({time_words(request.time_s)})"
-    jobs = chain_length(request)
+    jobs = chain_length(request) * request.runs
     if jobs > 1:
         text += f", {whole * jobs:,.0f} for {jobs}"
     if plan.hours is not None and request.time_s:
-        text += f"; the run needs about {max(whole * plan.hours * 3600 / request.time_s, 1):,.0f}"
+        needed = max(whole * plan.hours * 3600 / request.time_s, 1)
+        text += f"; {'a' if request.runs > 1 else 'the'} run needs about {needed:,.0f}"
     return text + (f" ({billing.rule})" if billing.rule else "")
 
 
 def _jobs_words(plan: JobPlan) -> str:
     jobs, needed, job = chain_length(plan.request), plan.jobs_needed, plan.request.job
     text = f"{jobs}" + (", each goes on where the one before it stopped" if jobs > 1 and not job.requeue else "")
-    if job.requeue:
+    if plan.request.runs > 1:
+        text = f"{plan.request.runs}, one a run of the sweep" + (f", {job.at_once} at a time" if job.at_once else "") + (
+            f"; each queues itself again at its time limit and runs {max(jobs, 2)} times at most" if job.requeue else "")
+    elif job.requeue:
         text = f"1, which queues itself again at its time limit and runs {max(jobs, 2)} times at most"
     if needed and needed > jobs:
-        text += f"; the run needs about {needed}: jobs={needed}"
+        text += f"; a run needs about {needed}: jobs={needed}{' requeue=true' * (plan.request.runs > 1 and not job.requeue)}"
     return text
 

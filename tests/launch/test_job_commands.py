@@ -66,7 +66,7 @@ def test_progress_is_that_of_the_latest_steps(tmp_path):
 
 
 def test_runs_without_jobs_are_said_to_have_none(tmp_path, capsys):
-    assert main(["jobs", "--runs-dir", str(tmp_path)]) == 0 and "officina submit experiment=demo" in capsys.readouterr().out
+    assert main(["jobs", "--runs-dir", str(tmp_path)]) == 0 and "submit experiment=demo ranks=0 " in capsys.readouterr().out
     assert main(["jobs", str(tmp_path / "no")]) == 2 and "no such run directory" in capsys.readouterr().err
     run_dir = made_run(tmp_path / "run")
     assert main(["cancel", str(run_dir)]) == 2
