@@ -203,8 +203,14 @@ def test_a_task_that_is_not_known_or_not_here_is_refused(pool, trained: Path, ta
     text = (tasks / "own_words.yaml").read_text().replace("task: own_words", "task: long")
     (tasks / "long.yaml").write_text(text.replace("max_gen_toks: 7", "max_gen_toks: 32"))
     for name, task, message in (("u0", "long", "up to 32 tokens .* leaves nothing for the prompt. Try: batch.seq_len=128"),
-                                ("u1", "own_choise", "own_choise: is no task .* Did you mean own_choice"),
                                 ("u2", "elsewhere", "its data cannot be loaded, and nothing is downloaded here")):
         folder = ask(trained, name, tasks=[task], tasks_dir=str(tasks))
         [told] = pool.run(1, "tests.trainer.evaluation_cases:refusal", str(folder))
         assert re.search(message, told), told
+
+
+@pytest.mark.slow  # a name that the folder does not have is looked for among the harness's own thousands of task files
+def test_a_misspelt_task_is_told_what_was_meant(pool, trained: Path, tasks: Path) -> None:
+    folder = ask(trained, "u1", tasks=["own_choise"], tasks_dir=str(tasks))
+    [told] = pool.run(1, "tests.trainer.evaluation_cases:refusal", str(folder))
+    assert re.search("own_choise: is no task .* Did you mean own_choice", told), told
