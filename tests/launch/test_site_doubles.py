@@ -82,9 +82,9 @@ MODEL = ["name=mine", "model=tiny", "model.n_layers=1", "model.d_model=32", "mod
          "logging.tensorboard=false", "data.sources.text.path=data", "stop_before=30s", "attempts=1"]
 """CPU ranks, one for each of the site's (fake) GPUs: `gpus` is given, so the script is that of a run on GPUs."""
 RUNS = {
-    "leonardo-booster": ["nodes=2", "gpus=1"],
-    "lumi-g": ["partition=small-g", "nodes=2", "gpus=1", "launcher=torchrun", "container=image.sif"],
-    "marenostrum5-acc": ["qos=acc_debug", "nodes=1", "gpus=2", "launcher=mpirun"],
+    "leonardo-booster": ["nodes=2", "gpus=1", "engine=zero2"],
+    "lumi-g": ["partition=small-g", "nodes=2", "gpus=2", "launcher=torchrun", "container=image.sif"],
+    "marenostrum5-acc": ["qos=acc_debug", "nodes=1", "gpus=4", "launcher=mpirun"],
     "jupiter-booster": ["nodes=2", "gpus=4", "container=image.sif"],
 }
 WHOLE = {
