@@ -93,13 +93,18 @@ def measure_parts() -> MemoryParts:
 
 def _storage_bytes(tensors: list[torch.Tensor], seen: set[tuple[str, int]]) -> int:
     """Bytes of the storages behind `tensors` that are not yet in `seen`."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
     total = 0
     for tensor in tensors:
         local = getattr(tensor, "_local_tensor", tensor)  # a DTensor's shard
-        if local.is_meta or local.layout != _strided():
+        if isinstance(local, FakeTensor) or local.is_meta or local.layout != _strided():
             continue
         storage = local.untyped_storage()
-        key = (str(local.device), storage.data_ptr())
+        try:
+            key = (str(local.device), storage.data_ptr())
+        except RuntimeError:  # what torch.compile leaves of its tracing has no memory
+            continue
         if key not in seen:
             seen.add(key)
             total += storage.nbytes()

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from officina.trainer import memory
 from officina.trainer.config import (
@@ -63,6 +64,17 @@ def test_failed_allocation_names_rank_phase_parts_and_keys(failed: dict[str, lis
     assert "parameters 7.6 MiB, gradients 7.6 MiB, moments 15.3 MiB, other live tensors" in said
     assert "its address space is limited to" in said and "(ulimit -v)" in said
     assert "batch.micro_rows=2; engine.recompute=full; engine=fsdp2" in said
+
+
+def test_tensors_without_memory_count_nothing():
+    """torch.compile leaves such from its tracing; without the exception an OOM's explanation broke off."""
+    before = memory.measure_parts()
+    with FakeTensorMode():
+        fake = torch.nn.Parameter(torch.empty(1000, 1000))
+    traced = torch._to_functional_tensor(torch.empty(0))
+    real = torch.nn.Parameter(torch.empty(500))
+    assert memory.measure_parts().parameters - before.parameters == real.numel() * 4
+    del fake, traced
 
 
 def test_other_errors_are_not_taken_for_it():
