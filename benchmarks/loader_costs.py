@@ -22,7 +22,7 @@ from officina.trainer.config import SourceConfig
 from officina.trainer.data.loader import Loader
 from officina.trainer.data.manifest import ShardEntry, write_manifest
 from officina.trainer.data.order import extend_timeline, permute, permute_blocks, round_keys
-from officina.trainer.data.shards import ShardWriter
+from officina.trainer.data.shard_writer import ShardWriter
 
 COLD_ROWS = 64
 """Of a step from the disk."""

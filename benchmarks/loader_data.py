@@ -8,7 +8,7 @@ import numpy as np
 from officina.benchmarks.loader_anchors import BATCH, SEED, SEQ_LEN
 from officina.trainer.config import BatchConfig, DataConfig, DecoderConfig, RunConfig, SourceConfig
 from officina.trainer.data.manifest import write_manifest
-from officina.trainer.data.shards import SplitWriter
+from officina.trainer.data.shard_writer import SplitWriter
 
 
 def write_tokens(folder: Path, n: int) -> int:

@@ -23,7 +23,7 @@ def run(*, tokens: int = 50_000_000, repeats: int = 5) -> dict[str, Any]:
     from officina.trainer.data.manifest import write_manifest
     from officina.trainer.data.reader import RowReader
     from officina.trainer.data.seal import Seal
-    from officina.trainer.data.shards import SplitWriter
+    from officina.trainer.data.shard_writer import SplitWriter
 
     with tempfile.TemporaryDirectory(prefix="officina-bench-") as scratch:
         key = Path(scratch, "key")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from officina.trainer.data.manifest import write_manifest
-from officina.trainer.data.shards import SplitWriter
+from officina.trainer.data.shard_writer import SplitWriter
 
 MEDIAN_DOCUMENT_TOKENS = 600
 """Lengths are log-normal around it with sigma 1.2, as web text's are."""

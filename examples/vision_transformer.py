@@ -89,7 +89,7 @@ def tiles(n: int, seed: int) -> Iterator[bytes]:
 
 def make_data(directory: str, n_train: int = 2048, n_validation: int = 256) -> None:
     """Write the tiles as a data set of records with two splits."""
-    from officina.trainer.data.shards import write_records
+    from officina.trainer.data.shard_writer import write_records
 
     about = dict(name="generated land cover", licence="CC0-1.0", description="Generated tiles of four kinds.")
     write_records(directory, tiles(n_train, seed=1), split="train", **about)

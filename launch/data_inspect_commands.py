@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from officina.trainer.data.manifest import Manifest
     from officina.trainer.data.order import Places
-    from officina.trainer.data.reader import RowReader, Stream
+    from officina.trainer.data.reader import RowReader
+    from officina.trainer.data.stream import Stream
 
 _EXAMPLES = """examples:
   officina data inspect demo/data
@@ -74,9 +75,9 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
 
     from officina.trainer.data.contents import describe_document
     from officina.trainer.data.manifest import open_dataset
-    from officina.trainer.data.reader import Stream
     from officina.trainer.data.removal import removed_documents
     from officina.trainer.data.seal import read_seal
+    from officina.trainer.data.stream import Stream
 
     screen, dataset = console(), open_dataset(folder)
     manifest = dataset.manifest

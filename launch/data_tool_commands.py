@@ -196,7 +196,7 @@ def pack(args: argparse.Namespace) -> int:
     from officina.trainer.config import DataConfig
     from officina.trainer.data.manifest import open_dataset
     from officina.trainer.data.packing import plan_path, store_plan
-    from officina.trainer.data.reader import Stream, resolve_overlong
+    from officina.trainer.data.stream import Stream, resolve_overlong
 
     if args.seq_len < 1:
         raise DataError(f"--seq-len {args.seq_len}: a row has at least one token. Try: --seq-len 4096")

@@ -6,7 +6,7 @@ import numpy as np
 
 from officina.trainer.config import BatchConfig, DataConfig, DecoderConfig, EvalConfig, RunConfig, SourceConfig
 from officina.trainer.data.manifest import TokenizerInfo, write_manifest
-from officina.trainer.data.shards import SplitWriter
+from officina.trainer.data.shard_writer import SplitWriter
 
 
 def write_tokens(folder: Path, lengths: dict[str, list[int]], *, base: int = 0, dtype: str = "u32",

@@ -14,8 +14,9 @@ from officina.trainer.config import RunConfig
 from officina.trainer.data.heldout import LabelFacts
 from officina.trainer.data.integrity import mend
 from officina.trainer.data.loader import validation_batches
-from officina.trainer.data.reader import Stream, validation_streams
+from officina.trainer.data.reader import validation_streams
 from officina.trainer.data.shards import Lost, merge_lost
+from officina.trainer.data.stream import Stream
 from officina.trainer.metrics import EvalMetrics
 from officina.trainer.objective import REWARDS, measured, token_scores
 from officina.trainer.parallel.engine import Engine

@@ -16,7 +16,8 @@ from officina.trainer.config import RunConfig
 from officina.trainer.data.loader import packed_rows
 from officina.trainer.data.manifest import write_whole
 from officina.trainer.data.order import sources_in_use
-from officina.trainer.data.reader import Stream, open_source, validation_streams
+from officina.trainer.data.reader import open_source, validation_streams
+from officina.trainer.data.stream import Stream
 from officina.trainer.errors import DataError
 from officina.trainer.objective import document_logp
 from officina.trainer.parallel.engine import Engine

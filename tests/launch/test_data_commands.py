@@ -11,7 +11,8 @@ from data_sets import make_run, write_tokens
 
 from officina.trainer.data.ledger import Ledger
 from officina.trainer.data.loader import Loader
-from officina.trainer.data.shards import HEADER_BYTES, write_records
+from officina.trainer.data.shard_writer import write_records
+from officina.trainer.data.shards import HEADER_BYTES
 from officina.trainer.run_dir import save_config
 
 

@@ -14,7 +14,7 @@ from lives import DECODER, begin, plain_run
 from officina.trainer.config import DDPConfig, EvalConfig, FSDP2Config, LoraConfig, SingleConfig, ZeroConfig
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.manifest import open_dataset
-from officina.trainer.data.reader import Stream
+from officina.trainer.data.stream import Stream
 from officina.trainer.evaluation import Request, read_results, write_request
 from officina.trainer.metrics import read_metrics
 from officina.trainer.run_dir import load_config, save_config

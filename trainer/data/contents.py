@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from officina.trainer.data.documents import NO_LANGUAGE
-from officina.trainer.data.reader import Stream
 from officina.trainer.data.shards import Shard
+from officina.trainer.data.stream import Stream
 
 
 @dataclass(frozen=True, slots=True)

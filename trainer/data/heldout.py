@@ -13,7 +13,7 @@ import numpy as np
 
 from officina.trainer.data.documents import NO_LANGUAGE
 from officina.trainer.data.manifest import TOKENIZER
-from officina.trainer.data.reader import Stream
+from officina.trainer.data.stream import Stream
 
 
 class LabelFacts:

@@ -21,8 +21,9 @@ from officina.trainer.config import RunConfig
 from officina.trainer.data.buffers import Buffers
 from officina.trainer.data.integrity import mend
 from officina.trainer.data.plan import PlannedStep, plan_steps
-from officina.trainer.data.reader import Record, RowReader, Rows, Stream, validation_streams
+from officina.trainer.data.reader import RowReader, validation_streams
 from officina.trainer.data.shards import Lost, merge_lost
+from officina.trainer.data.stream import Record, Rows, Stream
 from officina.trainer.errors import DataError
 
 Decode = Callable[[bytes], dict[str, torch.Tensor]]

@@ -29,7 +29,8 @@ from officina.trainer.data.manifest import (
     write_whole,
 )
 from officina.trainer.data.removal import removed_documents
-from officina.trainer.data.shards import DTYPES, INDEX_SUFFIX, Shard, ShardWriter
+from officina.trainer.data.shard_writer import ShardWriter
+from officina.trainer.data.shards import DTYPES, INDEX_SUFFIX, Shard
 from officina.trainer.data.tokenizer import given_tokenizer, tokenizer_info
 from officina.trainer.errors import DataError
 

@@ -22,7 +22,8 @@ from officina.trainer.data.duplicates import write_run
 from officina.trainer.data.formats import Piece, pieces_of
 from officina.trainer.data.manifest import ShardEntry, TokenizerInfo, write_whole
 from officina.trainer.data.seal import Seal, read_seal
-from officina.trainer.data.shards import DTYPES, ShardWriter
+from officina.trainer.data.shard_writer import ShardWriter
+from officina.trainer.data.shards import DTYPES
 from officina.trainer.data.sources import TextSource
 from officina.trainer.data.tokenizer import Encoder, SampleEncoder, dtype_of
 from officina.trainer.data.workers import Report

@@ -21,7 +21,7 @@ from officina.trainer.config import RunConfig
 from officina.trainer.data.manifest import Dataset, open_dataset, write_whole
 from officina.trainer.data.order import Mixture, Skips, sources_in_use, timeline_of
 from officina.trainer.data.policy import Policy, policy_of
-from officina.trainer.data.reader import Stream
+from officina.trainer.data.stream import Stream
 from officina.trainer.errors import DataError
 
 FOLDER = "use"

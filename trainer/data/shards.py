@@ -19,8 +19,6 @@ changes: it is written under a temporary name and renamed when it is whole and o
 shards.
 """
 
-import hashlib
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,14 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from officina.trainer.data.croissant import write_croissant
-from officina.trainer.data.manifest import (
-    MANIFEST,
-    ShardEntry,
-    open_dataset,
-    sync_folder,
-    write_manifest,
-)
+from officina.trainer.data.manifest import ShardEntry
 from officina.trainer.data.seal import MARK_BYTES, Seal, SealedArray
 from officina.trainer.data.storage import ByteArray, FileArray, at_once, map_file
 from officina.trainer.errors import DataError
@@ -50,199 +41,34 @@ GRANULE_BYTES = 256 * 1024
 SHARD_BYTES = 1 << 30
 """Size at which a writer begins the next shard: few files, as parallel file systems like it."""
 DTYPES = {"u8": np.dtype("u1"), "u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
-_MAGIC, _END_MAGIC, _VERSION = b"OFF-DLS\x01", b"DLS-END\x01", 1
+_MAGIC, END_MAGIC, _VERSION = b"OFF-DLS\x01", b"DLS-END\x01", 1
 # magic, version, bytes per token, tokens, documents, granule bytes, file bytes, tokenizer sha256, sections
 _FIXED = struct.Struct("<8sIIQQQQ32sI4x")
 _SECTION = struct.Struct("<24sQQ")  # name, offset, bytes
-_ALIGN = 64
+ALIGN = 64
 INDEX_SUFFIX = ".dli"
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
+class Header:
+    """The first 4096 bytes of a shard, or of its index."""
+
     dtype: str
     tokens: int
     documents: int
     file_bytes: int
     tokenizer_sha256: str
     sections: dict[str, tuple[int, int]]
+    """Offset and bytes of each section of the footer."""
 
     def pack(self) -> bytes:
+        """The header's bytes."""
         tokenizer = bytes.fromhex(self.tokenizer_sha256 or "00" * 32)
         body = _FIXED.pack(_MAGIC, _VERSION, DTYPES[self.dtype].itemsize, self.tokens, self.documents,
                            GRANULE_BYTES, self.file_bytes, tokenizer, len(self.sections))
         body += b"".join(_SECTION.pack(name.encode(), *span) for name, span in self.sections.items())
         body = body.ljust(HEADER_BYTES - 8, b"\0")
         return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
-
-
-class ShardWriter:
-    """Writes one shard document by document; `close` makes it appear under its name.
-
-    holds_tokens: False writes the index alone, of tokens that lie in another file. seal: write them sealed.
-    """
-
-    def __init__(self, path: Path, *, dtype: str, tokenizer_sha256: str = "", holds_tokens: bool = True,
-                 seal: Seal | None = None) -> None:
-        self.path, self._dtype, self._tokenizer, self._holds_tokens = path, dtype, tokenizer_sha256, holds_tokens
-        self._temporary = path.with_name(path.name + ".tmp")
-        self._file = open(self._temporary, "wb")
-        self._file.write(bytes(HEADER_BYTES))
-        self._granule, self._hashes = xxhash.xxh3_64(), []
-        self._in_granule = 0
-        self._seal, self._open_granule, self._marks = seal, bytearray(), []
-        self._ends: list[int] = []
-        self._source_ids: list[int] = []
-        self._language_ids: list[int] = []
-        self._document_ids: list[bytes] = []
-        self._trained: list[np.ndarray] = []
-        self._document_bytes: list[int] = []
-        self.tokens = 0
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of tokens so far."""
-        return self.tokens * DTYPES[self._dtype].itemsize
-
-    def add(self, document: np.ndarray, source_id: int = 0, language_id: int | None = None,
-            document_id: bytes = b"", trained: np.ndarray | None = None, text_bytes: int | None = None) -> None:
-        """Append one document, (n,) integers, n > 0; text_bytes: of its text in UTF-8.
-
-        All documents of a shard have a language id, or none; so with ids, bytes and with `trained`, (n,) bool.
-        """
-        if not len(document):
-            raise DataError(f"{self.path}: document {len(self._ends)} is empty; a document has at least one token or byte. "
-                            "Leave empty documents out.")
-        limit = np.iinfo(DTYPES[self._dtype]).max
-        if document.dtype != DTYPES[self._dtype]:
-            if int(document.max()) > limit or int(document.min()) < 0:
-                raise DataError(f"{self.path}: document {len(self._ends)} has token id {int(document.max())}, "
-                                f"but {self._dtype} holds 0 to {limit}. Take a wider dtype, such as u32.")
-            document = document.astype(DTYPES[self._dtype])
-        view = memoryview(np.ascontiguousarray(document)).cast("B")
-        if self._holds_tokens and self._seal is None:
-            self._file.write(view)
-        while len(view):
-            part = view[:GRANULE_BYTES - self._in_granule]
-            if self._seal is None:
-                self._granule.update(part)
-            else:
-                self._open_granule += part
-            self._in_granule += len(part)
-            view = view[len(part):]
-            if self._in_granule == GRANULE_BYTES:
-                self._end_granule()
-        self.tokens += len(document)
-        self._ends.append(self.tokens)
-        self._source_ids.append(source_id)
-        if language_id is not None:
-            self._language_ids.append(language_id)
-        if document_id:
-            self._document_ids.append(document_id)
-        if trained is not None:
-            self._trained.append(trained)
-        if text_bytes is not None:
-            self._document_bytes.append(text_bytes)
-
-    def _end_granule(self) -> None:
-        if self._seal is not None:
-            before = self._marks[-1] if self._marks else b""
-            sealed, mark = self._seal.close(len(self._hashes), bytes(self._open_granule), before)
-            self._file.write(sealed)
-            self._granule.update(sealed)
-            self._marks.append(mark)
-            self._open_granule.clear()
-        self._hashes.append(self._granule.intdigest())
-        self._granule, self._in_granule = xxhash.xxh3_64(), 0
-
-    def close(self, *, relative_to: Path, split: str) -> ShardEntry:
-        """Finish the file, sync it, give it its name, and return its entry for shards.jsonl."""
-        if self._in_granule:
-            self._end_granule()
-        footer = {"document_ends": np.asarray(self._ends, "<u8").tobytes(),
-                  "source_ids": np.asarray(self._source_ids, "<u2").tobytes()}
-        if self._language_ids:
-            footer["language_ids"] = np.asarray(self._language_ids, "<u2").tobytes()
-        if self._document_bytes:
-            footer["document_bytes"] = np.minimum(self._document_bytes, 2**32 - 1).astype("<u4").tobytes()
-        if self._document_ids:
-            footer["document_ids"] = b"".join(self._document_ids)
-        if self._trained:
-            footer["trained"] = np.packbits(np.concatenate(self._trained), bitorder="little").tobytes()
-        if self._marks:
-            footer["seal"] = b"".join(self._marks)
-        footer["granule_xxh3"] = np.asarray(self._hashes, "<u8").tobytes()
-        offset, sections = HEADER_BYTES + self.bytes * self._holds_tokens, {}
-        for name, content in footer.items():
-            offset = _aligned(offset)
-            sections[name] = (offset, len(content))
-            offset += len(content)
-        offset = _aligned(offset)
-        header = _Header(self._dtype, self.tokens, len(self._ends), offset + 16, self._tokenizer, sections).pack()
-        root = xxhash.xxh3_64(header)
-        for name, content in footer.items():
-            root.update(content)
-            self._file.seek(sections[name][0])
-            self._file.write(content)
-        self._file.seek(offset)
-        self._file.write(struct.pack("<Q8s", root.intdigest(), _END_MAGIC))
-        self._file.seek(0)
-        self._file.write(header)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        with open(self._temporary, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(self._temporary, self.path)
-        sync_folder(self.path.parent)
-        return ShardEntry(path=self.path.relative_to(relative_to).as_posix(), split=split, bytes=offset + 16,
-                          tokens=self.tokens, documents=len(self._ends), sha256=sha256, xxh3=root.hexdigest())
-
-    def abandon(self) -> None:
-        """Remove what was written."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-
-class SplitWriter:
-    """Writes the shards of one split, `shards/SPLIT-00000.dls` and on, beginning a new one at `shard_bytes`."""
-
-    def __init__(self, folder: Path, split: str, *, dtype: str, tokenizer_sha256: str = "",
-                 shard_bytes: int = SHARD_BYTES, seal: Seal | None = None) -> None:
-        self._folder, self._split, self._shard_bytes = folder, split, shard_bytes
-        self._how = {"dtype": dtype, "tokenizer_sha256": tokenizer_sha256, "seal": seal}
-        self._itemsize = DTYPES[dtype].itemsize
-        self._writer: ShardWriter | None = None
-        self._entries: list[ShardEntry] = []
-
-    def add(self, document: np.ndarray, source_id: int = 0, language_id: int | None = None,
-            document_id: bytes = b"", trained: np.ndarray | None = None, text_bytes: int | None = None) -> None:
-        """Append one document, (n,) integers; see `ShardWriter.add`."""
-        if self._writer and self._writer.bytes + len(document) * self._itemsize > self._shard_bytes:
-            self._end_shard()
-        if self._writer is None:
-            (self._folder / "shards").mkdir(parents=True, exist_ok=True)
-            path = self._folder / "shards" / f"{self._split}-{len(self._entries):05d}.dls"
-            self._writer = ShardWriter(path, **self._how)
-        self._writer.add(document, source_id, language_id, document_id, trained, text_bytes)
-
-    def _end_shard(self) -> None:
-        assert self._writer is not None
-        self._entries.append(self._writer.close(relative_to=self._folder, split=self._split))
-        self._writer = None
-
-    def close(self) -> list[ShardEntry]:
-        """Finish the last shard and return all entries."""
-        if self._writer is not None:
-            self._end_shard()
-        return self._entries
-
-    def __enter__(self) -> "SplitWriter":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._writer is not None:
-            self._writer.abandon()
 
 
 Lost = dict[str, list[int]]
@@ -293,7 +119,7 @@ class Shard:
         found = xxhash.xxh3_64(self._map[:HEADER_BYTES])
         for offset, length in header.sections.values():
             found.update(self._map[offset:offset + length])
-        if end_magic != _END_MAGIC or found.intdigest() != root:
+        if end_magic != END_MAGIC or found.intdigest() != root:
             raise DamagedIndex(f"{path}: the footer (bytes {HEADER_BYTES + header.tokens * DTYPES[header.dtype].itemsize} to "
                             f"{len(self._map)}) does not match its checksum. {_REMEDY}")
         if entry and (found.hexdigest(), header.tokens) != (entry.xxh3, entry.tokens):
@@ -335,11 +161,11 @@ class Shard:
             return np.ones(len(places), bool)
         return (self._trained[places >> 3] >> (places & 7).astype(np.uint8) & 1).astype(bool)
 
-    def _section(self, header: _Header, name: str, dtype: str) -> np.ndarray:
+    def _section(self, header: Header, name: str, dtype: str) -> np.ndarray:
         offset, length = header.sections.get(name, (0, 0))
         return self._map[offset:offset + length].view(dtype)
 
-    def _find_tokens(self, header: _Header) -> tuple[int, np.ndarray]:
+    def _find_tokens(self, header: Header) -> tuple[int, np.ndarray]:
         """First byte of the tokens in their file, and all of their bytes (mapped)."""
         n_bytes = header.tokens * DTYPES[header.dtype].itemsize
         if index_of(self.path) == self.path:
@@ -480,7 +306,7 @@ _REMEDY = ("The file is damaged or foreign: repair the data set from a copy with
            "it again with `officina data build`; `officina data verify DATASET` lists all damage.")
 
 
-def _parse_header(path: Path, mapped: np.ndarray) -> _Header:
+def _parse_header(path: Path, mapped: np.ndarray) -> Header:
     head = mapped[:HEADER_BYTES].tobytes()
     if len(mapped) < HEADER_BYTES + 16 or head[:8] != _MAGIC:
         raise DamagedIndex(f"{path}: bytes 0 to 8 are {head[:8]!r}, a shard begins with {_MAGIC!r}. {_REMEDY}")
@@ -496,45 +322,9 @@ def _parse_header(path: Path, mapped: np.ndarray) -> _Header:
     for i in range(n):
         name, offset, length = _SECTION.unpack_from(head, _FIXED.size + i * _SECTION.size)
         sections[name.rstrip(b"\0").decode()] = (offset, length)
-    return _Header(dtypes[itemsize], tokens, documents, file_bytes, tokenizer.hex(), sections)
+    return Header(dtypes[itemsize], tokens, documents, file_bytes, tokenizer.hex(), sections)
 
 
 def index_of(path: Path) -> Path:
     """The file with the shard's header and footer: the shard itself, or the index beside a file of tokens alone."""
     return path if path.suffix != ".bin" else path.with_suffix(INDEX_SUFFIX)
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // _ALIGN) * _ALIGN
-
-
-def write_records(directory: str | Path, records: Iterable[bytes], *, split: str = "train", name: str,
-                  shard_bytes: int = SHARD_BYTES, **about: Any) -> None:
-    """Write `records` as split `split` of a data set for a user's own model; its decoder gets each back as bytes.
-
-    A second call adds another split to the same folder. `about` are further fields of dataset.json (version, description,
-    licence, personal_data, sensitive, provenance). Raises DataError if the split exists already, or if there is no record.
-    """
-    folder, before, stats = Path(directory), [], {}
-    if (folder / MANIFEST).exists():
-        dataset = open_dataset(folder)
-        if dataset.manifest.kind != "records" or split in dataset.manifest.splits:
-            raise DataError(f"{folder}: has splits {sorted(dataset.manifest.splits)} of {dataset.manifest.kind} already; "
-                            f"split {split} cannot be written. Take another split name or an empty folder.")
-        before = dataset.shards
-        said = ("version", "description", "licence", "personal_data", "sensitive", "policy_sha256", "creators", "url",
-                "published", "collected", "provenance")
-        kept = {key: getattr(dataset.manifest, key) for key in said}
-        about = kept | about
-    with SplitWriter(folder, split, dtype="u8", shard_bytes=shard_bytes) as writer:
-        for record in records:
-            writer.add(np.frombuffer(record, np.uint8))
-        entries = writer.close()
-    if not entries:
-        raise DataError(f"{folder}: split {split} has no record. Give write_records at least one.")
-    shards = [*before, *entries]
-    for each in dict.fromkeys(s.split for s in shards):
-        of_split = [s for s in shards if s.split == each]
-        stats[each] = {"records": sum(s.documents for s in of_split), "bytes": sum(s.tokens for s in of_split)}
-    write_manifest(folder, shards, stats, kind="records", dtype="u8", name=name, **about)
-    write_croissant(folder)

@@ -21,9 +21,10 @@ from officina.trainer.data.integrity import spans_of
 from officina.trainer.data.ledger import Entry, read_ledger
 from officina.trainer.data.manifest import Manifest
 from officina.trainer.data.policy import policy_of
-from officina.trainer.data.reader import RowReader, Stream
+from officina.trainer.data.reader import RowReader
 from officina.trainer.data.removal import removed_documents
 from officina.trainer.data.shards import DTYPES, Lost
+from officina.trainer.data.stream import Stream
 from officina.trainer.errors import DataError
 from officina.trainer.metrics import read_metrics
 from officina.trainer.run_dir import LEDGER, load_config, read_run_id

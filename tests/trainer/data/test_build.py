@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from officina.trainer.data import build as building
 from officina.trainer.data.build import EOS, BuildOptions, build
 from officina.trainer.data.manifest import open_dataset
-from officina.trainer.data.reader import Stream
+from officina.trainer.data.stream import Stream
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 
@@ -175,15 +175,15 @@ def words(tmp_path: Path) -> Path:
 
 BUILD_AND_TELL = """if True:
     import sys
-    from officina.trainer.data import build as b, parts, shards
+    from officina.trainer.data import build as b, parts, shard_writer
     if __name__ == "__main__":
         parts.BATCH_CHARACTERS = 40_000
         parts.LEAST_PART_BYTES = int(sys.argv[3])
-        close = shards.ShardWriter.close
+        close = shard_writer.ShardWriter.close
         def told(self, **how):
             print(self.path.name, flush=True)
             return close(self, **how)
-        shards.ShardWriter.close = told
+        shard_writer.ShardWriter.close = told
         options = b.BuildOptions(inputs=[sys.argv[2]], vocab_size=1500, shard_bytes=20_000, workers=int(sys.argv[4]))
         b.build(sys.argv[1], options, lambda phase, done, total: print(phase, flush=True))"""
 

@@ -17,7 +17,7 @@ from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.mldcat import write_mldcat
 from officina.trainer.data.odrl import read_odrl, to_odrl
 from officina.trainer.data.policy import ACTIONS, DUTIES, Policy, parse_policy, policy_of
-from officina.trainer.data.shards import write_records
+from officina.trainer.data.shard_writer import write_records
 from officina.trainer.data.strict import strict
 from officina.trainer.errors import DataError
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.heldout import LabelFacts, token_bytes
 from officina.trainer.data.manifest import open_dataset
-from officina.trainer.data.reader import Stream
+from officina.trainer.data.stream import Stream
 
 TEXTS = [("fin_Latn", "Mitä kuuluu? Äidin öljylamppu. " * 7), ("swe_Latn", "På svenska: åäö, 1 234 kr.\n" * 5),
          ("jpn_Jpan", "日本語の文章です。😀" * 9), ("fin_Latn", "tab\tand  two spaces \x0b" * 11)]

@@ -23,7 +23,8 @@ from officina.trainer.data.loader import Loader, StepData, validation_batches
 from officina.trainer.data.manifest import open_dataset, write_manifest
 from officina.trainer.data.reader import validation_streams
 from officina.trainer.data.removal import remove
-from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES, Shard, SplitWriter, write_records
+from officina.trainer.data.shard_writer import SplitWriter, write_records
+from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES, Shard
 from officina.trainer.data.stage import stage
 from officina.trainer.data.summary import summarise
 from officina.trainer.data.verify import verify

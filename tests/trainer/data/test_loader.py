@@ -15,7 +15,8 @@ from officina.trainer.batch import IGNORE, Batch
 from officina.trainer.config import BatchConfig, CustomModelConfig, RunConfig, SourceConfig
 from officina.trainer.data.loader import Loader, StepData, validation_rows, validation_sources
 from officina.trainer.data.order import extend_timeline
-from officina.trainer.data.shards import HEADER_BYTES, write_records
+from officina.trainer.data.shard_writer import write_records
+from officina.trainer.data.shards import HEADER_BYTES
 from officina.trainer.errors import DataError
 
 FIXTURES = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

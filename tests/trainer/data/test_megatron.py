@@ -14,7 +14,8 @@ from officina.trainer.data.loader import Loader
 from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.megatron import export_megatron, index_folder
 from officina.trainer.data.removal import remove
-from officina.trainer.data.shards import GRANULE_BYTES, write_records
+from officina.trainer.data.shard_writer import write_records
+from officina.trainer.data.shards import GRANULE_BYTES
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 from officina.trainer.run_dir import save_config

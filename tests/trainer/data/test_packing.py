@@ -17,8 +17,9 @@ from officina.trainer.data.contents import extents_of_row
 from officina.trainer.data.loader import Loader, validation_rows
 from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.packing import Plan, load_plan, make_plan, plan_path, store_plan
-from officina.trainer.data.reader import RowReader, Stream
+from officina.trainer.data.reader import RowReader
 from officina.trainer.data.removal import remove
+from officina.trainer.data.stream import Stream
 from officina.trainer.errors import DataError
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)

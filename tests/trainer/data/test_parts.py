@@ -17,8 +17,8 @@ from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.documents import Fields, document_id
 from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.parts import count_words
-from officina.trainer.data.reader import Stream
 from officina.trainer.data.shards import Shard
+from officina.trainer.data.stream import Stream
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 

@@ -15,7 +15,7 @@ from officina.trainer.data.ledger import Ledger, audit, read_ledger
 from officina.trainer.data.loader import Loader, StepData, validation_rows
 from officina.trainer.data.manifest import open_dataset, write_manifest
 from officina.trainer.data.removal import remove
-from officina.trainer.data.shards import SplitWriter
+from officina.trainer.data.shard_writer import SplitWriter
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 from officina.trainer.run_dir import save_config

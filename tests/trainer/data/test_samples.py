@@ -15,8 +15,8 @@ from officina.launch.cli import main as officina
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.chat import PLAIN, Chat, load_chat
 from officina.trainer.data.manifest import open_dataset
-from officina.trainer.data.reader import Stream
 from officina.trainer.data.samples import read_sample
+from officina.trainer.data.stream import Stream
 from officina.trainer.data.tokenizer import SampleEncoder, tokenizer_info
 from officina.trainer.errors import DataError
 

@@ -22,7 +22,8 @@ from officina.trainer.data.loader import Loader
 from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.reader import RowReader
 from officina.trainer.data.seal import Seal, read_seal
-from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES, Shard, ShardWriter
+from officina.trainer.data.shard_writer import ShardWriter
+from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES, Shard
 from officina.trainer.data.stage import stage
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError

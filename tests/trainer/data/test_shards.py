@@ -10,14 +10,8 @@ import pytest
 from data_sets import tokenizer_info, write_tokens
 
 from officina.trainer.data.manifest import fingerprint, open_dataset, write_manifest
-from officina.trainer.data.shards import (
-    GRANULE_BYTES,
-    HEADER_BYTES,
-    Shard,
-    ShardWriter,
-    SplitWriter,
-    write_records,
-)
+from officina.trainer.data.shard_writer import ShardWriter, SplitWriter, write_records
+from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES, Shard
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 

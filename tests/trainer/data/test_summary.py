@@ -19,7 +19,8 @@ from officina.trainer.data.order import extend_timeline
 from officina.trainer.data.policy import Policy
 from officina.trainer.data.reader import RowReader
 from officina.trainer.data.removal import remove
-from officina.trainer.data.shards import Shard, SplitWriter, write_records
+from officina.trainer.data.shard_writer import SplitWriter, write_records
+from officina.trainer.data.shards import Shard
 from officina.trainer.data.summary import receipt, summarise
 from officina.trainer.errors import DataError
 from officina.trainer.metrics import MetricsWriter, StartMetrics, StopMetrics
