@@ -17,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from officina.trainer.errors import DataError
 
 INCLUDE = ("*.txt", "*.md", "*.rst", "*.py", "*.jsonl", "*.jsonl.gz", "*.jsonl.zst", "*.parquet", "*.arrow", "*.tar",
@@ -121,7 +123,7 @@ def _whole(path: Path) -> Iterator[tuple[Row, int]]:
 
 
 def _json(path: Path, piece: Piece) -> Iterator[tuple[Row, int]]:
-    with open(path, "rb") as raw:
+    with open(path, "rb", _CHUNK_BYTES) as raw:
         if path.name.endswith((".gz", ".zst")):
             for line in _unpacked(raw, path):
                 yield _parsed(line), raw.tell()
@@ -139,12 +141,20 @@ def _parsed(line: bytes) -> Row:
     if not line.strip():
         return b""
     try:
-        row = json.loads(line)
+        row = _loads(line)
     except UnicodeDecodeError:
         return line  # as a text file that is not UTF-8: counted by the caller
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         return BadRow(f"no JSON object ({type(exc).__name__})")
     return row if isinstance(row, dict) else BadRow(f"no JSON object but a {type(row).__name__}")
+
+
+def _loads(line: bytes) -> Any:
+    """As `json.loads`: twice as fast, which is heard in a build, and what its parser refuses, the standard library's judges."""
+    try:
+        return from_json(line)
+    except ValueError:
+        return json.loads(line)
 
 
 def _array(path: Path) -> Iterator[tuple[Row, int]]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,7 @@ class _OpenSegment:
         self._job, self._writing, self._number = job, writing, number
         self._dtype = dtype_of(writing.info.vocab_size)
         self._writers: dict[str, ShardWriter] = {}
-        self._groups: dict[tuple[str, str, str], np.ndarray] = {}
+        self._groups: dict[tuple[str, str, str], tuple[int, ...]] = {}
         self._lengths: Counter = Counter()
         self._steps: dict[str, list[int]] = {}
         self.stop, self._bytes = first, 0
@@ -361,8 +362,9 @@ class _OpenSegment:
                 tokens, self._writing.sources[document.source], language, document.id, trained, known)
             self._lengths[item.split, 1 << len(tokens).bit_length()] += 1
         key = (item.split, document.source, document.language)
-        sums = self._groups.setdefault(key, np.zeros(5, np.int64))
-        sums += (len(item.arrays), item.tokens, len(content), len(document.text), count_words(content))
+        more = (len(item.arrays), item.tokens, len(content), len(document.text), count_words(content))
+        before = self._groups.get(key)
+        self._groups[key] = more if before is None else tuple(map(add, before, more))
 
     def close(self, *, last: bool) -> Segment:
         """Finish the shards, then write the record."""
@@ -370,7 +372,7 @@ class _OpenSegment:
                    for split in (TRAIN, VALIDATION) if split in self._writers]
         self._writers = {}
         found = Segment(stop=self.stop, bytes=self._bytes, last=last, shards=entries, steps=self._steps,
-                        groups=[[*key, *sums.tolist()] for key, sums in self._groups.items()],
+                        groups=[[*key, *sums] for key, sums in self._groups.items()],
                         lengths=[[*key, n] for key, n in sorted(self._lengths.items())])
         record = json.dumps(asdict(found)).encode()
         write_whole(self._job.file("part", f"-{self._number:05d}.json"), record)
@@ -385,7 +387,7 @@ class _OpenSegment:
 def count_words(content: bytes) -> int:
     """Runs of bytes that are no ASCII white space or control characters."""
     inside = np.frombuffer(content, np.uint8) > 32
-    return int(inside[0]) + int(np.count_nonzero(inside[1:] & ~inside[:-1])) if len(content) else 0
+    return int(inside[0]) + int(np.count_nonzero(inside[1:] > inside[:-1])) if len(content) else 0
 
 
 def check_bad_rows(scans: Sequence[Scan], allowed: int) -> None:

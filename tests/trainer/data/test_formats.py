@@ -78,6 +78,29 @@ def test_webdataset_samples_are_members_of_one_name(tmp_path: Path, name: str) -
                           BadRow("its .json is no JSON object but a list"), {"__key__": "x/0005", "text": b"fifth"}]
 
 
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(
+    inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4), max_leaves=12)
+JUNK = [b"\\ud800", b"\\u0000", b"\\x", b"\xed\xa0\x80", b"\xff", b"\x00", b"\xef\xbb\xbf", b"NaN", b"-Infinity", b"inf", b"-0", b"01",
+        b"1E400", b".5", b"+1", b"12345678901234567890123", b'"a":1,"a":2,', b"\t", b"\x0c", b",", b"}", b'"', b"9" * 5000, b"[" * 3000]
+
+
+@given(VALUES, st.booleans(), st.lists(st.tuples(st.integers(0, 200), st.sampled_from(JUNK)), max_size=3))
+@settings(deadline=None, max_examples=1000)
+def test_lines_are_read_as_the_standard_library_reads_them(value: object, ascii: bool, cuts: list) -> None:
+    line = json.dumps({"text": value}, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
+    for at, junk in cuts:
+        line = line[:at] + junk + line[at:]
+
+    def told(read) -> str:
+        try:
+            return repr(read(line))
+        except (ValueError, RecursionError) as exc:
+            return type(exc).__name__
+
+    assert told(formats._loads) == told(json.loads)
+    assert isinstance(formats._parsed(line), dict | bytes | BadRow)
+
+
 @given(st.lists(st.text(st.sampled_from("ab\u00e9\U0001f600"), max_size=9), max_size=30), st.integers(1, 60), st.booleans())
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_pieces_hold_every_line_once_and_know_its_number(tmp_path: Path, texts: list[str], most: int, ended: bool) -> None:
