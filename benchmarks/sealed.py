@@ -19,6 +19,7 @@ SEQ_LEN, ROWS = 4096, 8
 def run(*, tokens: int = 50_000_000, repeats: int = 5) -> dict[str, Any]:
     """Measure both; returns the record."""
     from officina.benchmarks.record import interleaved, record, summary
+    from officina.benchmarks.turns import median_interval
     from officina.trainer.config import BatchConfig, DataConfig, DecoderConfig, RunConfig, SourceConfig
     from officina.trainer.data.manifest import write_manifest
     from officina.trainer.data.reader import RowReader
@@ -54,7 +55,9 @@ def run(*, tokens: int = 50_000_000, repeats: int = 5) -> dict[str, Any]:
         found = interleaved({name: lambda name=name: epoch(name) for name in readers}, repeats)
     results = {name: {"first_epoch_tokens_per_s": n * ROWS * SEQ_LEN / first[name],
                       "tokens_per_s": summary([n * ROWS * SEQ_LEN / t for t in times])} for name, times in found.items()}
-    results["sealed"]["share_of_open"] = summary([a / b for a, b in zip(found["open"], found["sealed"], strict=True)])
+    shares = [a / b for a, b in zip(found["open"], found["sealed"], strict=True)]
+    low, high = median_interval(shares)
+    results["sealed"]["share_of_open"] = summary(shares) | {"low": low, "high": high}
     return record("sealed", results, repeats=repeats, settings={"tokens": tokens, "seq_len": SEQ_LEN, "rows": ROWS})
 
 

@@ -36,6 +36,8 @@ BENCHMARKS = {
                         ("--repeats", "1")),
     "data_build": Benchmark("building shards against the tokenizer alone on the same texts", "3",
                             ("--megabytes", "2", "--repeats", "1")),
+    "sealed": Benchmark("batches of a sealed data set against the same in the open", "1",
+                        ("--tokens", "1000000", "--repeats", "1")),
     "loader": Benchmark("the data loader against litdata, streaming, datasets, grain and megatron-core, and its costs", "15",
                         ("--tokens", "1000000", "--repeats", "1", "--block", "0.2", "--alone")),
     "checkpoint": Benchmark("saving and loading against torch.save and torch.distributed.checkpoint", "2",

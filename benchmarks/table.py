@@ -162,10 +162,22 @@ def _kernels(results: Record) -> str:
 
 
 def _data_build(results: Record) -> str:
+    head, build = ["", "MB/s of text", "seconds"], results["build"]
     rows = [[name, f"{r['bytes_per_s']['median'] / 1e6:.2f}", f"{r['time_s']['median']:.1f}"] for name, r in results.items()]
-    share = results["build"]["share_of_tokenizer_rate"]["median"]
-    return (_table(["", "MB/s of text", "seconds"], rows) +
-            f"\n\nThe build keeps {share:.0%} of its tokenizer's rate.")
+    said = f"The build keeps {build['share_of_tokenizer_rate']['median']:.0%} of its tokenizer's rate."
+    if "share_by_cpu_time" in build:  # not in the first record
+        head.append("processor seconds")
+        rows = [[*row, f"{r['cpu_s']['median']:.1f}"] for row, r in zip(rows, results.values(), strict=True)]
+        said = (f"The build keeps {_ratio(build['share_of_tokenizer_rate'])} of its tokenizer's rate, and "
+                f"{_ratio(build['share_by_cpu_time'])} by processor time.")
+    return f"{_table(head, rows)}\n\n{said}"
+
+
+def _sealed(results: Record) -> str:
+    rows = [[name, f"{r['tokens_per_s']['median'] / 1e6:,.0f}", f"{r['first_epoch_tokens_per_s'] / 1e6:,.0f}"]
+            for name, r in results.items()]
+    return (_table(["data set", "M tokens/s", "in the first epoch"], rows) +
+            f"\n\nA sealed set keeps {_ratio(results['sealed']['share_of_open'])} of the rate.")
 
 
 def _loader(results: Record) -> str:
@@ -204,7 +216,7 @@ def _loader(results: Record) -> str:
 
 
 _TABLES = {"loader": _loader, "step": _step, "lora": _lora, "engines": _engines, "start": _start, "submit": _submit,
-           "data_build": _data_build,
+           "data_build": _data_build, "sealed": _sealed,
            "checkpoint": _checkpoint, "checkpoint_faults": _checkpoint_faults, "gpu": _gpu, "kernels": _kernels}
 
 

@@ -5,65 +5,32 @@ files, the split follows from a hash of the document, the tokenizer's training i
 or time is stored. What is finished lies in OUT/.build, from which the same command goes on.
 """
 
-import contextlib
-import fcntl
 import hashlib
-import json
-import os
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from officina.trainer.data.build_sums import stats_of, steps_of
 from officina.trainer.data.chat import CHAT_TEMPLATE, Chat, load_chat
 from officina.trainer.data.croissant import write_croissant
-from officina.trainer.data.documents import (
-    HPLT_STEPS,
-    NO_LANGUAGE,
-    Fields,
-    Filter,
-    LeftOut,
-    load_filter,
-    read_documents,
-)
+from officina.trainer.data.documents import NO_LANGUAGE, Fields, Filter, LeftOut, load_filter, read_documents
 from officina.trainer.data.duplicates import find_duplicates
 from officina.trainer.data.formats import INCLUDE
-from officina.trainer.data.manifest import (
-    MANIFEST,
-    TOKENIZER,
-    WORK,
-    Manifest,
-    ShardEntry,
-    Step,
-    TokenizerInfo,
-    sync_folder,
-    write_manifest,
-    write_whole,
-)
-from officina.trainer.data.packing import FOLDER as PLANS
-from officina.trainer.data.parts import (
-    TRAIN,
-    VALIDATION,
-    Job,
-    Scan,
-    Segment,
-    Writing,
-    check_bad_rows,
-    draw,
-    plan_parts,
-    scan,
-    write_part,
-)
+from officina.trainer.data.manifest import MANIFEST, TOKENIZER, WORK, Manifest, TokenizerInfo, write_manifest, write_whole
+from officina.trainer.data.parts import TRAIN, VALIDATION, Writing, draw, write_part
 from officina.trainer.data.policy import Policy, place_policy
+from officina.trainer.data.scan import Job, Scan, check_bad_rows, plan_parts, scan
 from officina.trainer.data.seal import read_seal
-from officina.trainer.data.shards import SHARD_BYTES, Shard
+from officina.trainer.data.shards import SHARD_BYTES
 from officina.trainer.data.sources import Progress, TextSource, find_sources, standard_library
 from officina.trainer.data.tokenizer import EOS, dtype_of, given_tokenizer, tokenizer_info, train_tokenizer
+from officina.trainer.data.work_folder import claimed, place_shards, prepare
 from officina.trainer.data.workers import cores, run_jobs
 from officina.trainer.errors import DataError
 
@@ -148,30 +115,33 @@ def build(folder: str | Path, options: BuildOptions,
     info = None if given is None else tokenizer_info(given, eos)
     parts = plan_parts(sources, options.shard_bytes)
     hides = bool(sealed) or options.about.get("personal_data") == "present" or bool(options.about.get("sensitive"))
-    with _claimed(folder):
-        _prepare(folder, _plan(sources, options, filters, info, chat), options.overwrite)
+    with claimed(folder):
+        prepare(folder, _plan(sources, options, filters, info, chat), options.overwrite)
         jobs = [Job(part=i, work=folder / WORK, pieces=pieces, fields=options.fields, filters=tuple(options.filters),
                     max_bad_rows=options.max_bad_rows, chat=chat, hides_text=hides) for i, pieces in enumerate(parts)]
         total = sum(piece.bytes for pieces in parts for piece in pieces)
         scans = run_jobs(scan, jobs, workers, lambda done: progress("reading", done, total))
-        check_bad_rows(scans, options.max_bad_rows)
+        bad, bad_rows = _bad(scans)
+        check_bad_rows(bad, bad_rows, options.max_bad_rows)
         kind = _kind(scans)
         runs = [(job.part, job.file("digests", f"-{i:03d}"))
                 for job, found in zip(jobs, scans, strict=True) for i in range(found.runs)]
         duplicates = find_duplicates(runs, [job.file("drops", "") for job in jobs])
         text = given if given is not None else _trained(folder, jobs, filters, scans, options, progress)
-        info = tokenizer_info(text, eos)
+        info = info or tokenizer_info(text, eos)
         if chat and chat.template:
             write_whole(folder / CHAT_TEMPLATE, chat.template.encode())
         write_whole(folder / TOKENIZER, text.encode())
         writing = Writing(tokenizer=text, info=info, sources=_source_ids(sources, scans, options.fields),
                           languages=_language_ids(scans), shard_bytes=options.shard_bytes, validation=options.validation,
-                          key=options.seal)
+                          key=options.seal, max_bad_rows=options.max_bad_rows, bad=bad, bad_rows=tuple(bad_rows))
         total_text = sum(found.bytes for found in scans)
         done = run_jobs(write_part, [(job, writing) for job in jobs], workers,
                         lambda done: progress("tokens", done, total_text))
         segments = [segment for of_part in done for segment in of_part]
-        stats = _stats(segments, scans, duplicates)
+        check_bad_rows(bad + sum(segment.bad for segment in segments),
+                       [*bad_rows, *(row for segment in segments for row in segment.bad_rows)], options.max_bad_rows)
+        stats = stats_of(segments, scans, duplicates)
         if TRAIN not in stats:
             shutil.rmtree(folder / WORK)
             held_out, left_out = stats.get(VALIDATION, {}).get("documents", 0), stats["left_out"]
@@ -182,32 +152,12 @@ def build(folder: str | Path, options: BuildOptions,
         about |= {key: words[key] for key in ("description", "licence") if key in words} | options.about | {"sealed": sealed}
         about |= place_policy(folder, options.policy)
         manifest = write_manifest(
-            folder, _place_shards(folder, jobs, done), stats, kind="tokens", dtype=dtype_of(info.vocab_size), tokenizer=info,
+            folder, place_shards(folder, done), stats, kind="tokens", dtype=dtype_of(info.vocab_size), tokenizer=info,
             samples=kind, sources=list(writing.sources), languages=list(writing.languages),
-            steps=[asdict(step) for step in _steps(scans, duplicates, segments, filters)], provenance=provenance, **about)
+            steps=[asdict(step) for step in steps_of(scans, duplicates, segments, filters)], provenance=provenance, **about)
         write_croissant(folder)
         shutil.rmtree(folder / WORK)
     return BuildResult(manifest, stats)
-
-
-# ---- the folder ------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Be the one build in `folder`: a record lock, which a dead process loses."""
-    try:
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
-        file = open(folder / WORK / "claim", "a+")
-    except OSError as exc:
-        raise DataError(f"{folder}: cannot be made ({exc.strerror}). Name a folder that you may write.") from exc
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise DataError(f"{folder} is being built by another process. Wait for it, or build into another "
-                            "folder.") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
 
 
 def _plan(sources: Sequence[TextSource], options: BuildOptions, filters: Sequence[Filter],
@@ -221,47 +171,10 @@ def _plan(sources: Sequence[TextSource], options: BuildOptions, filters: Sequenc
     about = {key: value for key, value in sorted(options.about.items())}
     about |= {"sealed": read_seal(options.seal, what="--seal").key_id} if options.seal else {}
     return {"inputs": inputs.hexdigest(), "fields": asdict(options.fields), "filters": [[f.name, f.version] for f in filters],
-            "max-bad-rows": options.max_bad_rows, "tokenizer": info.sha256 if info else f"trained {options.vocab_size}",
+            "tokenizer": info.sha256 if info else f"trained {options.vocab_size}",
             "eos": options.eos, "chat": asdict(chat) if chat else None,
             "validation": options.validation, "shard-bytes": options.shard_bytes, "about": about,
             "officina": metadata.version("officina"), "tokenizers": metadata.version("tokenizers")}
-
-
-def _prepare(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
-    """Go on with an unfinished build of the same, or clear the folder: first the manifest, then the rest."""
-    stands, file = (folder / MANIFEST).exists(), folder / WORK / "plan.json"
-    if file.exists() and not stands:
-        before = json.loads(file.read_bytes())
-        differing = [key for key in plan if before.get(key) != json.loads(json.dumps(plan[key]))]
-        if not differing:
-            return
-        if not overwrite and any((folder / WORK).glob("part-*.json")):
-            raise DataError(f"{folder} holds an unfinished build with other {', '.join(differing)}. Give the same words to go "
-                            "on with it, or discard it with --overwrite.")
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for path in (folder / WORK).iterdir():
-        if path.name != "claim":
-            path.unlink()
-    (folder / "shards").mkdir(exist_ok=True)
-    for path in [*(folder / "shards").glob("*.dls*"), *(folder / "removed").glob("*"), *(folder / PLANS).glob("*"),
-                 *folder.glob(CHAT_TEMPLATE)]:
-        path.unlink()
-    write_whole(file, json.dumps(plan, indent=1).encode())
-
-
-def _place_shards(folder: Path, jobs: Sequence[Job], done: Sequence[list[Segment]]) -> list[ShardEntry]:
-    """Give every shard its final name; done again after an interruption, it finds them there."""
-    entries = []
-    for split in (TRAIN, VALIDATION):
-        of_split = [entry for segments in done for segment in segments for entry in segment.shards if entry.split == split]
-        for number, entry in enumerate(of_split):
-            placed = replace(entry, path=f"shards/{split}-{number:05d}.dls")
-            if (folder / WORK / entry.path).exists():
-                os.replace(folder / WORK / entry.path, folder / placed.path)
-            Shard(folder / placed.path, placed)  # raises if it is another one, or none
-            entries.append(placed)
-    sync_folder(folder / "shards")
-    return entries
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
@@ -289,6 +202,11 @@ def _kind(scans: Sequence[Scan]) -> str:
         raise DataError(f"the inputs hold {counts[0]:,} samples with answers and {counts[1]:,} preference pairs, which are "
                         "trained on by different objectives. Build a data set of each.")
     return kinds[0] if kinds else ""
+
+
+def _bad(scans: Sequence[Scan]) -> tuple[int, list[str]]:
+    """How many bad rows were read, and place and reason of the first."""
+    return sum(found.left_out["bad"] for found in scans), [row for found in scans for row in found.left_out["bad_rows"]]
 
 
 def _chat_provenance(chat: Chat | None) -> dict[str, Any]:
@@ -364,51 +282,3 @@ def _provenance(options: BuildOptions, words: dict[str, str], given: bool) -> di
                           f"byte-level BPE trained on at most {SAMPLE_BYTES} bytes of the train split")
     return found | {"validation_share": options.validation, "split_by": "sha256 of the text",
                     "duplicates": "exact ones left out"}
-
-
-def _steps(scans: Sequence[Scan], duplicates: int, segments: Sequence[Segment], filters: Sequence[Filter]) -> list[Step]:
-    """What HPLT's fields, duplicates and filters did, in the order in which documents met them."""
-    version, steps = metadata.version("officina"), []
-    hplt = {name: sum(found.left_out["steps"].get(name, 0) for found in scans) for name in HPLT_STEPS}
-    documents = sum(found.documents for found in scans) + hplt["hplt-filter"] + hplt["hplt-robots"]
-
-    def add(name: str, version: str, left_out: int, changed: int) -> None:
-        nonlocal documents
-        steps.append(Step(name=name, version=version, documents_in=documents, documents_out=documents - left_out,
-                          documents_changed=changed))
-        documents -= left_out
-
-    for name, count in hplt.items():
-        if count:
-            add(name, version, 0 if name == "hplt-pii" else count, count if name == "hplt-pii" else 0)
-    add("exact-duplicates", version, duplicates, 0)
-    for each in filters:
-        counts = [segment.steps.get(each.name, [0, 0]) for segment in segments]
-        add(each.name, each.version, sum(c[0] for c in counts), sum(c[1] for c in counts))
-    return steps
-
-
-def _stats(segments: Sequence[Segment], scans: Sequence[Scan], duplicates: int) -> dict[str, Any]:
-    """stats.json: sums per split, and per source and language in it."""
-    stats: dict[str, Any] = {}
-    names = ("documents", "tokens", "text_bytes", "characters", "words")
-    for split in (TRAIN, VALIDATION):
-        groups: dict[tuple[str, str], list[int]] = {}
-        for _, source, language, *sums in (g for segment in segments for g in segment.groups if g[0] == split):
-            before = groups.get((source, language or NO_LANGUAGE), [0] * 5)
-            groups[source, language or NO_LANGUAGE] = [a + b for a, b in zip(before, sums, strict=True)]
-        lengths: dict[int, int] = {}
-        for _, bound, n in (entry for segment in segments for entry in segment.lengths if entry[0] == split):
-            lengths[bound] = lengths.get(bound, 0) + n
-        if groups:
-            totals = dict(zip(names, map(sum, zip(*groups.values(), strict=True)), strict=True))
-            stats[split] = totals | {
-                "bytes_per_token": round(totals["text_bytes"] / totals["tokens"], 4),
-                "documents_with_fewer_tokens_than": {str(bound): lengths[bound] for bound in sorted(lengths)},
-                "groups": [{"source": source, "language": language} | dict(zip(names, sums, strict=True))
-                           for (source, language), sums in sorted(groups.items())]}
-    files = [name for found in scans for name in found.left_out["undecodable_files"]]
-    return stats | {"left_out": {
-        "undecodable": sum(found.left_out["undecodable"] for found in scans), "undecodable_files": files[:100],
-        "empty": sum(found.left_out["empty"] for found in scans), "duplicates": duplicates,
-        "bad_rows": sum(found.left_out["bad"] for found in scans)}}

@@ -97,6 +97,13 @@ class LeftOut:
     kinds: dict[str, int] = field(default_factory=dict)
     """Samples by kind: answers, pairs."""
 
+    def refuse(self, place: str, why: str) -> None:
+        """Count a bad row."""
+        self.bad += 1
+        if self.bad <= SHOWN:
+            said = "cannot be read; why is not told of personal or sensitive data" if self.hides_why else why
+            self.bad_rows.append(f"{place}: {said}")
+
 
 def document_id(name: str) -> bytes:
     """16 bytes of a document's name: those it spells in hexadecimal (a UUID, HPLT's ids), else its sha256's first."""
@@ -128,10 +135,7 @@ def read_documents(pieces: Sequence[Piece], fields: Fields, left_out: LeftOut, *
                     found.language = ""  # names of languages are told: a field with other words in it is none
                 yield found
             elif isinstance(found, BadRow):
-                left_out.bad += 1
-                if left_out.bad <= SHOWN:
-                    why = "cannot be read; why is not told of personal or sensitive data" if left_out.hides_why else found.why
-                    left_out.bad_rows.append(f"{piece.path}{piece.place(number)}: {why}")
+                left_out.refuse(f"{piece.path}{piece.place(number)}", found.why)
             elif found == "undecodable":
                 left_out.undecodable += 1
                 if left_out.undecodable <= SHOWN:

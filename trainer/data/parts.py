@@ -1,8 +1,6 @@
-"""The work of a build, part by part, each by itself: read and judge every row, then tokenise what stays and write shards.
+"""The second half of a build: the documents of a part that stay are tokenised and written as shards.
 
-A part is a run of pieces of the inputs; how inputs are divided depends on them alone, so that the shards are the same
-whatever the number of processes. A part's shards are closed together, as segments: each has a record, written last, from
-which an interrupted build goes on.
+A part's shards are closed together, as segments: each has a record, written last, from which an interrupted build goes on.
 """
 
 import json
@@ -12,70 +10,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from operator import add
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from officina.trainer.data.chat import Chat
-from officina.trainer.data.documents import NO_LANGUAGE, Document, Fields, Filter, LeftOut, load_filter, read_documents
-from officina.trainer.data.duplicates import write_run
-from officina.trainer.data.formats import Piece, pieces_of
+from officina.trainer.data.documents import NO_LANGUAGE, SHOWN, Document, Filter, LeftOut, load_filter, read_documents
 from officina.trainer.data.manifest import ShardEntry, TokenizerInfo, write_whole
+from officina.trainer.data.scan import Job, check_bad_rows
 from officina.trainer.data.seal import Seal, read_seal
 from officina.trainer.data.shard_writer import ShardWriter
 from officina.trainer.data.shards import DTYPES
-from officina.trainer.data.sources import TextSource
 from officina.trainer.data.tokenizer import Encoder, SampleEncoder, dtype_of
 from officina.trainer.data.workers import Report
 from officina.trainer.errors import DataError
 
 TRAIN, VALIDATION = "train", "validation"
-LEAST_PART_BYTES = 16 << 20
-"""Text of a part, at least: less is not worth a shard of its own."""
-MOST_PARTS = 64
-"""Parts of inputs that would give more only in shards smaller than they could be."""
-RUN_DOCUMENTS = 1 << 22
-"""Digests sorted at once."""
 BATCH_CHARACTERS = 1 << 20
 """Text tokenised at once, while the batch before it is written."""
-REPORT_BYTES = 1 << 22
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One part, and how it is to be read."""
-
-    part: int
-    work: Path
-    pieces: tuple[Piece, ...]
-    fields: Fields
-    filters: tuple[str, ...]
-    max_bad_rows: int
-    chat: Chat | None = None
-    """Rows are samples; none: documents."""
-    hides_text: bool = False
-    """Nothing of a text may be told."""
-
-    def file(self, kind: str, suffix: str) -> Path:
-        """Its file in the work folder."""
-        return self.work / f"{kind}-{self.part:05d}{suffix}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scan:
-    """What reading a part showed."""
-
-    documents: int
-    """Before duplicates and filters are left out."""
-    bytes: int
-    """Of their texts."""
-    sources: list[str]
-    languages: list[str]
-    runs: int
-    """Files of sorted digests."""
-    left_out: dict[str, Any]
-    """`LeftOut`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +43,11 @@ class Writing:
     validation: float
     key: str = ""
     """Where the key is that shards are sealed with; each process reads it there."""
+    max_bad_rows: int = 0
+    bad: int = 0
+    """Bad rows that were found while reading, of all parts."""
+    bad_rows: tuple[str, ...] = ()
+    """The first of them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -110,71 +66,10 @@ class Segment:
     """[split, bound, documents with fewer tokens than it and no fewer than half of it]"""
     steps: dict[str, list[int]]
     """Filter -> documents that it left out, and that it changed."""
-
-
-def plan_parts(sources: Sequence[TextSource], shard_bytes: int) -> list[tuple[Piece, ...]]:
-    """The inputs in runs of pieces of about a shard's size in text, in their order."""
-    total = sum(source.bytes for source in sources)
-    part_bytes = max(min(shard_bytes, total // MOST_PARTS), LEAST_PART_BYTES)
-    parts: list[list[Piece]] = [[]]
-    filled = 0
-    for source in sources:
-        for name, path in source.files:
-            for piece in pieces_of(source.name, name, path, part_bytes):
-                if parts[-1] and filled + piece.text_bytes > part_bytes:
-                    parts.append([])
-                    filled = 0
-                parts[-1].append(piece)
-                filled += piece.text_bytes
-    return [tuple(part) for part in parts]
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
-def scan(job: Job, report: Report) -> Scan:
-    """Read a part once: count, judge and digest. Stops when it alone has too many bad rows. `report` gets bytes of files."""
-    record = job.file("scan", ".json")
-    if record.exists():
-        report(sum(piece.bytes for piece in job.pieces))
-        return Scan(**json.loads(record.read_bytes()))
-    left_out, digests, runs, documents, n_bytes = LeftOut(hides_why=job.hides_text), bytearray(), 0, 0, 0
-    sources: dict[str, None] = {}
-    languages: set[str] = set()
-    reported = 0
-
-    def progress(done_bytes: int) -> None:
-        nonlocal reported
-        if left_out.bad > job.max_bad_rows:
-            raise _TooMany
-        if done_bytes - reported >= REPORT_BYTES:
-            report(done_bytes - reported)
-            reported = done_bytes
-
-    def end_run() -> None:
-        nonlocal runs, digests
-        write_run(job.file("digests", f"-{runs:03d}"), bytes(digests), documents - len(digests) // 16)
-        runs, digests = runs + 1, bytearray()
-
-    try:
-        for document in read_documents(job.pieces, job.fields, left_out, chat=job.chat, progress=progress):
-            sources.setdefault(document.source)
-            languages.add(document.language)
-            digests += document.digest[:16]
-            documents, n_bytes = documents + 1, n_bytes + document.bytes
-            if len(digests) >= 16 * RUN_DOCUMENTS:
-                end_run()
-    except _TooMany:
-        pass
-    end_run()
-    report(sum(piece.bytes for piece in job.pieces) - reported)
-    found = Scan(documents=documents, bytes=n_bytes, sources=list(sources), languages=sorted(languages), runs=runs,
-                 left_out=asdict(left_out))
-    if left_out.bad <= job.max_bad_rows:
-        write_whole(record, json.dumps(asdict(found)).encode())
-    return found
-
-
-class _TooMany(Exception):
-    """More bad rows than are allowed."""
+    bad: int = 0
+    """Rows that only their tokens showed to be bad: they were left out."""
+    bad_rows: list[str] = field(default_factory=list)
+    """Place and reason of each: the first `SHOWN`."""
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -193,6 +88,11 @@ def write_part(given: tuple[Job, Writing], report: Report) -> list[Segment]:
                 done.append(open_segment.close(last=False))
                 open_segment = _OpenSegment(job, writing, len(done), open_segment.stop)
             open_segment.add(item)
+            if item.bad:
+                found = [*done, open_segment]
+                check_bad_rows(writing.bad + sum(segment.bad for segment in found),
+                               [*writing.bad_rows, *(row for segment in found for row in segment.bad_rows)],
+                               writing.max_bad_rows)
         done.append(open_segment.close(last=True))
     finally:
         open_segment.abandon()
@@ -223,6 +123,8 @@ class _Item:
     """As read, with all that was left out before it."""
     steps: list[tuple[str, int]] = field(default_factory=list)
     """(filter, 0 = left out, 1 = changed) of it and of all that was left out before it."""
+    bad: str = ""
+    """Place and reason, if its tokens show that it must be left out; the document then is none."""
     arrays: list[tuple[np.ndarray, np.ndarray | None]] = field(default_factory=list)
     """Tokens, and which are trained on (None: all), of the document; of a pair's two answers."""
 
@@ -282,7 +184,7 @@ def _tokenised(job: Job, writing: Writing, first: int, report: Report) -> Iterat
                 given = documents if job.chat else [document.text for document in documents]
                 submitted = batch, thread.submit(encoder.encode, given)
             if waiting is not None:
-                yield from _with_tokens(*waiting, encoder)
+                yield from _with_tokens(*waiting, encoder, job.hides_text)
                 report(sum(item.bytes for item in waiting[0]))
             waiting, batch = submitted, next(batches, None) if batch is not None else None
 
@@ -298,11 +200,16 @@ def _sample_encoder(text: str, info: TokenizerInfo) -> SampleEncoder:
     return SampleEncoder(text, info)
 
 
-def _with_tokens(batch: list[_Item], encodings: Any, encoder: Encoder | SampleEncoder) -> Iterator[_Item]:
+def _with_tokens(batch: list[_Item], encodings: Any, encoder: Encoder | SampleEncoder, hides_why: bool) -> Iterator[_Item]:
     found = iter(encodings.result())
     for item in batch:
         if item.document is not None:
-            item.arrays = encoder.arrays(next(found))
+            try:
+                item.arrays = encoder.arrays(next(found))
+            except DataError as exc:
+                left_out = LeftOut(hides_why=hides_why)
+                left_out.refuse(item.document.place, str(exc))
+                item.document, [item.bad] = None, left_out.bad_rows
         yield item
 
 
@@ -335,6 +242,8 @@ class _OpenSegment:
         self._lengths: Counter = Counter()
         self._steps: dict[str, list[int]] = {}
         self.stop, self._bytes = first, 0
+        self.bad = 0
+        self.bad_rows: list[str] = []
 
     def is_full(self, item: _Item) -> bool:
         """Would the document make its shard too large?"""
@@ -347,6 +256,9 @@ class _OpenSegment:
         self.stop, self._bytes = item.stop, self._bytes + item.bytes
         for name, changed in item.steps:
             self._steps.setdefault(name, [0, 0])[changed] += 1
+        if item.bad:
+            self.bad += 1
+            self.bad_rows = [*self.bad_rows, item.bad][:SHOWN]
         if item.document is None:
             return
         if item.split not in self._writers:
@@ -372,6 +284,7 @@ class _OpenSegment:
                    for split in (TRAIN, VALIDATION) if split in self._writers]
         self._writers = {}
         found = Segment(stop=self.stop, bytes=self._bytes, last=last, shards=entries, steps=self._steps,
+                        bad=self.bad, bad_rows=self.bad_rows,
                         groups=[[*key, *sums] for key, sums in self._groups.items()],
                         lengths=[[*key, n] for key, n in sorted(self._lengths.items())])
         record = json.dumps(asdict(found)).encode()
@@ -388,13 +301,3 @@ def count_words(content: bytes) -> int:
     """Runs of bytes that are no ASCII white space or control characters."""
     inside = np.frombuffer(content, np.uint8) > 32
     return int(inside[0]) + int(np.count_nonzero(inside[1:] > inside[:-1])) if len(content) else 0
-
-
-def check_bad_rows(scans: Sequence[Scan], allowed: int) -> None:
-    """Raise DataError naming the first bad rows if there are more than `allowed`."""
-    bad = sum(found.left_out["bad"] for found in scans)
-    if bad > allowed:
-        rows = [row for found in scans for row in found.left_out["bad_rows"]]
-        shown = "\n".join(f"  - {row}" for row in rows[:20])
-        raise DataError(f"{bad} bad {'row' if bad == 1 else 'rows'}, {allowed} allowed:\n{shown}\n"
-                        f"Mend the rows, or leave out so many: --max-bad-rows {max(bad, 10)}")

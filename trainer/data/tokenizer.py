@@ -118,11 +118,11 @@ class SampleEncoder:
         return [(document, [next(encodings) for _ in document.parts]) for document in documents]
 
     def arrays(self, encoded: Any) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """(n,) ids in the shards' dtype and (n,) bool, for each part. Raises DataError naming the row, and no text."""
+        """(n,) ids in the shards' dtype and (n,) bool, for each part. Raises DataError without place and text for a bad row."""
         document, encodings = encoded
-        return [self._part(part, encoding, document.place) for part, encoding in zip(document.parts, encodings, strict=True)]
+        return [self._part(part, encoding) for part, encoding in zip(document.parts, encodings, strict=True)]
 
-    def _part(self, part: "Part", encoding: Any, place: str) -> tuple[np.ndarray, np.ndarray]:
+    def _part(self, part: "Part", encoding: Any) -> tuple[np.ndarray, np.ndarray]:
         ids, offsets = np.asarray(encoding.ids), np.asarray(encoding.offsets).reshape(-1, 2)
         cuts = sorted({a for a, _ in part.spans if ((offsets[:, 0] < a) & (offsets[:, 1] > a)).any()})
         if cuts:
@@ -133,14 +133,14 @@ class SampleEncoder:
             offsets = np.concatenate([np.asarray(piece.offsets).reshape(-1, 2) + a for piece, a in
                                       zip(pieces, bounds, strict=False)])
             if self._tokenizer.decode(ids.tolist(), skip_special_tokens=False) != whole:
-                raise DataError(f"{place}: a token lies across the border of prompt and answer, and this tokenizer gives "
-                                "another text when they are tokenised one by one. End the prompt with a line break, or with a "
-                                "template that ends it with a special token.")
+                raise DataError("a token lies across the border of prompt and answer, and this tokenizer gives another text "
+                                "when they are tokenised one by one. End the prompt with a line break, or with a template that "
+                                "ends it with a special token.")
         trained = np.zeros(len(ids), bool)
         for a, b in part.spans:
             trained |= (offsets[:, 0] >= a) & (offsets[:, 0] < b)
         if not trained[1:].any():
-            raise DataError(f"{place}: no token of it is trained on. Leave the row out.")
+            raise DataError("no token of it is trained on. Leave the row out.")
         return ids.astype(DTYPES[self.dtype]), trained
 
 

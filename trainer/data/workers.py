@@ -42,7 +42,7 @@ def run_jobs(function: Callable[[Any, Report], Any], jobs: Sequence[Any], worker
             progress(done[0])
 
         return [function(job, report) for job in jobs]
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would take the tokenizer's threads along, stuck
+    context = multiprocessing.get_context("forkserver")  # a fork of this one would take the tokenizer's threads along, stuck
     context.set_forkserver_preload([function.__module__])  # imported once for all
     count, stop = context.Value("q", 0), context.Event()
     with ProcessPoolExecutor(n, context, _begin, (count, stop, max(1, workers // n))) as pool:

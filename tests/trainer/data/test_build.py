@@ -175,10 +175,10 @@ def words(tmp_path: Path) -> Path:
 
 BUILD_AND_TELL = """if True:
     import sys
-    from officina.trainer.data import build as b, parts, shard_writer
+    from officina.trainer.data import build as b, parts, scan, shard_writer
     if __name__ == "__main__":
         parts.BATCH_CHARACTERS = 40_000
-        parts.LEAST_PART_BYTES = int(sys.argv[3])
+        scan.LEAST_PART_BYTES = int(sys.argv[3])
         close = shard_writer.ShardWriter.close
         def told(self, **how):
             print(self.path.name, flush=True)

@@ -80,8 +80,9 @@ def test_webdataset_samples_are_members_of_one_name(tmp_path: Path, name: str) -
 
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(
     inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4), max_leaves=12)
-JUNK = [b"\\ud800", b"\\u0000", b"\\x", b"\xed\xa0\x80", b"\xff", b"\x00", b"\xef\xbb\xbf", b"NaN", b"-Infinity", b"inf", b"-0", b"01",
-        b"1E400", b".5", b"+1", b"12345678901234567890123", b'"a":1,"a":2,', b"\t", b"\x0c", b",", b"}", b'"', b"9" * 5000, b"[" * 3000]
+JUNK = [b"\\ud800", b"\\u0000", b"\\x", b"\xed\xa0\x80", b"\xff", b"\x00", b"\xef\xbb\xbf", b"NaN", b"-Infinity", b"inf", b"-0",
+        b"01", b"1E400", b".5", b"+1", b"12345678901234567890123", b'"a":1,"a":2,', b"\t", b"\x0c", b",", b"}", b'"',
+        b"9" * 5000, b"[" * 3000]
 
 
 @given(VALUES, st.booleans(), st.lists(st.tuples(st.integers(0, 200), st.sampled_from(JUNK)), max_size=3))

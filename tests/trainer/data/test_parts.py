@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from officina.trainer.data import parts, workers
+from officina.trainer.data import scan, workers
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.documents import Fields, document_id
 from officina.trainer.data.manifest import open_dataset
@@ -44,7 +44,7 @@ OPTIONS = {"vocab_size": 300, "validation": 0.2, "shard_bytes": 4000, "fields": 
 
 @pytest.fixture()
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "LEAST_PART_BYTES", 5000)
+    monkeypatch.setattr(scan, "LEAST_PART_BYTES", 5000)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -157,9 +157,9 @@ def test_too_many_sources_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 # ---- kills -----------------------------------------------------------------------------------------------------------
 PARALLEL = """if True:
     import sys
-    from officina.trainer.data import build as b, parts
+    from officina.trainer.data import build as b, scan
     if __name__ == "__main__":
-        parts.LEAST_PART_BYTES = 5000
+        scan.LEAST_PART_BYTES = 5000
         options = b.BuildOptions(inputs=[sys.argv[2]], workers=2, vocab_size=300, validation=0.2, shard_bytes=4000,
                                  fields=b.Fields(source="from"), about={"name": "x"})
         b.build(sys.argv[1], options, lambda *found: print(*found, flush=True))"""

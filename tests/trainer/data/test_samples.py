@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -287,3 +288,32 @@ def test_a_build_names_the_row_and_says_what_is_missing(tmp_path: Path, model: P
     file.with_suffix(".json").write_text("[")
     with pytest.raises(DataError, match="is no JSON"):
         made(good, inputs=[file.with_suffix(".json")])
+
+
+def test_rows_that_only_their_tokens_show_to_be_bad_count_with_the_others(tmp_path: Path, model: Path) -> None:
+    """A tokenizer that puts a space before every text cannot divide a token that lies across the border to an answer."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+    tokenizer["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rows = [{"prompt": f"{i} the ans", "completion": "wer is yes" if i in (2, 5) else " is yes"} for i in range(8)]
+    lines = [json.dumps(row) for row in rows]
+    lines.insert(4, "no row")
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+
+    def made(allowed: int, **about: object):
+        return build(tmp_path / "out", BuildOptions(
+            inputs=[tmp_path / "rows.jsonl"], samples=True, tokenizer=tmp_path, about=about, validation=0.0,
+            chat_template="plain", max_bad_rows=allowed))
+
+    with pytest.raises(DataError, match=r"2 bad rows, 1 allowed:\n  - .*rows\.jsonl line 5: no JSON.*\n"
+                                        r"  - .*rows\.jsonl line 3: a token lies across.*\nMend .*--max-bad-rows 10"):
+        made(1)
+    with pytest.raises(DataError, match=r"3 bad rows, 2 allowed:\n(.*\n){2}  - .*rows\.jsonl line 7: a token lies across"):
+        made(2)
+    result = made(3)
+    assert result.stats["left_out"]["bad_rows"] == 3 and result.manifest.splits["train"].documents == 6
+    with pytest.raises(DataError) as told:
+        shutil.rmtree(tmp_path / "out")
+        made(1, sensitive=True)
+    assert "line 3: cannot be read; why is not told" in str(told.value) and "lies across" not in str(told.value)

@@ -1,0 +1,73 @@
+"""The folder of a build: claimed by one process, cleared or gone on with, and its shards put in their places."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from officina.trainer.data.chat import CHAT_TEMPLATE
+from officina.trainer.data.manifest import MANIFEST, WORK, ShardEntry, sync_folder, write_whole
+from officina.trainer.data.packing import FOLDER as PLANS
+from officina.trainer.data.parts import TRAIN, VALIDATION, Segment
+from officina.trainer.data.shards import Shard
+from officina.trainer.errors import DataError
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Be the one build in `folder`: a record lock, which a dead process loses."""
+    try:
+        (folder / WORK).mkdir(parents=True, exist_ok=True)
+        file = open(folder / WORK / "claim", "a+")
+    except OSError as exc:
+        raise DataError(f"{folder}: cannot be made ({exc.strerror}). Name a folder that you may write.") from exc
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise DataError(f"{folder} is being built by another process. Wait for it, or build into another "
+                            "folder.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def prepare(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
+    """Go on with an unfinished build of the same, or clear the folder: first the manifest, then the rest."""
+    stands, file = (folder / MANIFEST).exists(), folder / WORK / "plan.json"
+    if file.exists() and not stands:
+        before = json.loads(file.read_bytes())
+        differing = [key for key in plan if before.get(key) != json.loads(json.dumps(plan[key]))]
+        if not differing:
+            return
+        if not overwrite and any((folder / WORK).glob("part-*.json")):
+            raise DataError(f"{folder} holds an unfinished build with other {', '.join(differing)}. Give the same words to go "
+                            "on with it, or discard it with --overwrite.")
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for path in (folder / WORK).iterdir():
+        if path.name != "claim":
+            path.unlink()
+    (folder / "shards").mkdir(exist_ok=True)
+    for path in [*(folder / "shards").glob("*.dls*"), *(folder / "removed").glob("*"), *(folder / PLANS).glob("*"),
+                 *folder.glob(CHAT_TEMPLATE)]:
+        path.unlink()
+    write_whole(file, json.dumps(plan, indent=1).encode())
+
+
+def place_shards(folder: Path, done: Sequence[list[Segment]]) -> list[ShardEntry]:
+    """Give every shard its final name; done again after an interruption, it finds them there."""
+    entries = []
+    for split in (TRAIN, VALIDATION):
+        of_split = [entry for segments in done for segment in segments for entry in segment.shards if entry.split == split]
+        for number, entry in enumerate(of_split):
+            placed = replace(entry, path=f"shards/{split}-{number:05d}.dls")
+            if (folder / WORK / entry.path).exists():
+                os.replace(folder / WORK / entry.path, folder / placed.path)
+            Shard(folder / placed.path, placed)  # raises if it is another one, or none
+            entries.append(placed)
+    sync_folder(folder / "shards")
+    return entries
