@@ -177,15 +177,9 @@ def hf_trainer(turns: Turns, env: RankEnv, *, run_dir: Path, scratch: Path, comp
 
     Nothing is logged, evaluated or saved. Raises ValueError if its model has another number of parameters than ours.
     """
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
-    # `python -m` puts the folder it was called in first, where our kernels/ hides a package of transformers.
-    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
+    run, ranks = alone(run_dir, env)
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-    run = load_config(run_dir)
-    ranks = start_ranks(env, device=run.device, threads=run.threads)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name)  # from which Trainer would conclude that it shall wrap the model in DDP
     precision = resolve_precision(run.precision, ranks.device)
     steps, _ = rows_in_memory(run, ranks)
     rows = torch.cat([micro["tokens"] for step in steps for micro in step]).cpu()
@@ -220,16 +214,35 @@ def hf_trainer(turns: Turns, env: RankEnv, *, run_dir: Path, scratch: Path, comp
             row = rows[i % len(rows)]
             return {"input_ids": row, "labels": row}
 
-    config = run.optim
     settings = TrainingArguments(
-        output_dir=str(scratch), per_device_train_batch_size=run.batch.micro_rows,
-        gradient_accumulation_steps=run.batch.micro_steps(1), max_steps=100_000, learning_rate=config.lr,
-        adam_beta1=config.beta1, adam_beta2=config.beta2, adam_epsilon=config.eps, weight_decay=config.weight_decay,
-        max_grad_norm=config.clip_norm, optim="adamw_torch_fused", lr_scheduler_type="cosine", warmup_steps=100,
-        bf16=precision == "bf16", use_cpu=ranks.device.type == "cpu", torch_compile=compile,
-        gradient_checkpointing=run.engine.recompute == "full", logging_strategy="no", save_strategy="no",
-        eval_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False)
+        **trainer_settings(run, ranks, scratch), per_device_train_batch_size=run.batch.micro_rows,
+        gradient_accumulation_steps=run.batch.micro_steps(1), torch_compile=compile, remove_unused_columns=False,
+        logging_strategy="no")
     Trainer(model, settings, train_dataset=Rows(), callbacks=[Borders()]).train()
+
+
+def alone(run_dir: Path, env: RankEnv) -> tuple[RunConfig, Ranks]:
+    """The run and this process for a Trainer, which shall neither look for a hub nor for other ranks."""
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    # `python -m` puts the folder it was called in first, where our kernels/ hides a package of transformers.
+    sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
+    run = load_config(run_dir)
+    ranks = start_ranks(env, device=run.device, threads=run.threads)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name)  # from which Trainer would conclude that it shall wrap the model in DDP
+    return run, ranks
+
+
+def trainer_settings(run: RunConfig, ranks: Ranks, scratch: Path) -> dict[str, Any]:
+    """transformers' TrainingArguments of the run, without its batch: nothing is evaluated, saved or reported."""
+    config = run.optim
+    return {
+        "output_dir": str(scratch), "max_steps": 100_000, "learning_rate": config.lr, "adam_beta1": config.beta1,
+        "adam_beta2": config.beta2, "adam_epsilon": config.eps, "weight_decay": config.weight_decay,
+        "max_grad_norm": config.clip_norm, "optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": 100,
+        "bf16": resolve_precision(run.precision, ranks.device) == "bf16", "use_cpu": ranks.device.type == "cpu",
+        "gradient_checkpointing": run.engine.recompute == "full", "save_strategy": "no", "eval_strategy": "no",
+        "report_to": "none", "disable_tqdm": True}
 
 
 def llama_config(config: DecoderConfig, seq_len: int) -> Any:

@@ -73,6 +73,14 @@ def _lora(results: Record) -> str:
     return _table(["precision", "officina, tokens/s", them, "speed against it", "tokens per processor second against it"], rows)
 
 
+def _sft(results: Record) -> str:
+    rows = [[precision, who, f"{r['filled'][who]:.0%}", _count(speed["median"]),
+             _count(r["trained_tokens_per_s"][who]["median"]), _ratio(r[f"speed against {who}"]) if who != "officina" else ""]
+            for precision, r in results.items() for who, speed in r["tokens_per_s"].items()]
+    return _table(["precision", "program", "of its positions no padding", "tokens/s", "trained tokens/s",
+                   "officina's speed against it"], rows, words=2)
+
+
 def _engines(results: Record) -> str:
     names = list(next(iter(results.values()))["tokens_per_s"])
     head, rows = ["loop"], [[name] for name in names]
@@ -215,8 +223,8 @@ def _loader(results: Record) -> str:
         _table(["order of a million rows in 64 shards", "neighbours of one shard", "chi2 per degree of freedom"], even)])
 
 
-_TABLES = {"loader": _loader, "step": _step, "lora": _lora, "engines": _engines, "start": _start, "submit": _submit,
-           "data_build": _data_build, "sealed": _sealed,
+_TABLES = {"loader": _loader, "step": _step, "lora": _lora, "sft": _sft, "engines": _engines, "start": _start,
+           "submit": _submit, "data_build": _data_build, "sealed": _sealed,
            "checkpoint": _checkpoint, "checkpoint_faults": _checkpoint_faults, "gpu": _gpu, "kernels": _kernels}
 
 
