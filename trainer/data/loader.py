@@ -1,4 +1,4 @@
-"""Feeds a rank: the rows of each global batch that are its own, as micro-batches, read ahead by one thread.
+"""Feeds a rank: the rows of each global batch that are its own, as micro-batches, made ahead by one thread.
 
 The position is one integer, the global sample index of the next sample. Everything else follows from the
 configuration and the data, so that a run goes on anywhere at once, on any number of ranks.
@@ -20,10 +20,11 @@ from officina.trainer.batch import IGNORE, Batch
 from officina.trainer.config import RunConfig
 from officina.trainer.data.buffers import Buffers
 from officina.trainer.data.integrity import mend
-from officina.trainer.data.plan import PlannedStep, plan_steps
+from officina.trainer.data.readahead import ReadAhead
 from officina.trainer.data.reader import RowReader, validation_streams
+from officina.trainer.data.rows import Record, Rows
 from officina.trainer.data.shards import Lost, merge_lost
-from officina.trainer.data.stream import Record, Rows, Stream
+from officina.trainer.data.stream import Stream
 from officina.trainer.errors import DataError
 
 Decode = Callable[[bytes], dict[str, torch.Tensor]]
@@ -95,7 +96,7 @@ class Loader:
         self._decode = _decoder(run)
         self._memory = Memory(torch.device(device).type == "cuda")
         self._position = position
-        self._planned: list[PlannedStep] = []
+        self._ahead = ReadAhead(self._reader, run.batch.rows, run.batch.rows_of_rank(rank, world_size))
         self._earlier: dict[str, str] = {}  # fingerprints of sources that no longer give rows
         self._stopping = threading.Event()
         self._ready: queue.Queue[StepData | BaseException] = queue.Queue(run.data.prefetch_batches)
@@ -171,13 +172,14 @@ class Loader:
                          if name not in self._reader.fingerprints}
 
     def close(self) -> None:
-        """Stop reading ahead and wait for the thread to end."""
+        """Stop reading ahead and wait for the threads to end."""
         self._stopping.set()
         while self._thread is not None and self._thread.is_alive():
             try:
                 self._ready.get_nowait()  # a thread waiting for room sees the event only after it
             except queue.Empty:
                 self._thread.join(timeout=0.01)
+        self._ahead.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -196,11 +198,8 @@ class Loader:
             self._ready.put(exc)
 
     def _read_step(self, position: int) -> StepData:
-        batch, reader = self._run.batch, self._reader
-        if not self._planned or self._planned[-1].first != position:
-            self._planned = plan_steps(reader, position, batch.rows, batch.rows_of_rank(self._rank, self._world_size))[::-1]
-        planned = self._planned.pop()
-        samples, own, stop = planned.samples, planned.own, int(planned.samples[-1]) + 1
+        reader, planned = self._reader, self._ahead.next(position)
+        samples, own, stop = planned.samples, planned.own, planned.stop
         sizes = _micro_sizes(self._run, self._world_size)
         if reader.records:
             records, digest, lost = reader.read_records(own)

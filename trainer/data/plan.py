@@ -26,6 +26,11 @@ class PlannedStep:
     source_rows: dict[str, int]
     """Rows that each source gives to the whole batch."""
 
+    @property
+    def stop(self) -> int:
+        """Position after it."""
+        return int(self.samples[-1]) + 1
+
 
 def plan_steps(reader: RowReader, position: int, rows: int, own: range) -> list[PlannedStep]:
     """The steps from `position` on, of `rows` samples each, of which the rank reads `own`."""
@@ -42,5 +47,5 @@ def plan_steps(reader: RowReader, position: int, rows: int, own: range) -> list[
             position, samples[i], of_rank[i],
             Places(places.source[part], places.cursor[part], places.epoch[part], places.row[part]),
             {name: count for name, count in zip(names, counts, strict=True) if count}))
-        position = int(samples[i, -1]) + 1
+        position = steps[-1].stop
     return steps

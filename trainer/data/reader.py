@@ -10,9 +10,10 @@ import xxhash
 from officina.trainer.config import RunConfig
 from officina.trainer.data.manifest import Dataset, open_dataset
 from officina.trainer.data.order import Mixture, Order, Places, Skips, SourceRows, sources_in_use, timeline_of
+from officina.trainer.data.rows import Record, Rows
 from officina.trainer.data.seal import read_seal
 from officina.trainer.data.shards import DTYPES, Lost, merge_lost
-from officina.trainer.data.stream import OnDamage, Record, Rows, Stream
+from officina.trainer.data.stream import OnDamage, Stream
 from officina.trainer.errors import DataError
 
 DIGEST_MODULUS = 1 << 32

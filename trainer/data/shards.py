@@ -20,7 +20,7 @@ shards.
 """
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ import xxhash
 
 from officina.trainer.data.manifest import ShardEntry
 from officina.trainer.data.seal import MARK_BYTES, Seal, SealedArray
-from officina.trainer.data.storage import ByteArray, FileArray, at_once, map_file
+from officina.trainer.data.storage import ByteArray, FileArray, Mapped, at_once, map_file
 from officina.trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ _FIXED = struct.Struct("<8sIIQQQQ32sI4x")
 _SECTION = struct.Struct("<24sQQ")  # name, offset, bytes
 ALIGN = 64
 INDEX_SUFFIX = ".dli"
+Advise = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +128,8 @@ class Shard:
                             f"it is a shard of another data set. {_REMEDY}")
         self.dtype, self.tokenizer_sha256 = header.dtype, header.tokenizer_sha256
         self.documents = header.documents
-        self._first_byte, self._bytes = self._find_tokens(header)
-        self._will_need = mapped.will_need if mapped and not pread and index_of(path) == path else None
+        self._first_byte, self._bytes, self._will_need = self._find_tokens(header, mapped)
+        self.pread = isinstance(self._bytes, ByteArray)
         self._marks = self._section(header, "seal", "u1").reshape(-1, MARK_BYTES)
         self.data = SealedArray(self._bytes, self._marks, seal, DTYPES[header.dtype], GRANULE_BYTES, path) if len(
             self._marks) else self._bytes.view(DTYPES[header.dtype])
@@ -165,21 +166,23 @@ class Shard:
         offset, length = header.sections.get(name, (0, 0))
         return self._map[offset:offset + length].view(dtype)
 
-    def _find_tokens(self, header: Header) -> tuple[int, np.ndarray]:
-        """First byte of the tokens in their file, and all of their bytes (mapped)."""
+    def _find_tokens(self, header: Header, mapped: Mapped | None) -> tuple[int, np.ndarray | ByteArray, Advise]:
+        """First byte of the tokens in their file, all of their bytes, and who is told which ones will be read."""
         n_bytes = header.tokens * DTYPES[header.dtype].itemsize
         if index_of(self.path) == self.path:
-            if isinstance(self._map, ByteArray):
-                return HEADER_BYTES, self._map.part(HEADER_BYTES, n_bytes, np.uint8)
-            if self.pread:
-                return HEADER_BYTES, FileArray(self.path, HEADER_BYTES, n_bytes)
-            return HEADER_BYTES, self._map[HEADER_BYTES:HEADER_BYTES + n_bytes]
+            if mapped and not self.pread:
+                return HEADER_BYTES, mapped.bytes[HEADER_BYTES:HEADER_BYTES + n_bytes], mapped.will_need
+            file = FileArray(self.path) if self._remote is None else self._map
+            return HEADER_BYTES, file.part(HEADER_BYTES, n_bytes, np.uint8), file.will_need
         size = self.path.stat().st_size if self.path.exists() else 0
         if size != n_bytes:
             raise DataError(f"{self.path}: has {size} bytes, but its index {index_of(self.path).name} says {n_bytes}. "
                             f"{_REMEDY}")
         mapped = None if self.pread else map_file(self.path)
-        return 0, FileArray(self.path) if mapped is None else mapped.bytes
+        if mapped:
+            return 0, mapped.bytes, mapped.will_need
+        file = FileArray(self.path)
+        return 0, file, file.will_need
 
     def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
         """Verify the granules under the token ranges [starts, stops), (n,) int64 each; each granule is read once."""
@@ -191,16 +194,30 @@ class Shard:
         under = sorted({granule for a, b in zip(first.tolist(), last.tolist(), strict=True) for granule in range(a, b + 1)
                         if not self._checked[granule]})
         if self.pread:
-            at_once(self._check_granule, under)
+            at_once(self._check_granules, under)
             return
-        for granule in under if self._will_need else ():
-            self._will_need(*self.byte_span(granule))
         for granule in under:
+            self._will_need(*self.byte_span(granule))
+        self._check_granules(under)
+
+    def read_ahead(self, blocks: list[int]) -> None:
+        """Verify those blocks that are not yet, together; any thread may. Raises as `check` does."""
+        new = np.sort([block for block in blocks if not self._checked[block]])
+        for run in np.split(new, np.flatnonzero(np.diff(new) != 1) + 1) if len(new) else ():
+            self._will_need(self.byte_span(int(run[0]))[0], self.byte_span(int(run[-1]))[1])
+        self._check_granules(new.tolist())
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Begin to read tokens [start, stop) without waiting for them."""
+        self._will_need(self._first_byte + start * self.data.itemsize, self._first_byte + stop * self.data.itemsize)
+
+    def _check_granules(self, granules: Iterable[int]) -> None:
+        for granule in granules:
             self._check_granule(granule)
 
     def _check_granule(self, granule: int) -> None:
         span = slice(granule * GRANULE_BYTES, (granule + 1) * GRANULE_BYTES)
-        content = self._bytes[span]
+        content = self._bytes.borrowed(span) if self.pread else self._bytes[span]
         found = xxhash.xxh3_64_intdigest(content)
         if found != int(self._hashes[granule]) and self._remote is not None:  # perhaps what lies here was damaged since
             self._remote.forget(*self.byte_span(granule))

@@ -7,7 +7,8 @@ trip, and some allow a process few maps: there each row is one read, and several
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -66,12 +67,12 @@ class Mapped:
         """Raises OSError, or ValueError for an empty file."""
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._path, self._key = path, _key(os.fstat(file.fileno()))
         self.bytes = np.frombuffer(self._map, np.uint8)
 
     def will_need(self, start: int, stop: int) -> None:
         """Begin to read bytes [start, stop) without waiting for them."""
-        start -= start % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)
+        _will_need(self._path, self._key, start, stop)
 
 
 class ByteArray:
@@ -98,17 +99,43 @@ class ByteArray:
             return np.concatenate([self[int(run[0]):int(run[-1]) + 1] for run in runs] or [np.empty(0, self.dtype)])
         start, stop, step = wanted.indices(len(self))
         assert step == 1
-        out = np.empty(max(stop - start, 0), self.dtype)
+        return self.copy_to(start, np.empty(max(stop - start, 0), self.dtype))
+
+    def copy_to(self, start: int, out: np.ndarray) -> np.ndarray:
+        """Fill `out`, (n,) of this dtype, from element `start` on."""
         self.fill(self._offset + start * self.itemsize, memoryview(out).cast("B"))
         return out
+
+    def borrowed(self, wanted: slice) -> np.ndarray:
+        """A slice in memory that this thread uses again for the next: fresh pages cost as much as reading from memory."""
+        start, stop, _ = wanted.indices(len(self))
+        n_bytes = (stop - start) * self.itemsize
+        kept = getattr(_of_thread, "kept", None)
+        if kept is None or len(kept) < n_bytes:
+            kept = _of_thread.kept = np.empty(n_bytes, np.uint8)
+        return self.copy_to(start, kept[:n_bytes].view(self.dtype))
 
     def part(self, offset: int, length: int, dtype: Any) -> "ByteArray":
         """The `length` bytes from `offset` on of the same file."""
         raise NotImplementedError
 
+    def will_need(self, start: int, stop: int) -> None:
+        """Begin to read bytes [start, stop) of the file without waiting for them, where that can be."""
+
     def fill(self, at: int, out: memoryview) -> None:
         """Read from byte `at` of the file on."""
         raise NotImplementedError
+
+
+_of_thread = threading.local()
+
+
+def copy_range(data: Any, start: int, out: np.ndarray) -> None:
+    """`out` = the elements of `data` from `start` on, read into place where they are read."""
+    if isinstance(data, ByteArray) and data.dtype == out.dtype:
+        data.copy_to(start, out)
+    else:
+        out[:] = data[start:start + len(out)]
 
 
 class FileArray(ByteArray):
@@ -116,12 +143,16 @@ class FileArray(ByteArray):
 
     def __init__(self, path: Path, offset: int = 0, length: int | None = None, dtype: Any = np.uint8) -> None:
         stat = os.stat(path)
-        self._path, self._key = path, (stat.st_ino, stat.st_mtime_ns)
+        self._path, self._key = path, _key(stat)
         super().__init__(offset, stat.st_size - offset if length is None else length, dtype)
 
     def part(self, offset: int, length: int, dtype: Any) -> "FileArray":
         """The `length` bytes from `offset` on of the same file."""
         return FileArray(self._path, offset, length, dtype)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Begin to read bytes [start, stop) of the file into the page cache, if it has one."""
+        _will_need(self._path, self._key, start, stop)
 
     def fill(self, at: int, out: memoryview) -> None:
         """Read from byte `at` of the file on. Raises DataError."""
@@ -154,6 +185,18 @@ def _descriptor(path: Path, key: tuple[int, int]) -> _Descriptor:
     return _Descriptor(path)
 
 
+def _key(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def _will_need(path: Path, key: tuple[int, int], start: int, stop: int) -> None:
+    if hasattr(os, "posix_fadvise"):  # unlike madvise, it lets other threads of Python run
+        try:
+            os.posix_fadvise(_descriptor(path, key).number, start, stop - start, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            return  # advice: who reads the bytes says what is wrong
+
+
 def map_file(path: Path) -> Mapped | None:
     """The mapped file; none where the file system allows no further map. Raises as `Mapped` does."""
     try:
@@ -169,6 +212,9 @@ def _pool(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix="officina-read")
 
 
-def at_once(work: Callable[..., T], *each: Iterable[Any]) -> list[T]:
-    """`work` of each, several at once; raises what the first that failed raised."""
-    return list(_pool(os.getpid()).map(work, *each))  # by process: a fork has none of the threads
+def at_once(work: Callable[[Sequence[T]], object], each: Sequence[T]) -> None:
+    """`work` of parts of `each`, several at once; raises what the first part that failed raised."""
+    size = -(-len(each) // THREADS)  # a thread's turn costs more than a read from memory
+    if size:
+        pool = _pool(os.getpid())  # by process: a fork has none of the threads
+        list(pool.map(work, [each[first:first + size] for first in range(0, len(each), size)]))

@@ -10,10 +10,10 @@ every token of a damaged block that is set aside, `officina.trainer.data.integri
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -23,8 +23,9 @@ from officina.trainer.data.manifest import Dataset, ShardEntry
 from officina.trainer.data.packing import REFUSE, SPLIT, TRUNCATE, Plan, load_plan, make_plan, plan_path
 from officina.trainer.data.remote import TRIES, Pieces, RemoteFile, remote_of
 from officina.trainer.data.removal import removed_spans
+from officina.trainer.data.rows import Record, Rows
 from officina.trainer.data.shards import DTYPES, HEADER_BYTES, DamagedBlock, DamagedIndex, Lost, Shard
-from officina.trainer.data.storage import at_once, reads_by_pread
+from officina.trainer.data.storage import at_once, copy_range, reads_by_pread
 from officina.trainer.errors import DataError
 
 OnDamage = Callable[[Dataset, ShardEntry, Shard, int], object]
@@ -49,6 +50,7 @@ class Stream:
         """(shards + 1,) offset of each shard's first token in the stream."""
         self.document_starts = np.cumsum([0, *(e.documents for e in self.entries)])
         self._open: dict[int, Shard] = {}
+        self._opening: dict[int, Lock] = {}
         self._buffers = Buffers()
         remote = remote_of(dataset.folder)
         self._pieces = Pieces(dataset.folder, remote) if remote else None
@@ -95,16 +97,30 @@ class Stream:
         return np.cumsum(np.concatenate([self.shard(i).trained(np.arange(e.tokens)) for i, e in enumerate(self.entries)]))
 
     def shard(self, number: int) -> Shard:
-        """The open shard."""
+        """The open shard. Any thread may ask."""
         if number not in self._open:
-            entry = self.entries[number]
-            path = self.dataset.folder / entry.path
-            if self._pieces is not None and not path.exists():
-                self._open[number] = self._open_remote(path, entry)
-            else:
-                self._open[number] = Shard(path, entry, pread=reads_by_pread(path.parent, self._read),
-                                           seal=self.dataset.seal)
+            with self._opening.setdefault(number, Lock()):
+                if number not in self._open:
+                    self._open[number] = self._opened(self.entries[number])
         return self._open[number]
+
+    def _opened(self, entry: ShardEntry) -> Shard:
+        path = self.dataset.folder / entry.path
+        if self.is_remote and not path.exists():
+            return self._open_remote(path, entry)
+        return Shard(path, entry, pread=reads_by_pread(path.parent, self._read), seal=self.dataset.seal)
+
+    @property
+    def is_remote(self) -> bool:
+        """Are its shards in a store?"""
+        return self._pieces is not None
+
+    def meet(self, number: int, blocks: list[int]) -> None:
+        """Verify blocks of a shard before a row needs them, on any thread. The row that needs a damaged one says so."""
+        try:
+            self.shard(number).read_ahead(blocks)
+        except DataError:
+            return
 
     def _open_remote(self, path: Path, entry: ShardEntry) -> Shard:
         file = RemoteFile(self._pieces, entry, DTYPES[self.dataset.manifest.dtype].itemsize, HEADER_BYTES)
@@ -159,7 +175,7 @@ class Stream:
         """Tokens [start, stop) of shard `number`, verified; of lost blocks whatever lies there."""
         return self._check(number, np.asarray([start]), np.asarray([stop])).part(start, stop)
 
-    def record(self, number: int) -> "Record":
+    def record(self, number: int) -> Record:
         """A record, verified."""
         of_shard = bisect_right(self.document_starts, number) - 1
         inside = number - int(self.document_starts[of_shard])
@@ -169,7 +185,7 @@ class Stream:
         lost = {self.entries[of_shard].path: blocks} if (blocks := shard.touches_lost(start, stop)) else {}
         return Record(b"" if lost else shard.part(start, stop).tobytes(), f"{shard.path} record {inside}", lost)
 
-    def gather(self, rows: np.ndarray, seq_len: int, *, borders: bool) -> "Rows":
+    def gather(self, rows: np.ndarray, seq_len: int, *, borders: bool) -> Rows:
         """Tokens (n, seq_len + 1) of `rows` (n,), verified; and, unless not `borders`, the document borders inside them."""
         if self.plan is not None:
             return self._gather_planned(self.plan, rows, seq_len)
@@ -215,7 +231,7 @@ class Stream:
         """
         lost: Lost = {}
         borders, width = [], out.shape[1]
-        for number, shard in self._open.items():
+        for number, shard in list(self._open.items()):  # other threads open shards
             for block in sorted({*shard.replaced, *shard.lost}):
                 first, last = (int(self.token_starts[number]) + token for token in shard.token_span(block))
                 for i in np.flatnonzero((starts < last) & (starts + width > first)):
@@ -234,7 +250,7 @@ class Stream:
                     borders.append((np.full(len(columns), i), columns))
         return removed, lost, borders
 
-    def _gather_planned(self, plan: Plan, rows: np.ndarray, seq_len: int) -> "Rows":
+    def _gather_planned(self, plan: Plan, rows: np.ndarray, seq_len: int) -> Rows:
         """Rows of the plan; what is left of a row is blank, a document of its own without labels."""
         n, width = len(rows), seq_len + 1
         piece, row = plan.pieces(rows)
@@ -257,7 +273,7 @@ class Stream:
             shard = self._check(int(k), starts[here] - base, starts[here] + lengths[here] - base)
             of_shard = number[piece_of] == k
             at, inside = (token_row[of_shard], token_column[of_shard]), places[of_shard] - base
-            out[at] = shard.data[inside]
+            out[at] = _tokens_at(shard, starts[here] - base, lengths[here])
             trained[at] = shard.trained(inside)
             for block in sorted({*shard.replaced, *shard.lost}):
                 first, stop = shard.token_span(block)
@@ -331,16 +347,32 @@ def resolve_overlong(dataset: Dataset, overlong: str) -> str:
 
 def _copy_rows(shard: Shard, starts: list[int], out: np.ndarray, here: list[int]) -> None:
     """out[here] = the tokens from each of `starts`; row by row beats every gather of numpy and torch."""
-    width = out.shape[1]
 
-    def copy(i: int, start: int) -> None:
-        out[i] = shard.data[start:start + width]
+    def copy(rows: Iterable[tuple[int, int]]) -> None:
+        for i, start in rows:
+            copy_range(shard.data, start, out[i])
 
+    rows = list(zip(here, starts, strict=True))
     if shard.pread:
-        at_once(copy, here, starts)
+        at_once(copy, rows)
         return
-    for i, start in zip(here, starts, strict=True):
-        copy(i, start)
+    for i, start in rows:
+        out[i] = shard.data[start:start + out.shape[1]]
+
+
+def _tokens_at(shard: Shard, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Tokens of the ranges that begin at `starts`, (n,) int64, end to end: (lengths.sum(),), unverified."""
+    into = np.cumsum(lengths) - lengths
+    if not shard.pread:
+        return shard.data[np.repeat(starts - into, lengths) + np.arange(lengths.sum())]
+    out = np.empty(lengths.sum(), shard.data.dtype)
+
+    def copy(pieces: Iterable[tuple[int, int, int]]) -> None:
+        for at, start, length in pieces:
+            copy_range(shard.data, start, out[at:at + length])
+
+    at_once(copy, list(zip(into.tolist(), starts.tolist(), lengths.tolist(), strict=True)))
+    return out
 
 
 def _borders(ends: np.ndarray, starts: np.ndarray, seq_len: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -350,43 +382,3 @@ def _borders(ends: np.ndarray, starts: np.ndarray, seq_len: int | np.ndarray) ->
     row = np.repeat(np.arange(len(starts)), counts)
     nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
     return row, ends[lo[row] + nth] - starts[row]
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Tokens of some samples. n rows, T = seq_len."""
-
-    tokens: np.ndarray
-    """(n, T + 1) in the shards' dtype."""
-    border_rows: np.ndarray
-    """(b,) row of each document border, sorted."""
-    border_columns: np.ndarray
-    """(b,) column 1..T of each first token of a document, sorted within a row."""
-    removed: np.ndarray | None = None
-    """(n, T + 1) bool, tokens of documents that were removed on request, or of lost blocks; None if there are none."""
-    lost: Lost = field(default_factory=dict)
-    """Lost blocks under the rows; `RowReader` gives them in `lost_of`."""
-    digest: int = 0
-    """See `RowReader`."""
-    lost_of: dict[str, Lost] = field(default_factory=dict)
-    """Lost blocks under the rows, by source."""
-    trained: np.ndarray | None = None
-    """(n, T + 1) bool, tokens that carry loss as labels; None: all."""
-    filled: np.ndarray | None = None
-    """(n,) tokens before the padding; None: no row has any."""
-    pair_rows: np.ndarray | None = None
-    """(k,) row of each preference pair, sorted; None where there is no reference."""
-    reference: np.ndarray | None = None
-    """(k, 2) fp32, the reference's log-probabilities of its answers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A record of a user's own data."""
-
-    content: bytes
-    """Empty if a lost block holds a part of it."""
-    where: str
-    """Names it in an error."""
-    lost: Lost
-    """Lost blocks under it."""

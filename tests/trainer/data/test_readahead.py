@@ -1,0 +1,187 @@
+"""Reading ahead: which blocks, when, and on which threads; and that it changes nothing."""
+
+import threading
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from officina.trainer.config import RunConfig
+from officina.trainer.data import readahead
+from officina.trainer.data.loader import Loader
+from officina.trainer.data.readahead import ReadAhead
+from officina.trainer.data.reader import RowReader
+from officina.trainer.data.shards import GRANULE_BYTES, Shard
+from officina.trainer.data.storage import FileArray
+from officina.trainer.errors import DataError
+from tests.data_sets import make_run, write_tokens
+
+BLOCK = GRANULE_BYTES // 4
+"""Tokens of a block."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 blocks in 5 shards, documents of 1 to 3,000 tokens."""
+    folder = tmp_path_factory.mktemp("data") / "a"
+    lengths = np.random.default_rng(0).integers(1, 3000, 24 * BLOCK // 1500).tolist()
+    write_tokens(folder, {"train": lengths}, shard_bytes=5 * GRANULE_BYTES + 1000)
+    return folder
+
+
+def run_over(folder: Path, **how: object) -> RunConfig:
+    """Rows of 1,024 tokens, 64 a block."""
+    return make_run({"a": (folder, 1)}, seq_len=1024, rows=4, micro_rows=4, **how)
+
+
+@pytest.mark.parametrize("how", [{"read": "mmap"}, {"read": "pread"}, {"read": "mmap", "shuffle_block": 64},
+                                 {"read": "pread", "shuffle_block": 64}, {"read": "mmap", "packing": "best_fit"}], ids=str)
+def test_blocks_are_verified_before_their_step_and_once(folder: Path, how: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: dict[tuple[str, int], list[str]] = defaultdict(list)
+    check = Shard._check_granule
+
+    def told(shard: Shard, granule: int) -> None:
+        checked[shard.path.name, granule].append(threading.current_thread().name)
+        check(shard, granule)
+
+    monkeypatch.setattr(Shard, "_check_granule", told)
+    run = run_over(folder, **how)
+    with Loader(run, rank=0, world_size=1, position=0) as loader:
+        steps = loader._reader.rows["a"] // 4
+        found = [loader.next_step().digest for _ in range(steps)]
+    monkeypatch.undo()
+    assert len(checked) == 25 and all(len(threads) == 1 for threads in checked.values())
+    reader = RowReader(run)
+    of_first = {(f"train-{shard:05d}.dls", block) for _, shard, block in
+                blocks_of(reader, [("a", row) for row in reader.place(np.arange(4)).row.tolist()])}
+    for block, [thread] in checked.items():  # the first step waits for nothing but itself
+        assert thread.startswith("officina-ahead") != (block in of_first)
+    assert found == [reader.digest(np.arange(4 * i, 4 * i + 4)) for i in range(steps)]
+
+
+def blocks_of(reader: RowReader, step_rows: list[tuple[str, int]]) -> set[tuple[str, int, int]]:
+    """(source, shard, block) under the rows, token by token."""
+    found = set()
+    for name, row in step_rows:
+        stream = reader.streams[name]
+        places = stream.places(np.asarray([row]), reader.seq_len)[0]
+        places = places[places >= 0]
+        shard = np.searchsorted(stream.token_starts, places, side="right") - 1
+        size = {"u16": 2, "u32": 4}[stream.dataset.manifest.dtype]
+        found |= {(name, int(s), int(p - stream.token_starts[s]) * size // readahead.GRANULE_BYTES)
+                  for s, p in zip(shard, places, strict=True)}
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=12, max_size=40), seq_len=st.integers(2, 50), rows=st.integers(1, 5),
+       shard_bytes=st.integers(80, 600), shuffle_block=st.sampled_from([1, 4]), two=st.booleans(),
+       packing=st.sampled_from(["cut", "best_fit"]))
+def test_the_blocks_are_those_under_the_rows(
+        tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int, rows: int, shard_bytes: int,
+        shuffle_block: int, two: bool, packing: str) -> None:
+    """Each block is asked for by the first step that needs it, and by no other."""
+    folder = tmp_path_factory.mktemp("blocks")
+    write_tokens(folder / "a", {"train": [*lengths, 60]}, shard_bytes=shard_bytes)
+    write_tokens(folder / "b", {"train": [*lengths, 60]}, shard_bytes=shard_bytes, dtype="u16", base=7)
+    sources = {"a": (folder / "a", 2)} | ({"b": (folder / "b", 1)} if two else {})
+    how = {"shuffle_block": shuffle_block, "packing": packing}
+    reader = RowReader(make_run(sources, seq_len=seq_len, rows=rows, micro_rows=1, **how))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readahead, "GRANULE_BYTES", 64)
+        blocks = readahead._Blocks(reader)
+        steps = readahead.plan_steps(reader, 0, rows, range(rows))[:12]
+        asked: dict[int, set] = defaultdict(set)
+        now: set = set()
+        for name, stream in reader.streams.items():
+            patch.setattr(stream, "meet", lambda number, here, name=name: now.update((name, number, k) for k in here))
+        patch.setattr(readahead, "TASK_BLOCKS", 1)
+        for first, part in ((0, steps[:5]), (5, steps[5:])):
+            for step, work in blocks.work(part, first):
+                work()
+                asked[step] |= now
+                now.clear()
+        met: set = set()
+        for i, planned in enumerate(steps):
+            names = [reader.order.names[k] for k in planned.places.source]
+            under = blocks_of(reader, list(zip(names, planned.places.row.tolist(), strict=True)))
+            assert asked[i] == under - met
+            met |= under
+
+
+@pytest.mark.parametrize(("read", "memory_bytes"), [("mmap", 1 << 20), ("pread", 1 << 20), ("mmap", 1 << 40)])
+def test_the_kernel_is_told_what_comes_where_memory_is_small(
+        folder: Path, read: str, memory_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that were met may be gone from memory: of them, the bytes of the coming rows are asked for."""
+    monkeypatch.setattr(readahead, "memory_bytes", lambda: memory_bytes)
+    reader = RowReader(run_over(folder, read=read))
+    stream, ahead, position = reader.streams["a"], ReadAhead(reader, 4, range(4)), 0
+    for _ in range(reader.rows["a"] // 4 + 1):
+        position = ahead.next(position).stop
+    told: list[tuple[Path, int, int]] = []
+    monkeypatch.setattr(Shard, "will_need", lambda shard, start, stop: told.append((shard.path, start, stop)))
+    steps = []
+    for _ in range(300):
+        steps.append(ahead.next(position))
+        position = steps[-1].stop
+    ahead.close()
+    if memory_bytes == 1 << 40:
+        assert not told
+        return
+    assert 0 < sum(stop - start for _, start, stop in told) <= (len(steps) + readahead.AHEAD_STEPS) * 4 * 1025
+    for row in np.concatenate([step.places.row for step in steps[readahead.AHEAD_STEPS + 1:]]).tolist():
+        number = int(np.searchsorted(stream.token_starts, row * 1024, side="right")) - 1
+        start = row * 1024 - int(stream.token_starts[number])
+        path, stop = stream.shard(number).path, min(start + 1025, stream.entries[number].tokens)
+        assert any(p == path and a <= start and stop <= b for p, a, b in told)
+
+
+def test_what_is_read_ahead_is_bounded_and_grows_from_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "AHEAD_BYTES", 6 * 4 * 1024 * 4)  # six steps of four rows
+    ahead, position, asked = ReadAhead(RowReader(run_over(folder)), 4, range(4)), 0, []
+    work = ahead._blocks.work
+
+    def told(steps: list, first: int) -> list:
+        asked.append((ahead._served, first + len(steps) - 1))
+        return work(steps, first)
+
+    monkeypatch.setattr(ahead._blocks, "work", told)
+    for _ in range(60):
+        position = ahead.next(position).stop
+    ahead.close()
+    assert asked[:2] == [(1, 3), (2, 6)] and max(last - now for now, last in asked) == 6
+    assert [now for now, _ in asked[3:]] == list(range(asked[3][0], 60, 4))  # half of it at a time
+
+
+def test_a_shard_that_is_gone_stops_the_step_that_needs_it_and_none_before(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "a", {"train": [BLOCK] * 20}, shard_bytes=GRANULE_BYTES)
+    run = make_run({"a": (tmp_path / "a", 1)}, seq_len=1024, rows=16, micro_rows=4, shuffle=False)
+    (tmp_path / "a" / "shards" / "train-00015.dls").unlink()  # blocks of several shards are read ahead together
+    with Loader(run, rank=0, world_size=1, position=0) as loader:
+        for _ in range(4 * 15 - 1):  # four steps a shard; the last row of each goes on in the next one
+            stop = loader.next_step().stop_sample
+        with pytest.raises(DataError, match=r"train-00015\.dls: cannot be opened"):
+            loader.next_step()
+    assert stop == 16 * (4 * 15 - 1)
+
+
+def test_packed_rows_are_read_several_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_over(folder, packing="best_fit", read="pread")
+    mapped = RowReader(run_over(folder, packing="best_fit", read="mmap"))
+    samples = np.arange(64)
+    reader = RowReader(run)
+    reader.read(samples)  # verified
+    threads: list[str] = []
+    fill = FileArray.fill
+
+    def told(self: FileArray, at: int, out: memoryview) -> None:
+        threads.append(threading.current_thread().name)
+        fill(self, at, out)
+
+    monkeypatch.setattr(FileArray, "fill", told)
+    rows = reader.read(samples)
+    assert len(threads) >= 64 and {name.rpartition("_")[0] for name in threads} == {"officina-read"}
+    assert rows.digest == mapped.digest(samples) and np.array_equal(rows.tokens, mapped.read(samples).tokens)

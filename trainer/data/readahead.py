@@ -1,0 +1,185 @@
+"""Plans the steps of a rank, and has threads read what they need before they are made.
+
+The order is known in advance, so a disk need not wait for the rows, nor the rows for the disk: blocks that were not met yet
+are verified by threads of their own while the loader's thread makes the batches before them. Of blocks that were, the kernel
+is told which bytes come next, if the data are too large to have stayed in memory. How far ahead is bounded in bytes and grows
+from nothing, so that the first batch waits for itself alone. Data in a store come in pieces, and are not read ahead.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from operator import itemgetter
+
+import numpy as np
+
+from officina.trainer.data.plan import PlannedStep, plan_steps
+from officina.trainer.data.reader import RowReader
+from officina.trainer.data.shards import DTYPES, GRANULE_BYTES
+from officina.trainer.data.storage import THREADS
+from officina.trainer.errors import DataError
+
+AHEAD_BYTES = 32 << 20
+"""Of the rows that are read ahead."""
+AHEAD_STEPS = 128
+TASK_BLOCKS = 8
+"""That a thread verifies in one go: its turn costs as much as the hash of one."""
+TASK_RANGES = 32
+"""That a thread tells the kernel in one go."""
+
+
+def memory_bytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class ReadAhead:
+    """The steps of one rank, in order. One thread asks for them."""
+
+    def __init__(self, reader: RowReader, rows: int, own: range) -> None:
+        """rows: of a global batch; own: which of them the rank reads."""
+        self._reader, self._rows, self._own = reader, rows, own
+        self._steps: deque[PlannedStep] = deque()
+        self._begun = 0  # how many of these are being read
+        self._served = 0
+        self._reading: deque[tuple[int, Future]] = deque()
+        self._blocks = _Blocks(reader) if not reader.records else None
+        row_bytes = max(DTYPES[s.dataset.manifest.dtype].itemsize for s in reader.streams.values()) * reader.seq_len
+        self._most = min(AHEAD_STEPS, max(1, AHEAD_BYTES // (max(len(own), 1) * row_bytes)))
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="officina-ahead")
+
+    def next(self, position: int) -> PlannedStep:
+        """The step that begins at `position`, with its blocks read if there was time before; waits for those under way."""
+        if not self._steps or self._steps[0].first != position:
+            self._steps.clear()
+            self._begun = 0
+            self._plan(position)
+        ahead = min(self._most, 2 * self._served)
+        if self._blocks is not None and ahead and self._begun <= ahead // 2:
+            while len(self._steps) <= ahead:
+                self._plan(self._steps[-1].stop)
+            steps = list(islice(self._steps, self._begun, ahead + 1))
+            for number, work in self._blocks.work(steps, self._served + self._begun):
+                self._reading.append((number, self._pool.submit(work)))
+            self._begun = ahead + 1
+        while self._reading and self._reading[0][0] <= self._served:
+            self._reading.popleft()[1].result()
+        self._begun, self._served = max(self._begun - 1, 0), self._served + 1
+        return self._steps.popleft()
+
+    def close(self) -> None:
+        """End the threads; what they have not begun is not read."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _plan(self, position: int) -> None:
+        self._steps.extend(plan_steps(self._reader, position, self._rows, self._own))
+
+
+Task = tuple[int, Callable[[], object]]
+"""Number of the first step that waits for it, and what a thread does."""
+
+
+class _Blocks:
+    """The blocks of all sources' shards, numbered end to end: which lie under which rows, and which were met."""
+
+    def __init__(self, reader: RowReader) -> None:
+        names, self._seq_len = reader.order.names, reader.seq_len
+        streams = {number: reader.streams[name] for number, name in enumerate(names)
+                   if name in reader.streams and not reader.streams[name].is_remote}
+        self._shards = [(stream, i) for stream in streams.values() for i in range(len(stream.entries))]
+        counts = np.asarray([len(stream.entries) for stream in streams.values()], np.int64)
+        tokens = np.concatenate([np.empty(0, np.int64), *(np.diff(stream.token_starts) for stream in streams.values())])
+        self._itemsize = np.repeat(
+            np.asarray([DTYPES[stream.dataset.manifest.dtype].itemsize for stream in streams.values()], np.int64), counts)
+        self._token_starts = np.append(0, np.cumsum(tokens))
+        self._block_starts = np.append(0, np.cumsum(-(-tokens * self._itemsize // GRANULE_BYTES)))
+        self._base, self._cut = np.zeros(len(names), np.int64), np.zeros(len(names), bool)
+        self._base[list(streams)] = self._token_starts[np.cumsum(counts) - counts]
+        self._packed = {number: stream.plan for number, stream in streams.items() if stream.plan is not None}
+        self._cut[[number for number in streams if number not in self._packed]] = True
+        self._met = np.zeros(int(self._block_starts[-1]), bool)
+        self._forgotten = int((tokens * self._itemsize).sum()) > memory_bytes() // 2
+
+    def work(self, steps: list[PlannedStep], first: int) -> list[Task]:
+        """What to read for `steps`, numbered from `first` on; in the order in which they need it."""
+        source, row = (np.concatenate([getattr(step.places, name) for step in steps]) for name in ("source", "row"))
+        shard, start, stop, step = self._ranges(source, row, np.repeat(np.arange(first, first + len(steps)),
+                                                                       [len(step.own) for step in steps]))
+        if not len(shard):
+            return []
+        size, base = self._itemsize[shard], self._block_starts[shard]
+        low, high = base + start * size // GRANULE_BYTES, base + (stop * size - 1) // GRANULE_BYTES
+        counts = high - low + 1
+        before = np.cumsum(counts) - counts
+        block = np.repeat(low - before, counts) + np.arange(counts.sum())
+        new = ~self._met[block]
+        tasks = self._to_verify(block[new], np.repeat(step, counts)[new]) if new.any() else []
+        if self._forgotten:
+            known = ~np.logical_or.reduceat(new, before)
+            tasks += self._to_tell(shard[known], start[known], stop[known], step[known])
+        return sorted(tasks, key=itemgetter(0))
+
+    def _ranges(self, source: np.ndarray, row: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Shard, first token and end in it, and step, of all that lies under the rows (n,): (m,) int64 each."""
+        here = self._cut[source]
+        starts = [self._base[source[here]] + row[here] * self._seq_len]
+        lengths, steps = [np.full(len(starts[0]), self._seq_len + 1)], [step[here]]
+        for number, plan in self._packed.items():
+            here = source == number
+            piece, nth = plan.pieces(row[here])
+            starts.append(self._base[number] + plan.starts[piece])
+            lengths.append(plan.lengths[piece].astype(np.int64))
+            steps.append(step[here][nth])
+        start, step = np.concatenate(starts), np.concatenate(steps)
+        stop = start + np.concatenate(lengths)
+        found = []
+        while True:  # a row that goes on in the next shard comes again
+            shard = np.searchsorted(self._token_starts, start, side="right") - 1
+            base, end = self._token_starts[shard], self._token_starts[shard + 1]
+            found.append((shard, start - base, np.minimum(stop, end) - base, step))
+            over = stop > end
+            if not over.any():
+                return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+            start, stop, step = end[over], stop[over], step[over]
+
+    def _to_verify(self, block: np.ndarray, step: np.ndarray) -> list[Task]:
+        order = np.lexsort((step, block))
+        block, first = np.unique(block[order], return_index=True)
+        step = step[order][first]
+        self._met[block] = True
+        shard = np.searchsorted(self._block_starts, block, side="right") - 1
+        by_step = np.argsort(step, kind="stable")
+        inside = block - self._block_starts[shard]
+        return [(int(step[part[0]]), partial(self._verify, shard[part].tolist(), inside[part].tolist()))
+                for part in np.split(by_step, range(TASK_BLOCKS, len(by_step), TASK_BLOCKS))]
+
+    def _verify(self, shards: list[int], blocks: list[int]) -> None:
+        by_shard: dict[int, list[int]] = {}
+        for shard, block in zip(shards, blocks, strict=True):
+            by_shard.setdefault(shard, []).append(block)
+        for shard, here in by_shard.items():
+            stream, number = self._shards[shard]
+            stream.meet(number, here)
+
+    def _to_tell(self, shard: np.ndarray, start: np.ndarray, stop: np.ndarray, step: np.ndarray) -> list[Task]:
+        if not len(shard):
+            return []
+        order = np.lexsort((start, shard))
+        shard, start, stop, step = shard[order], start[order], stop[order], step[order]
+        begins = np.flatnonzero(np.append(True, (np.diff(shard) != 0) | (start[1:] > stop[:-1])))
+        stop, step = np.maximum.reduceat(stop, begins), np.minimum.reduceat(step, begins)
+        ranges = list(zip(shard[begins].tolist(), start[begins].tolist(), stop.tolist(), strict=True))
+        by_step = np.argsort(step, kind="stable").tolist()
+        return [(int(step[by_step[i]]), partial(self._tell, [ranges[k] for k in by_step[i:i + TASK_RANGES]]))
+                for i in range(0, len(by_step), TASK_RANGES)]
+
+    def _tell(self, ranges: Iterable[tuple[int, int, int]]) -> None:
+        for shard, start, stop in ranges:
+            stream, number = self._shards[shard]
+            try:
+                stream.shard(number).will_need(start, stop)
+            except DataError:
+                continue  # a shard that cannot be opened: the row that needs it says so
