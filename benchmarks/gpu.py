@@ -4,8 +4,9 @@
 
 Two named experiments, each beside a plain PyTorch loop with SDPA on the same GPU: `h200_1b8` (1.82B, the shape and
 batch of the published JUPITER figures) and `h200_8b` (Llama-3 8B, that of KempnerForge's); then fine-tuning of the 8B,
-`h200_8b_lora` (NeMo Automodel's published setting) and `h200_8b_sft` (in full, bf16 states). Rows are synthetic tokens
-from shards made on the spot. The record is written anew after every stage, so that what was measured outlives a kill.
+`h200_8b_lora` (NeMo Automodel's published setting) and `h200_8b_sft` (in full, bf16 states); last, if time is left,
+`h200_8b_qlora`. Rows are synthetic tokens from shards made on the spot. The record is written anew after every stage, so
+that what was measured outlives a kill.
 """
 
 import argparse
@@ -33,7 +34,8 @@ from officina.trainer.model.peaks import peak_bf16_flops
 from officina.trainer.run_dir import load_config
 
 OURS, PLAIN, HF = "officina", "plain PyTorch", "HF Trainer"
-VOCABULARIES = {"h200_1b8": 50_304, "h200_8b": 128_256, "h200_8b_lora": 128_256, "h200_8b_sft": 128_256}
+VOCABULARIES = {"h200_1b8": 50_304, "h200_8b": 128_256, "h200_8b_lora": 128_256, "h200_8b_sft": 128_256,
+                "h200_8b_qlora": 128_256}
 PUBLISHED = {"h200_1b8": {"tokens_per_s": 37_500, "on": "one of 4 GH200, DDP", "source": "OpenEuroLLM oellm-autoexp"},
              "h200_8b": {"tokens_per_s": 10_471, "on": "H200", "source": "KempnerForge mfu_scaling.md, 2026-04-05"},
              "h200_8b_lora": {"tokens_per_s": 12_473, "on": "H100", "source": "NeMo Automodel performance-summary, 2025-10-02"}}

@@ -4,16 +4,20 @@ Parameters, gradients and moments are exact (a test compares them with what rank
 estimated: activations as the Triton kernels keep them, weights gathered by sharding engines, buffers of DeepSpeed.
 """
 
+import math
 from dataclasses import dataclass, fields
 
 from officina.trainer.config import DecoderConfig, FSDP2Config, HSDPConfig, RunConfig, ZeroConfig
 from officina.trainer.model.flops import ParameterCounts, parameter_count
+from officina.trainer.model.shapes import NF4_BLOCK, nf4_row_bytes
 from officina.trainer.model.targets import choose, trained_count
 
 _LOSS_CHUNK = 2**28
 """Logits that exist at a time: `CHUNK_LOGITS_GPU` of kernels/linear_cross_entropy.py, which needs torch to be imported."""
 _BUCKET = 500_000_000
 """DeepSpeed's default reduce_bucket_size, and half its stage3_max_live_parameters, in elements (runtime/zero/config.py)."""
+_UNPACKING = 6
+"""Bytes a weight takes while its matrix is unpacked from 4 bits: its value in fp32 beside two of its code, then beside bf16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ def plan_memory(run: RunConfig, world_size: int, *, precision: str = "") -> Memo
     precision = precision or ("bf16" if run.precision == "auto" else run.precision)
     size, counts = _PRECISION[precision], parameter_count(run.model)
     parameters, gathered, gradients, moments = _state(run, world_size, size, counts, pure=precision == "bf16_pure")
+    gathered += _UNPACKING * max(_packed(run), default=0)
     tokens = min(run.batch.micro_rows, max(-(-run.batch.rows // world_size), 1)) * run.batch.seq_len
     return MemoryPlan(int(parameters), int(gathered), int(gradients), int(moments),
                       int(tokens * _activations(run, size.compute)), int(_logits(run, tokens, size)))
@@ -70,25 +75,32 @@ State = tuple[float, float, float, float]
 def _state(run: RunConfig, world: int, size: _Bytes, counts: ParameterCounts, pure: bool) -> State:
     engine = run.engine
     T, P = trained_count(run.model, run.adapter)
-    own = T * size.master + (P - T) * size.compute  # frozen weights have no master
+    packed = sum(_packed(run))
+    frozen = (P - T - packed) * size.compute + packed * nf4_row_bytes(NF4_BLOCK) / NF4_BLOCK  # they have no master
+    own, in_use = T * size.master + frozen, T * size.compute + frozen
     moments = _moments(run, size, counts)
     outside = counts.embedding + counts.head
     block = (P - outside) / run.model.n_layers
     trained = T / P
     cast = T * size.compute if size.compute != size.master else 0
     if isinstance(engine, ZeroConfig):
-        return _zero(engine, world, size, P, T, moments, pure)
+        return _zero(engine, world, size, in_use, T, moments, pure)
     if isinstance(engine, FSDP2Config | HSDPConfig):
         shards = engine.shard_size if isinstance(engine, HSDPConfig) else world
-        gathered = (2 * block + outside) * size.compute
+        gathered = 2 * (in_use - outside * size.compute) / run.model.n_layers + outside * size.compute
         whole = 2 * block * trained * (size.compute + size.gradient)
         if not engine.reshard_after_forward:
-            gathered, whole = P * size.compute, T * size.gradient
+            gathered, whole = in_use, T * size.gradient
         if shards == 1:
             gathered, whole = cast, 0
         here = 0 if engine.cpu_offload else 1 / shards
         return own * here, gathered, T * size.gradient * here + whole, moments * here
     return own, cast, T * size.gradient, moments  # DDP's gradients are views of its buckets
+
+
+def _packed(run: RunConfig) -> list[int]:
+    """Weights of each matrix that is held in 4 bits."""
+    return [math.prod(shape) for shape in choose(run.model, run.adapter).packed.values()] if run.adapter.kind != "none" else []
 
 
 def _moments(run: RunConfig, size: _Bytes, counts: ParameterCounts) -> float:
@@ -99,17 +111,17 @@ def _moments(run: RunConfig, size: _Bytes, counts: ParameterCounts) -> float:
     return (2 * (counts.total - inner) + inner) * size.moment
 
 
-def _zero(engine: ZeroConfig, world: int, size: _Bytes, P: int, T: int, moments: float, pure: bool) -> State:
-    """DeepSpeed: weights in use beside the master partition; stage 1 and 2 hold all of them, stage 3 its share."""
+def _zero(engine: ZeroConfig, world: int, size: _Bytes, in_use: float, T: int, moments: float, pure: bool) -> State:
+    """DeepSpeed: weights in use (bytes) beside the master partition; stage 1 and 2 hold all of them, stage 3 its share."""
     host = 0 if engine.offload_optimizer else 1
     masters = 0 if pure and engine.stage == 3 else T * size.master / world * host
     buckets = 2 * min(T, _BUCKET) * size.compute
     if engine.stage == 1:
-        return P * size.compute + masters, 0, T * (size.gradient + size.compute), moments / world * host
+        return in_use + masters, 0, T * (size.gradient + size.compute), moments / world * host
     if engine.stage == 2:
-        return P * size.compute + masters, 0, T * size.gradient / world * host + buckets, moments / world * host
-    kept = 0 if engine.offload_params else P * size.compute / world
-    gathered, gradients = min(P, 2 * _BUCKET) * size.compute, T * size.gradient / world * host + buckets
+        return in_use + masters, 0, T * size.gradient / world * host + buckets, moments / world * host
+    kept = 0 if engine.offload_params else in_use / world
+    gathered, gradients = min(in_use, 2 * _BUCKET * size.compute), T * size.gradient / world * host + buckets
     return kept + masters, gathered, gradients, moments / world * host
 
 

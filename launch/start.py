@@ -319,7 +319,8 @@ def _model_line(run: RunConfig) -> str:
         return line
     from officina.trainer.model.targets import trained_count
 
-    return f"{line}; LoRA of rank {run.adapter.rank} trains {_human(trained_count(run.model, run.adapter)[0])}"
+    beside = " beside a base in 4 bits" if run.adapter.base == "nf4" else ""
+    return f"{line}; LoRA of rank {run.adapter.rank} trains {_human(trained_count(run.model, run.adapter)[0])}{beside}"
 
 
 def _human(number: float) -> str:

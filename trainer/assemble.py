@@ -205,7 +205,7 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
         rank0 = ranks.rank == 0
         precision = resolve_precision(run.precision, ranks.device)
         built = build_model(run)
-        shapes = {name: tuple(p.shape) for name, p in built.module.named_parameters()}  # an engine may hide them
+        shapes = built.shapes  # an engine may hide them
         trained = built.trained
         engine = build_engine(Parts(run, ranks, built.module, built.loss_fn, precision))
         stack.callback(engine.close)
@@ -260,9 +260,9 @@ def _fill(engine: Engine, run: RunConfig, run_dir: Path, built: Built, shapes: M
     model = {name: shape for name, shape in shapes.items() if name not in adapters}
     frozen = {name: shapes[name] for name in built.frozen}
     if opened is None:
-        with initial_weights(run, built.source, run_dir, model, ranks) as base:
+        with initial_weights(run, built.first, run_dir, model, ranks) as base:
             first = AdapterSource(base, built.adapters) if built.adapters else base
-            engine.import_state(first, optimizer_steps=None)
+            engine.import_state(built.held(first), optimizer_steps=None)
             return TrainState(step=0), _hex(content_of(base, frozen, ranks))
     stack.enter_context(opened)
     state = opened.train_state
@@ -271,7 +271,7 @@ def _fill(engine: Engine, run: RunConfig, run_dir: Path, built: Built, shapes: M
         engine.import_state(opened, optimizer_steps=state.optimizer_steps)
         return state, {}
     with all_weights(run_dir, opened, ranks) as source:
-        engine.import_state(source, optimizer_steps=state.optimizer_steps)
+        engine.import_state(built.held(source), optimizer_steps=state.optimizer_steps)
     return state, state.frozen
 
 
@@ -281,7 +281,7 @@ def _hex(sums: Mapping[str, int]) -> dict[str, str]:
 
 def _trained(engine: Engine, frozen: Mapping[str, str]) -> Iterator[Piece]:
     """The engine's state without the weights that are kept by reference."""
-    return (piece for piece in engine.export_state() if piece.name not in frozen)
+    return engine.export_state(without=frozen)
 
 
 def _newest_checkpoint(run_dir: Path, ranks: Ranks) -> OpenCheckpoint | None:

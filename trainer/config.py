@@ -162,6 +162,8 @@ class LoraConfig:
     """Layers with an adapter: names or ends of names, `*` for anything: [attn.q, attn.v], [blocks.3.mlp.*]."""
     train: list[str] = field(default_factory=list)
     """Modules trained in full beside the adapters, by the same patterns: [embed, head], ['*norm']."""
+    base: Literal["full", "nf4"] = "full"
+    """The blocks' frozen matrices as they are, or rounded to 4 bits (NF4 in blocks of 64, arXiv:2305.14314) and held so."""
 
     @property
     def scale(self) -> float:

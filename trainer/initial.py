@@ -27,6 +27,7 @@ from officina.trainer.init_from import init_problems
 from officina.trainer.model.build import build_transformer
 from officina.trainer.model.init import InitSource
 from officina.trainer.model.lora import MergedSource
+from officina.trainer.model.nf4 import RoundedSource
 from officina.trainer.model.shapes import parameter_shapes
 from officina.trainer.model.targets import choose
 from officina.trainer.run_dir import CONFIG, load_config
@@ -95,13 +96,14 @@ def _open_own(base: Base, shapes: Mapping[str, tuple[int, ...]], ranks: RankGrou
 # ---- frozen weights --------------------------------------------------------------------------------------------------
 @contextmanager
 def plain_weights(run_dir: Path, opened: OpenCheckpoint, ranks: RankGroup) -> Iterator[Source]:
-    """The weights of a checkpoint as those of the plain transformer: adapters merged, in fp32. Collective."""
+    """The weights of a checkpoint as those of the plain transformer: adapters merged, in fp32, into the values that they were
+    trained beside. Collective."""
     run = load_config(run_dir)
     if not isinstance(run.adapter, LoraConfig):
         yield opened
         return
     with all_weights(run_dir, opened, ranks) as source:
-        yield MergedSource(source, run.model, run.adapter)
+        yield MergedSource(RoundedSource(source, choose(run.model, run.adapter).packed), run.model, run.adapter)
 
 
 @contextmanager

@@ -28,11 +28,12 @@ def project(tmp_path, monkeypatch):
 
 # ---- memory ------------------------------------------------------------------------------------------------------------
 LORA = LoraConfig(rank=8, train=["head"])
+QLORA = LoraConfig(rank=8, base="nf4")
 
 
 @pytest.mark.parametrize(("engine", "ranks", "adapter"), [
     ("single", 1, NONE), ("ddp", 2, NONE), ("fsdp2", 2, NONE), ("hsdp", 4, NONE), ("zero1", 2, NONE), ("zero3", 2, NONE),
-    ("single", 1, LORA), ("fsdp2", 2, LORA)])
+    ("single", 1, LORA), ("fsdp2", 2, LORA), ("single", 1, QLORA)])
 def test_state_is_what_ranks_hold(pool, engine, ranks, adapter):
     case = Case(engine=engine, adapter=adapter)
     found = pool.run(ranks, "tests.launch.held_state:held", case)
@@ -44,6 +45,18 @@ def test_state_is_what_ranks_hold(pool, engine, ranks, adapter):
         whole = sum(f["gradients"] for f in found) / ranks * shards
         alone = plan_memory(replace(case.run, engine=Case().run.engine), 1, precision="fp32")
         assert whole == pytest.approx(alone.gradients, rel=0.02)
+
+
+def test_a_base_in_4_bits_is_planned_as_such():
+    """Llama-3 8B with rank 16: 6.98 of its 8.03 billion weights in 4.5 bits, embedding and head in bf16."""
+    from officina.configs.compose import compose_all
+
+    plans = {name: plan_memory(compose_all([f"experiment=h200_8b_{name}"]).run, 1) for name in ("lora", "qlora")}
+    matrices = 32 * 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    assert plans["lora"].parameters - plans["qlora"].parameters == matrices * (16 - 4.5) / 8
+    assert plans["qlora"].gathered - plans["lora"].gathered == 6 * 4096 * 14336, "one matrix is unpacked at a time"
+    assert plans["lora"].moments == plans["qlora"].moments
+    assert plans["qlora"].parameters == pytest.approx(matrices * 9 / 16 + 2 * 128256 * 4096 * 2 + 41943040 * 4, rel=1e-4)
 
 
 def test_activations_are_what_the_kernels_keep():

@@ -20,22 +20,25 @@ from officina.trainer.config import DDPConfig, DecoderConfig, FSDP2Config, LoraC
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, CheckpointError
 from officina.trainer.generate import load
 from officina.trainer.hf.base import open_base
-from officina.trainer.initial import GrownSource, open_weights, plain_weights
+from officina.trainer.initial import GrownSource, JoinedSource, content_of, open_weights, plain_weights
 from officina.trainer.model.build import build_model
 from officina.trainer.model.init import ValuesSource
 from officina.trainer.model.lora import MergedSource
+from officina.trainer.model.nf4 import pack, pairs, unpack
 from officina.trainer.model.shapes import parameter_shapes
 from officina.trainer.model.targets import choose
+from officina.trainer.parallel.tensors import materialize
 from officina.trainer.run_dir import load_config
 from officina.trainer.state import PARAM
 
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.1, train=["*norm"])
+QLORA = replace(LORA, base="nf4")
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "small-llama"
-    save("llama", folder, shard="60KB", vocab_size=320)
+    save("llama", folder, shard="60KB", vocab_size=320, hidden_size=64, intermediate_size=128)
     return folder
 
 
@@ -57,12 +60,14 @@ def lived(pool, run_dir: Path, ranks: int, **kwargs) -> int:
     return statuses[0]
 
 
-@pytest.mark.parametrize(("engine", "ranks", "precision"), [
-    (SingleConfig(), 1, "fp32"), (FSDP2Config(), 2, "bf16"), pytest.param(DDPConfig(), 3, "bf16", marks=pytest.mark.slow),
-    (ZeroConfig(stage=3, persistence_threshold=0), 2, "bf16"),
-    pytest.param(ZeroConfig(stage=2), 2, "bf16_pure", marks=pytest.mark.slow)])
-def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(pool, llama, data, tmp_path, engine, ranks, precision):
-    run = run_from(llama, data, engine=engine, precision=precision)
+@pytest.mark.parametrize(("engine", "ranks", "precision", "adapter"), [
+    (SingleConfig(), 1, "fp32", LORA), (FSDP2Config(), 2, "bf16", LORA), (FSDP2Config(), 2, "bf16", QLORA),
+    pytest.param(DDPConfig(), 3, "bf16", LORA, marks=pytest.mark.slow),
+    (ZeroConfig(stage=3, persistence_threshold=0), 2, "bf16", LORA),
+    pytest.param(ZeroConfig(stage=3, persistence_threshold=0), 2, "bf16", QLORA, marks=pytest.mark.slow),
+    pytest.param(ZeroConfig(stage=2), 2, "bf16_pure", LORA, marks=pytest.mark.slow)])
+def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(pool, llama, data, tmp_path, engine, ranks, precision, adapter):
+    run = run_from(llama, data, engine=engine, precision=precision, adapter=adapter)
     begin(tmp_path / "whole", run)
     assert lived(pool, tmp_path / "whole", ranks) == EXIT_DONE
     begin(tmp_path / "parts", run)
@@ -157,6 +162,35 @@ def test_merged_weights_compute_what_the_adapters_do(trained):
         away = (module(tokens) - plain(tokens)).abs().max()
         moved = (load(run, base, cpu)(tokens) - plain(tokens)).abs().max()
     assert away < 1e-5 * max(1.0, plain(tokens).abs().max().item()) and moved > 1e-3
+
+
+def test_a_base_in_4_bits_is_referenced_as_it_is_and_merged_as_it_was_trained_beside(pool, llama, data, tmp_path):
+    run = run_from(llama, data, adapter=replace(QLORA, dropout=0.0))
+    begin(tmp_path / "run", run)
+    assert lived(pool, tmp_path / "run", 1) == EXIT_DONE
+    base, built, chosen = base_of(run), build_model(run), choose(run.model, run.adapter)
+    frozen = content_of(base, {name: parameter_shapes(run.model)[name] for name in built.frozen}, Alone())
+    stated = read_commit(step_dir(tmp_path / "run", 6)).train_state.frozen
+    assert {name: int(value, 16) for name, value in stated.items()} == frozen
+
+    trained, name = states(tmp_path / "run", 6), "blocks.1.mlp.down"
+    n_out, n_in = chosen.packed[f"{name}.weight"]
+    as_it_is = base.read(f"{name}.weight", PARAM, 0, n_out * n_in).view(n_out, n_in)
+    rounded = unpack(pack(as_it_is), pairs(), torch.float32)
+    change = 2 * trained[f"{name}.lora_b", PARAM].view(n_out, 4) @ trained[f"{name}.lora_a", PARAM].view(4, n_in)
+    tokens = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(0))
+    module = built.module
+    materialize(module, torch.device("cpu"))
+    module.eval()
+    with torch.no_grad(), open_checkpoint(tmp_path / "run") as opened, \
+            plain_weights(tmp_path / "run", opened, Alone()) as merged:
+        found = merged.read(f"{name}.weight", PARAM, 0, n_out * n_in).view(n_out, n_in)
+        assert (found - rounded - change).abs().max() < 1e-6 < 1e-4 < (found - as_it_is - change).abs().max()
+        held = built.held(JoinedSource(opened, base, built.frozen))
+        for each, parameter in module.named_parameters():
+            parameter.copy_(held.read(each, PARAM, 0, parameter.numel()).view_as(parameter))
+        plain = load(run, merged, torch.device("cpu"))(tokens)
+        assert (module(tokens) - plain).abs().max() < 1e-5 * max(1.0, plain.abs().max().item())
 
 
 def test_merged_weights_are_the_same_bits_however_they_are_cut():

@@ -2,8 +2,8 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from officina.trainer.config import CustomModelConfig, DecoderConfig, LoraConfig
 from officina.trainer.errors import ConfigError, Problem
 from officina.trainer.model.init import FillSource, InitSource, ValuesSource
 from officina.trainer.model.lora import AdapterSource, adapter_fills, add_lora
+from officina.trainer.model.nf4 import PackedSource
 from officina.trainer.model.targets import adapter_problems
 from officina.trainer.model.transformer import Transformer
 from officina.trainer.objective import dpo_loss, next_token_loss, record_loss
@@ -31,8 +32,8 @@ class Built:
 
     module: nn.Module
     """Parameters and saved buffers on the meta device."""
-    source: Source
-    """First values of all parameters and saved buffers."""
+    first: Source
+    """First values of all parameters and saved buffers but the adapters'."""
     loss_fn: LossFn
     decode: Decode | None
     """Custom models: from one record's bytes to its fields. None for the decoder-only transformer."""
@@ -40,6 +41,22 @@ class Built:
     """First values of the adapters, which no base model holds. None: there are none."""
     frozen: tuple[str, ...] = ()
     """Parameters that an adapter leaves as they are."""
+    packed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Those of them that the module holds in 4 bits -> (n_out, n_in)."""
+
+    def held(self, values: Source) -> Source:
+        """`values` in the form in which the module holds them, for an engine to read."""
+        return PackedSource(values, self.packed) if self.packed else values
+
+    @property
+    def source(self) -> Source:
+        """First values of all that the module holds."""
+        return self.held(AdapterSource(self.first, self.adapters) if self.adapters else self.first)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of all parameters; of one that is held in 4 bits that of its values."""
+        return {name: tuple(self.packed.get(name, p.shape)) for name, p in self.module.named_parameters()}
 
     @property
     def trained(self) -> list[str]:
@@ -54,15 +71,14 @@ def build_model(run: RunConfig) -> Built:
     check_attention(run.model, run.device)
     check_kernels(run.model, run.device)
     module = build_transformer(run.model)
-    source: Source = InitSource(module, run.model, run.seed)
-    adapters, frozen = None, ()
-    if isinstance(run.adapter, LoraConfig):
-        if problems := list(adapter_problems(run)):
-            raise ConfigError(problems)
-        chosen = add_lora(module, run.model, run.adapter)
-        adapters = adapter_fills(chosen, run.adapter.rank, run.seed)
-        source, frozen = AdapterSource(source, adapters), chosen.frozen
-    return Built(module, source, _loss(run), None, adapters, frozen)
+    first = InitSource(module, run.model, run.seed)
+    if not isinstance(run.adapter, LoraConfig):
+        return Built(module, first, _loss(run), None)
+    if problems := list(adapter_problems(run)):
+        raise ConfigError(problems)
+    chosen = add_lora(module, run.model, run.adapter)
+    adapters = adapter_fills(chosen, run.adapter.rank, run.seed)
+    return Built(module, first, _loss(run), None, adapters, chosen.frozen, chosen.packed)
 
 
 def _loss(run: RunConfig) -> LossFn:

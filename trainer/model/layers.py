@@ -16,7 +16,9 @@ from officina.kernels.linear_cross_entropy import linear_cross_entropy, linear_t
 from officina.kernels.rms_norm import add_rms_norm, rms_norm
 from officina.trainer.batch import IGNORE
 from officina.trainer.config import DecoderConfig
+from officina.trainer.model.nf4 import packed_linear
 from officina.trainer.model.rope import at_least_fp32
+from officina.trainer.model.shapes import nf4_row_bytes
 
 _CHUNK_LOGITS = 2**25
 """Logits held at a time where each label's loss is wanted; they are computed again for the gradient."""
@@ -30,8 +32,18 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
+    def hold_packed(self, pairs: Tensor) -> None:
+        """Hold the weight, which is never trained, in 4 bits: see nf4.py. pairs: one tensor for all layers."""
+        n_out, n_in = self.weight.shape
+        packed = torch.empty(n_out, nf4_row_bytes(n_in), dtype=torch.uint8, device=self.weight.device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("pairs", pairs, persistent=False)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.weight.dtype == torch.uint8:
+            return packed_linear(x, self.weight, self.pairs, bias)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):

@@ -16,6 +16,7 @@ from officina.trainer.config import DecoderConfig, LoraConfig
 from officina.trainer.errors import OfficinaError
 from officina.trainer.model.init import Fill, FillSource
 from officina.trainer.model.layers import Linear
+from officina.trainer.model.nf4 import pairs
 from officina.trainer.model.targets import LORA_A, LORA_B, Chosen, choose
 from officina.trainer.state import PARAM, Source
 
@@ -53,7 +54,9 @@ def add_lora(module: nn.Module, model: DecoderConfig, adapter: LoraConfig) -> Ch
         owner, _, leaf = name.rpartition(".")
         parent = module.get_submodule(owner)
         setattr(parent, leaf, LoraLinear(getattr(parent, leaf), adapter.rank, adapter.scale, adapter.dropout))
-    frozen = set(chosen.frozen)
+    frozen, table = set(chosen.frozen), pairs()
+    for name in chosen.packed:
+        module.get_submodule(name.rpartition(".")[0]).hold_packed(table)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in frozen)
     return chosen

@@ -5,6 +5,14 @@ A login node so knows which layers there are; a test compares with the module fo
 
 from officina.trainer.config import DecoderConfig
 
+NF4_BLOCK = 64
+"""Weights that share a magnitude where they are held in 4 bits: see nf4.py."""
+
+
+def nf4_row_bytes(n_in: int) -> int:
+    """Bytes of a row of n_in weights in 4 bits: half a byte for each, and 4 for each block."""
+    return n_in // 2 + n_in // NF4_BLOCK * 4
+
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter; a tied head has none of its own."""

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from officina.trainer.config import AdapterConfig, CustomModelConfig, DecoderConfig, LoraConfig, MuonConfig, RunConfig
 from officina.trainer.errors import Problem
 from officina.trainer.keys import as_text
-from officina.trainer.model.shapes import parameter_shapes
+from officina.trainer.model.shapes import NF4_BLOCK, parameter_shapes
 
 LORA_A, LORA_B = "lora_a", "lora_b"
 """Leaves of an adapter's parameters: `blocks.0.attn.q.lora_a`, (rank, n_in), and `.lora_b`, (n_out, rank)."""
@@ -28,6 +28,8 @@ class Chosen:
     """Parameters trained in full."""
     frozen: tuple[str, ...]
     """Parameters that never change."""
+    packed: dict[str, tuple[int, int]]
+    """Those of them that are held in 4 bits -> (n_out, n_in)."""
 
     def adapter_shapes(self, rank: int) -> dict[str, tuple[int, int]]:
         """Name -> shape of the adapters' parameters."""
@@ -45,7 +47,9 @@ def choose(model: DecoderConfig, adapter: LoraConfig) -> Chosen:
     shapes = parameter_shapes(model)
     linears = {name: shape for name, shape in linear_layers(model).items() if _any(adapter.targets, name)}
     whole = tuple(name for name in shapes if _in_full(adapter.train, name))
-    return Chosen(linears, whole, tuple(name for name in shapes if name not in whole))
+    packed = {name: shape for layer, shape in linear_layers(model).items()
+              if adapter.base == "nf4" and (name := f"{layer}.weight") not in whole}
+    return Chosen(linears, whole, tuple(name for name in shapes if name not in whole), packed)
 
 
 def linear_layers(model: DecoderConfig) -> dict[str, tuple[int, int]]:
@@ -100,6 +104,11 @@ def adapter_problems(run: RunConfig) -> Iterator[Problem]:
                       f"adapter.targets={_DEFAULT}")
     yield from _targets(model, adapter)
     yield from _train(model, adapter)
+    uneven = {name: n_in for name, (_, n_in) in choose(model, adapter).packed.items() if n_in % NF4_BLOCK}
+    if uneven:
+        name, n_in = next(iter(uneven.items()))
+        yield Problem("adapter.base", "nf4", f"holds rows in blocks of {NF4_BLOCK} weights, and those of {name} are {n_in} "
+                      "long", "adapter.base=full")
     narrowest = min((min(shape) for shape in choose(model, adapter).linears.values()), default=adapter.rank)
     if adapter.rank > narrowest:
         yield Problem("adapter.rank", adapter.rank, f"is more than the {narrowest} rows or columns of the narrowest layer "

@@ -1,6 +1,6 @@
 """The one interface behind which every way of sharding stands, and the table of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,8 +50,8 @@ class Engine(Protocol):
         """Fill parameters and buffers from `source`; with optimizer_steps also the moments, as after that many steps."""
         ...
 
-    def export_state(self) -> Iterator[Piece]:
-        """This rank's share: over all ranks each element of each tensor and slot comes exactly once."""
+    def export_state(self, without: Collection[str] = ()) -> Iterator[Piece]:
+        """This rank's share: over all ranks each element of each tensor and slot comes exactly once; none of `without`."""
         ...
 
     @property

@@ -1,7 +1,7 @@
 """One process, nothing sharded; and the torch engine on which DDP and FSDP2 put their collectives."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,10 @@ class TorchEngine:
                     held.fill(self._local(state), source, slot)
         fill_buffers(self._buffers, source)
 
-    def export_state(self) -> Iterator[Piece]:
+    def export_state(self, without: Collection[str] = ()) -> Iterator[Piece]:
         for name, parameter in self._params.items():
+            if name in without:
+                continue
             held = self._held(name, parameter)
             if held.stop > held.start and self._exports(name):
                 yield held.piece(PARAM, self._local(parameter).float())

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -109,8 +109,8 @@ class ZeroEngine:
         self.optimizer_steps = optimizer_steps or 0
         fill_buffers(self._buffers, source)
 
-    def export_state(self) -> Iterator[Piece]:
-        yield from self._state.pieces()
+    def export_state(self, without: Collection[str] = ()) -> Iterator[Piece]:
+        yield from self._state.pieces(without)
         if self._ranks.rank == 0:
             yield from buffer_pieces(self._buffers)
 

@@ -4,7 +4,7 @@ Each optimizer group (a sub-group in stage 3) is one flat tensor a rank, in whic
 stages 1 and 2 the group is cut anywhere, in stage 3 each parameter is cut in equal, padded slices.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +56,9 @@ class ZeroState:
             held.fill(values, source, PARAM)
         self._refresh()
 
-    def pieces(self) -> Iterator[Piece]:
-        """This rank's parts: ZeRO holds each element once, but for frozen parameters in stages 1 and 2."""
+    def pieces(self, without: Collection[str] = ()) -> Iterator[Piece]:
+        """This rank's parts, but for the frozen ones named: ZeRO holds each element once, but for frozen parameters in stages 1
+        and 2."""
         flats, states = self._flats(), self._optimizer.optimizer.state
         for fragment in self._fragments:
             flat = flats[fragment.flat]
@@ -65,6 +66,8 @@ class ZeroState:
             for slot in (EXP_AVG, EXP_AVG_SQ):
                 yield fragment.held.piece(slot, fragment.of(states[flat][slot]).float())
         for name, parameter in self._frozen.items():
+            if name in without:
+                continue
             held, values = self._frozen_part(name, parameter)
             if self._stage == 3 or torch.distributed.get_rank() == 0:
                 yield held.piece(PARAM, values.float())

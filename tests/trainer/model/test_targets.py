@@ -49,6 +49,16 @@ def test_default_targets_are_all_linear_layers_of_the_blocks():
         assert len(linears) == 2 * (7 if model.mlp == "swiglu" else 6)
 
 
+def test_what_is_held_in_4_bits():
+    """Every frozen matrix of the blocks, with an adapter or without; nothing that is trained, no embedding, no norm."""
+    model = DecoderConfig(n_layers=2)
+    chosen = choose(model, LoraConfig(base="nf4", targets=["q"], train=["blocks.1.mlp.up", "embed"]))
+    every = {f"blocks.{i}.{name}.weight" for i in range(2)
+             for name in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")}
+    assert set(chosen.packed) == every - {"blocks.1.mlp.up.weight"}
+    assert chosen.packed["blocks.0.mlp.down.weight"] == (256, 768) and not choose(model, LoraConfig()).packed
+
+
 def test_modules_trained_in_full():
     model = DecoderConfig(n_layers=2, mlp="xielu", qk_norm="head")
     chosen = choose(model, LoraConfig(train=["embed", "*norm"]))
@@ -59,6 +69,8 @@ def test_modules_trained_in_full():
 
 
 REFUSED = [
+    ("rows that blocks of 64 do not cut", ["adapter.base=nf4", "model.d_ff=100"], "adapter.base",
+     "blocks of 64 weights, and those of blocks.0.mlp.down.weight are 100 long"),
     ("hf names", ["adapter.targets=[q_proj,v_proj]"], "adapter.targets",
      r"q_proj matches no layer. The layers there are: attn.q, attn.k, attn.v, attn.o, mlp.gate, mlp.up, mlp.down"),
     ("no gate in xIELU", ["adapter.targets=[gate,up]", *XIELU], "adapter.targets",

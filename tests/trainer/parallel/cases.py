@@ -30,6 +30,8 @@ from officina.trainer.config import (
     ZeroConfig,
 )
 from officina.trainer.model.build import build_model
+from officina.trainer.model.nf4 import RoundedSource
+from officina.trainer.model.targets import choose
 from officina.trainer.parallel.engine import Parts, build_engine
 from officina.trainer.state import PARAM, Piece
 
@@ -187,8 +189,11 @@ def _reference(case: Case) -> Trace:
     module = built.module.to_empty(device="cpu").to(torch.float64 if case.precision == "fp64" else torch.float32)
     if run.model.tie_embeddings:
         assert module.head is None
+    first = built.source
+    if isinstance(case.adapter, LoraConfig):  # of a base in 4 bits the values that it is rounded to
+        first = RoundedSource(first, choose(run.model, run.adapter).packed)
     for name, parameter in module.named_parameters():
-        parameter.data.copy_(built.source.read(name, PARAM, 0, parameter.numel()).view(parameter.shape))
+        parameter.data.copy_(first.read(name, PARAM, 0, parameter.numel()).view(parameter.shape))
     if case.precision == "bf16":
         module.compute_dtype = torch.bfloat16
     optim, whole = run.optim, dict(module.named_parameters())
