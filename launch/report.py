@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from officina.launch.report_facts import Facts, finite, gather
-from officina.launch.report_page import page, where
+from officina.launch.report_page import page, parameters, speed, where
 from officina.launch.report_words import clock, count, loss, number, size
 from officina.trainer.errors import OfficinaError
 
@@ -37,17 +37,17 @@ def main(run_dir: Path) -> int:
 
 def summary(f: Facts) -> str:
     """The run in a few lines of text."""
-    parameters, items = f.model.get("parameters"), "tokens" if f.model["kind"] == "decoder" else "records"
     planned = f" of {f.steps_planned:,}" if f.steps_planned else ""
     rows = [
-        ("model", (f"{count(parameters)} parameters, " if parameters else "") + f.model["summary"]),
+        ("model", ", ".join(filter(None, [parameters(f), f.model["summary"]]))),
         ("ranks", " → ".join(dict.fromkeys(where(life) for life in f.lives)) or "never started"),
-        ("steps", f"{f.steps_done:,}{planned}, {count(f.useful_tokens)} {items} that carried loss in {clock(f.wall_s)}"),
+        ("steps", f"{f.steps_done:,}{planned}, {count(f.useful_tokens)} {f.items} that carried loss in {clock(f.wall_s)}"),
         ("loss", _loss(f.final_loss_nats, f.final_perplexity)),
     ]
     rows += [(f"held-out {h.source}", f"{_loss(h.loss_nats, h.perplexity)}{_bits(h.bits_per_byte)}, step {h.step:,}")
              for h in f.held_out]
-    rows.append(("speed", f"{count(f.tokens_per_s)} {items}/s" + (
+    value, rate, beside = speed(f)
+    rows.append(("speed", ", ".join(filter(None, [f"{value} {rate}", beside])) + (
         f", MFU {f.mfu_causal:.1%}" if f.mfu_causal is not None else "")))
     if f.peak_memory_bytes:
         rows.append(("memory", f"{size(f.peak_memory_bytes)} at most, mean over the ranks"))

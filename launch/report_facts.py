@@ -120,7 +120,8 @@ class Facts:
     steps_planned: int | None
     steps_done: int
     model: dict[str, Any]
-    """`kind`, `parameters`, `summary`, `flops_per_token_causal`, `flops_per_token_full` (training, by formula)."""
+    """`kind`, `parameters`, `trained_parameters` (those that steps change), `summary`, `flops_per_token_causal`,
+    `flops_per_token_full` (training, by formula)."""
     final_loss_nats: float | None
     """Training loss: mean over the tokens of the last FINAL_STEPS applied steps."""
     final_perplexity: float | None
@@ -132,8 +133,12 @@ class Facts:
     """Loss-bearing tokens of the steps that count and were applied."""
     wall_s: float
     """Sum over the lives of the run; pauses between them do not count."""
+    items: str
+    """What carries loss and is counted: tokens, pairs (DPO), records (custom models)."""
     tokens_per_s: float | None
-    """Median over the steps of the last life."""
+    """Those of them, median over the steps of the last life."""
+    filled_tokens_per_s: float | None
+    """All tokens that are no padding, the same median; none for custom models and old records."""
     tokens_per_wall_s: float | None
     """useful_tokens / wall_s: with everything in it, evaluation, saving and steps done twice too."""
     data_wait_share: float | None
@@ -187,7 +192,9 @@ def gather(run_dir: Path) -> tuple[Facts, RunMetrics]:
         status=_status(metrics.generations, steps_done, run.steps), steps_planned=run.steps, steps_done=steps_done,
         model=_model(run, metrics.generations), final_loss_nats=final, final_perplexity=_exp(final) if text else None,
         held_out=held_out, best_held_out=best, useful_tokens=metrics.tokens, wall_s=wall_s,
+        items="records" if not text else "pairs" if run.objective.kind == "dpo" else "tokens",
         tokens_per_s=_median(s.tokens_per_s for s in of_last_life),
+        filled_tokens_per_s=_median(s.filled_tokens_per_s for s in of_last_life),
         tokens_per_wall_s=metrics.tokens / wall_s if wall_s > 0 else None,
         data_wait_share=math.fsum(s.data_wait_s for s in metrics.steps) / step_time_s if step_time_s > 0 else None,
         mfu_causal=_median(s.mfu_causal for s in of_last_life), mfu_full=_median(s.mfu_full for s in of_last_life),
@@ -245,7 +252,7 @@ def _status(generations: Sequence[Generation], done: int, planned: int) -> str:
 
 
 def _model(run: RunConfig, generations: Sequence[Generation]) -> dict[str, Any]:
-    model, found = run.model, {"kind": run.model.kind, "parameters": None, "summary": ""}
+    model, found = run.model, {"kind": run.model.kind, "parameters": None, "trained_parameters": None, "summary": ""}
     if isinstance(model, DecoderConfig):
         found["parameters"] = parameter_count(model).total
         heads = f"{model.n_heads} heads" + (
@@ -257,6 +264,7 @@ def _model(run: RunConfig, generations: Sequence[Generation]) -> dict[str, Any]:
     if generations:
         start = generations[-1].start
         found["parameters"] = start.parameters or found["parameters"]
+        found["trained_parameters"] = start.trained_parameters
         found["flops_per_token_causal"] = start.flops_per_token_causal
         found["flops_per_token_full"] = start.flops_per_token_full
     return found

@@ -33,13 +33,28 @@ def page(facts: Facts, metrics: RunMetrics) -> str:
 # ---- head ----------------------------------------------------------------------------------------------------------
 def _header(f: Facts) -> str:
     written = datetime.now(UTC).strftime("%-d %B %Y, %H:%M UTC")
-    parameters = f.model.get("parameters")
     ways = " → ".join(dict.fromkeys(where(life) for life in f.lives)) or "not started"
-    model = f"<b>{count(parameters)} parameters</b>, " if parameters else ""
+    model = f"<b>{counted}</b>, " if (counted := parameters(f)) else ""
     return (f'<header><div class="brand"><b>{LOGO}officina</b><span>run report · {written}</span></div>'
             f'<div class="headline"><h1>{escape(f.name)}</h1><span class="pill {_PILLS[f.status]}">'
             f"{escape(f.status)}</span></div>"
             f'<p class="sub">{model}{escape(f.model["summary"])}<br>Trained with <b>{escape(ways)}</b></p></header>')
+
+
+def parameters(f: Facts) -> str:
+    """`1.2M parameters, 131k of them trained`; empty where the number is not known."""
+    total, trained = f.model.get("parameters"), f.model.get("trained_parameters")
+    part = f", {count(trained)} of them trained" if trained and trained != total else ""
+    return f"{count(total)} parameters{part}" if total else ""
+
+
+def speed(f: Facts) -> tuple[str, str, str]:
+    """`8.4 k`, `tokens/s` that are no padding, and `3.1 k of them/s carry loss` where those are fewer."""
+    if f.filled_tokens_per_s is None or f.tokens_per_s is None:
+        return count(f.tokens_per_s), f"{f.items}/s", ""
+    of = "of them" if f.items == "tokens" else f.items
+    same = f.items == "tokens" and f.tokens_per_s > 0.9 * f.filled_tokens_per_s
+    return count(f.filled_tokens_per_s), "tokens/s", "" if same else f"{count(f.tokens_per_s)} {of}/s carry loss"
 
 
 def where(life: Life) -> str:
@@ -51,7 +66,7 @@ def where(life: Life) -> str:
 
 
 def _tiles(f: Facts) -> str:
-    unit, items = ("nats", "tokens") if _is_text(f) else ("", "records")
+    unit = "nats" if _is_text(f) else ""
     final = [("Training loss", loss(f.final_loss_nats), unit, _perplexity(f.final_perplexity))]
     if f.held_out:
         h = f.held_out[0]
@@ -64,10 +79,11 @@ def _tiles(f: Facts) -> str:
         final.append(("Held-out loss", "–", "", "never evaluated"))
     planned = f" of {f.steps_planned:,}" if f.steps_planned else ""
     final.append(("Steps", f"{f.steps_done:,}", "", planned.strip() or "&nbsp;"))
-    final.append((items.capitalize(), count(f.useful_tokens), "", "that carried loss" + (
+    final.append((f.items.capitalize(), count(f.useful_tokens), "", "that carried loss" + (
         f"<br>in {clock(f.wall_s)}" if f.mfu_causal is not None else "")))
     waits = "" if f.data_wait_share is None else f"{f.data_wait_share:.1%} waiting for data"
-    final.append(("Throughput", count(f.tokens_per_s), f"{items}/s", waits))
+    value, rate, beside = speed(f)
+    final.append(("Throughput", value, rate, "<br>".join(filter(None, [beside, waits]))))
     if f.mfu_causal is not None:
         full = f"{f.mfu_full:.1%} by full attention" if f.mfu_full is not None else ""
         final.append(("MFU", f"{f.mfu_causal:.1%}", "", full))
@@ -158,9 +174,12 @@ def _small_charts(f: Facts, m: RunMetrics) -> str:
     add("Gradient norm", f"before clipping, median <i>{number(known[len(known) // 2]) if known else '–'}</i>",
         [Series(name="gradient norm", x=x, y=norms, style="d", smooth=9)], number=number, y_log=wide,
         from_zero=not wide, ticks=[(e["step"], f"step {e['step']:,} left out") for e in f.left_out])
-    items = "tokens" if _is_text(f) else "records"
-    add("Throughput", f"{items}/s, median of the last start <i>{count(f.tokens_per_s)}</i>",
-        [Series(name=f"{items}/s", x=x, y=[s.tokens_per_s for s in steps], style="c", smooth=9)], number=count, from_zero=True)
+    filled = f.filled_tokens_per_s is not None
+    rates = [s.filled_tokens_per_s if filled else s.tokens_per_s for s in steps]
+    value, rate, _ = speed(f)
+    add("Throughput", f"{rate}, median of the last start <i>{value}</i>",
+        [Series(name=rate, x=x, y=[math.nan if y is None else y for y in rates], style="c", smooth=9)], number=count,
+        from_zero=True)
     longest = max(s.step_time_s for s in steps)
     add("Step time", f"longest <i>{seconds(longest)}</i>",
         [Series(name="step", x=x, y=[s.step_time_s for s in steps], style="a", smooth=9),

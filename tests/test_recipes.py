@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from officina.launch.cli import main
 from officina.launch.start import plan_train, write_start
 from officina.trainer.config import FSDP2Config, LoraConfig, ObjectiveConfig, RunConfig, SingleConfig, ZeroConfig
 from officina.trainer.convert import export_run
@@ -17,7 +18,9 @@ from officina.trainer.data.ledger import audit
 from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.megatron import export_megatron
 from officina.trainer.data.stage import stage
+from officina.trainer.data.tokenizer import train_tokenizer
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, DataError
+from officina.trainer.hf.base import open_base
 from officina.trainer.metrics import read_metrics
 from tests.distributed import RankFailure
 from tests.lives import begin, changed, losses, plain_run, states
@@ -77,6 +80,7 @@ def test_fine_tuning_goes_on_on_other_ranks_and_says_how_good_the_answers_are(po
     found, other = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [s.filled_tokens for s in found.steps] == [s.filled_tokens for s in other.steps]
     assert all(s.tokens < s.filled_tokens <= 3 * 96 for s in found.steps)
+    assert all(math.isclose(s.filled_tokens_per_s * s.step_time_s, s.filled_tokens) for s in found.steps)
     [held] = found.evals
     assert held.samples == held_out(folders["answers"]) and 0 < held.token_accuracy < 1 and 0 <= held.sample_accuracy <= 1
     assert math.isclose(held.sample_loss_nats, held.loss_nats, rel_tol=0.2) and held.sample_loss_nats != held.loss_nats
@@ -135,6 +139,50 @@ def test_adapters_are_trained_on_preferences_and_a_branch_keeps_the_reference(po
     for told in ('base_model: "base@2"', "| preference pairs |", "step 2, where it left the run life", "chosen answer"):
         assert told in card
     assert "perplexity" not in card
+
+
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def test_an_exported_chat_model_stops_where_its_answers_end(pool, tmp_path, monkeypatch, capsys):
+    """The base ends texts with another token than its template ends turns with; what was learnt is to end the turn."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base, question = tmp_path / "base", [{"role": "user", "content": "what?"}]
+    tokenizer = Tokenizer.from_str(train_tokenizer([["what? it is 3 user assistant"]], 280, ""))
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    size, (eos, end) = tokenizer.get_vocab_size(), map(tokenizer.token_to_id, ("<|endoftext|>", "<|im_end|>"))
+    config = transformers.LlamaConfig(vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                      num_attention_heads=2, bos_token_id=None, eos_token_id=eos, max_position_embeddings=64)
+    transformers.LlamaForCausalLM(config).save_pretrained(base)
+    tokenizer.save(str(base / "tokenizer.json"))
+    (base / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "chat_template": CHATML}))
+    answered = {"messages": [*question, {"role": "assistant", "content": "it is 3"}]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(answered) + "\n") * 8)
+    build(tmp_path / "chats", BuildOptions(inputs=[tmp_path / "chats.jsonl"], samples=True, tokenizer=base, validation=0.0))
+    plan = plan_train(["experiment=sft", f"init_from={base}", f"data.sources.chats.path={tmp_path / 'chats'}", "steps=40",
+                       "optim.lr=1e-2", "lr_schedule.warmup_steps=2", "batch.seq_len=64", "batch.global_tokens=64",
+                       "device=cpu", "logging.tensorboard=false", "checkpoint.every_steps=0"], tmp_path, world_size=1).checked()
+    write_start(plan, 1)
+    assert lived(pool, plan.run_dir, 1) == EXIT_DONE
+
+    assert main(["convert", "export", str(plan.run_dir), "--to", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == [eos, end]
+    theirs, model = (kind.from_pretrained(tmp_path / "out") for kind in (transformers.AutoTokenizer,
+                                                                         transformers.AutoModelForCausalLM))
+    asked = theirs.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = model.generate(**asked, max_new_tokens=30, do_sample=False)[0, asked["input_ids"].shape[1]:]
+    assert said.tolist() == tokenizer.encode("it is 3<|im_end|>").ids
+    prompt = theirs.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    assert main(["generate", str(plan.run_dir), prompt, "--temperature", "0", "--max-new-tokens", "30"]) == 0
+    assert capsys.readouterr().out.endswith("assistant\nit is 3\n")
+    assert open_base(str(tmp_path / "out")).model == open_base(str(base)).model  # and it can be started from
 
 
 def test_marks_of_what_is_trained_are_not_lost_silently(folders, tmp_path):

@@ -19,7 +19,7 @@ from officina.trainer.checkpoint.layout import TrainState
 from officina.trainer.checkpoint.read import OpenCheckpoint, open_checkpoint
 from officina.trainer.checkpoint.write import SaveOutcome, Saver
 from officina.trainer.config import RunConfig
-from officina.trainer.data.chat import CHAT_TEMPLATE
+from officina.trainer.data.chat import ANSWER_ENDS, CHAT_TEMPLATE
 from officina.trainer.data.gate import deadline
 from officina.trainer.data.integrity import Quarantine
 from officina.trainer.data.ledger import Ledger
@@ -225,8 +225,7 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
             spikes[name].load(values)
 
         progress = stack.enter_context(Progress(run.steps, state.step, enabled=rank0, stream=sys.stdout,
-                                                unit="pairs" if run.objective.kind == "dpo" else
-                                                "tok" if run.batch_unit == "tokens" else run.batch_unit))
+                                                unit="tok" if run.batch_unit == "tokens" else run.batch_unit))
         known = references(run, run_dir, engine, ranks, fresh=opened is None, say=progress.say)
         loader.refer(known[run.data.split])
         metrics = stack.enter_context(MetricsWriter(run_dir, say=progress.say)) if rank0 else None
@@ -362,6 +361,8 @@ def _keep_tokenizer(job: Job) -> None:
     templates = [path for source in job.run.data.sources.values() if (path := Path(source.path) / CHAT_TEMPLATE).exists()]
     if templates:
         shutil.copyfile(templates[0], job.run_dir / CHAT_TEMPLATE)
+    if ends := job.loader.answer_ends():
+        (job.run_dir / ANSWER_ENDS).write_text("\n".join(ends) + "\n", encoding="utf-8")
     for source in job.run.data.sources.values():
         found = Path(source.path) / "tokenizer.json"
         if found.exists():

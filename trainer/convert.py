@@ -23,9 +23,9 @@ from officina.trainer.checkpoint.verify import Alone
 from officina.trainer.checkpoint.write import Saver
 from officina.trainer.config import CheckpointConfig, DecoderConfig, LoraConfig, RunConfig
 from officina.trainer.data.chat import CHAT_TEMPLATE
-from officina.trainer.data.tokenizer import EOS_NAMES
 from officina.trainer.environment import describe
 from officina.trainer.errors import CheckpointError, OfficinaError
+from officina.trainer.generate import answer_ends, as_list, stop_ids
 from officina.trainer.hf import peft
 from officina.trainer.hf.base import BASE_DIR, SMALL_FILES, open_base
 from officina.trainer.hf.config_file import CONFIG_FILE, FAMILIES, family_for, load_raw, write_config
@@ -160,8 +160,7 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
     config = write_config(run.model, family, base=raw, dtype=_torch_name(common), max_seq_len=run.batch.seq_len)
     if raw and common != record.get("dtype"):
         config |= {key: _torch_name(common) for key in ("torch_dtype", "dtype") if key in config}
-    if not raw:
-        config |= _special_ids(run_dir)
+    config |= _stops(run_dir, raw)
     _write_json(folder / CONFIG_FILE, config)  # last: without it the folder is no model
     return result
 
@@ -257,16 +256,6 @@ def _torch_name(dtype: str) -> str:
     return next(name for name, other in _NAMES.items() if other == dtype)
 
 
-def _special_ids(run_dir: Path) -> dict[str, int]:
-    """`eos_token_id` of a tokenizer that was trained here; generation stops at it, as `officina generate` does."""
-    from tokenizers import Tokenizer
-
-    path = run_dir / "tokenizer.json"
-    ids = map(Tokenizer.from_file(str(path)).token_to_id, EOS_NAMES) if path.exists() else ()
-    found = next((id_ for id_ in ids if id_ is not None), None)
-    return {} if found is None else {"eos_token_id": found}
-
-
 def _write_small_files(run_dir: Path, run: RunConfig, folder: Path) -> None:
     """Tokenizer, chat template, generation settings and licence: those the run started from, else made from its own."""
     for name in SMALL_FILES:
@@ -277,16 +266,38 @@ def _write_small_files(run_dir: Path, run: RunConfig, folder: Path) -> None:
         shutil.copyfile(own, folder / "tokenizer.json")
     if (run_dir / CHAT_TEMPLATE).exists():  # what its samples were written with
         shutil.copyfile(run_dir / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
-    ids = _special_ids(run_dir)
+    stops = _stops(run_dir, None)
     if own.exists() and not (folder / "tokenizer_config.json").exists():
         from tokenizers import Tokenizer
 
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": run.batch.seq_len}
-        if ids:
-            settings["eos_token"] = Tokenizer.from_file(str(own)).id_to_token(ids["eos_token_id"])
+        if stops:
+            settings["eos_token"] = Tokenizer.from_file(str(own)).id_to_token(as_list(stops["eos_token_id"])[0])
         _write_json(folder / "tokenizer_config.json", settings)
-    if not (folder / "generation_config.json").exists() and not (run_dir / BASE_DIR / CONFIG_FILE).exists():
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        found = json.loads(generation.read_text(encoding="utf-8"))
+        if more := _stops(run_dir, found):
+            _write_json(generation, found | more)
+    elif not (run_dir / BASE_DIR / CONFIG_FILE).exists():
+        _write_json(generation, {"_from_model_config": True, **stops})
+
+
+def _stops(run_dir: Path, base: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`eos_token_id` that is to be written: a list if there are several, as transformers takes it.
+
+    base: settings of the model the run started from, which stay as they are unless they lack the end of an answer that was
+    trained on; None: there are none.
+    """
+    from tokenizers import Tokenizer
+
+    path = run_dir / "tokenizer.json"
+    if not path.exists():
+        return {}
+    tokenizer = Tokenizer.from_file(str(path))
+    there = as_list((base or {}).get("eos_token_id"))
+    wanted = stop_ids(run_dir, tokenizer) if base is None else list(dict.fromkeys([*there, *answer_ends(run_dir, tokenizer)]))
+    return {} if wanted == there else {"eos_token_id": wanted if len(wanted) > 1 else wanted[0]}
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

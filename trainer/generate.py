@@ -13,6 +13,7 @@ from torch import Tensor
 from officina.trainer.checkpoint.read import open_checkpoint
 from officina.trainer.checkpoint.verify import Alone
 from officina.trainer.config import DecoderConfig, RunConfig
+from officina.trainer.data.chat import ANSWER_ENDS
 from officina.trainer.data.tokenizer import EOS_NAMES
 from officina.trainer.errors import OfficinaError
 from officina.trainer.hf.base import BASE_DIR
@@ -138,14 +139,27 @@ def _check(tokens: Sequence[int], vocab_size: int, max_new_tokens: int, temperat
 
 
 def stop_ids(run_dir: Path, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that end a text: those of the model the run started from, else the one that ends documents of its data."""
+    """The tokens that end a text: those of the model the run started from, else the one that ends documents of its data;
+    and those that end the answers it was trained on."""
+    ends = answer_ends(run_dir, tokenizer)
     for name in ("generation_config.json", "config.json"):
         path = run_dir / BASE_DIR / name
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-        if found is not None:
-            return found if isinstance(found, list) else [found]
+        if path.exists() and (found := as_list(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))):
+            return list(dict.fromkeys([*found, *ends]))
     ids = (tokenizer.token_to_id(name) for name in EOS_NAMES)
-    return [found for found in ids if found is not None][:1]
+    return list(dict.fromkeys([*[found for found in ids if found is not None][:1], *ends]))
+
+
+def answer_ends(run_dir: Path, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end the answers of the samples that the run was trained on; none for other data."""
+    path = run_dir / ANSWER_ENDS
+    names = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [found for name in names if (found := tokenizer.token_to_id(name)) is not None]
+
+
+def as_list(ids: int | list[int] | None) -> list[int]:
+    """`eos_token_id` as files have it."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -117,8 +117,8 @@ def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_s
     job.write(StepMetrics(
         step=job.step, tokens=tokens, loss_nats=loss, grad_norm=result.grad_norm, lr=job.run.optim.lr * lr_factor,
         step_time_s=step_time_s, data_wait_s=data.wait_s, tokens_per_s=tokens_per_s, applied=result.applied,
-        spike=spike, filled_tokens=int(filled) or None, mfu_causal=mfu[0], mfu_full=mfu[1], peak_memory_bytes=peak_bytes,
-        **measured(measures, tokens)))
+        spike=spike, filled_tokens=int(filled) or None, filled_tokens_per_s=filled / step_time_s if filled else None,
+        mfu_causal=mfu[0], mfu_full=mfu[1], peak_memory_bytes=peak_bytes, **measured(measures, tokens)))
     if job.ledger is not None:
         job.ledger.write(job.step, data, digest)
 

@@ -48,6 +48,8 @@ class StepMetrics:
     """Loss or gradient norm was finite and beyond the bound of `objective.spike_sigma`."""
     filled_tokens: int | None = None
     """Tokens of the step that are no padding, trained on or only read; none for custom models."""
+    filled_tokens_per_s: float | None = None
+    """filled_tokens / step_time_s, over all ranks: the speed of a run that trains on answers only, or on pairs."""
     reward_accuracy: float | None = None
     """DPO: share of the pairs whose chosen answer has the higher reward."""
     reward_margin: float | None = None

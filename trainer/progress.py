@@ -30,7 +30,7 @@ class Progress:
     def __init__(self, steps: int, start_step: int = 0, *, enabled: bool = True, stream: TextIO | None = None,
                  live: bool | None = None, plain_s: float = PLAIN_S, unit: str = "tok") -> None:
         """steps: of the whole run; start_step: those done before; live=None asks the stream if it is a terminal.
-        unit: what the rate counts, short."""
+        unit: what `tokens_per_s` counts, short; shown where the tokens that are no padding are not known."""
         self._steps, self._unit = steps, unit
         self._enabled = enabled
         self._stream = sys.stderr if stream is None else stream
@@ -133,7 +133,8 @@ class Progress:
             held_out = sum(e.loss_nats * e.tokens for e in self._eval.values()) / max(tokens, 1)
             parts.append((4, "held-out " + _number(held_out), _ACCENT))
         parts.append((6, f"lr {m.lr:.2e}", _DIM))
-        parts.append((3, f"{_si(m.tokens_per_s)} {self._unit}/s", ""))
+        filled = m.filled_tokens_per_s
+        parts.append((3, f"{_si(m.tokens_per_s)} {self._unit}/s" if filled is None else f"{_si(filled)} tok/s", ""))
         if m.mfu_causal is not None:
             parts.append((7, f"MFU {m.mfu_causal:.1%}", _DIM))
         if self._left_out:

@@ -10,10 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from officina.launch.report import main, write_report
+from officina.launch.report import main, summary, write_report
 from officina.launch.report_charts import Chart, Mark, Series, draw, nearest
 from officina.launch.report_facts import gather
-from officina.trainer.config import BatchConfig, CustomModelConfig, DataConfig, DecoderConfig, RunConfig, SourceConfig
+from officina.trainer.config import (
+    BatchConfig,
+    CustomModelConfig,
+    DataConfig,
+    DecoderConfig,
+    ObjectiveConfig,
+    RunConfig,
+    SourceConfig,
+)
 from officina.trainer.environment import describe, rank_facts, write_environment
 from officina.trainer.errors import OfficinaError
 from officina.trainer.metrics import (
@@ -239,6 +247,23 @@ def test_text_is_shown_only_where_every_source_allows_it(tmp_path):
     assert "samples.txt: not shown" in page
     (tmp_path / "stdlib/dataset.json").unlink()  # not known is not allowed
     assert "class Queue" not in write_report(run_dir).read_text()
+
+
+@pytest.mark.parametrize(("kind", "told"), [("next_token", "300 of them/s carry loss"), ("dpo", "300 pairs/s carry loss")])
+def test_speed_counts_all_tokens_and_what_is_trained_is_told(tmp_path, kind, told):
+    save_config(RunConfig(objective=ObjectiveConfig(kind=kind)), tmp_path / "config.yaml")
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(StartMetrics(step=0, action="start", engine="single", world_size=1, device="cpu", precision="fp32",
+                                  parameters=2_000_000, trained_parameters=30_000))
+        for n in range(1, 4):
+            writer.write(StepMetrics(step=n, tokens=30, loss_nats=1.0, grad_norm=1.0, lr=1.0, step_time_s=0.1, data_wait_s=0.0,
+                                     tokens_per_s=300.0, filled_tokens=90, filled_tokens_per_s=900.0))
+    page = Page(write_report(tmp_path).read_text())
+    facts, _ = gather(tmp_path)
+    for text in (" ".join(page.text), summary(facts)):
+        assert "2 M parameters, 30 k of them trained" in text and told in text and "900" in text
+    assert json.loads((tmp_path / "report.json").read_text())["model"]["trained_parameters"] == 30_000
+    assert {900.0} == {y for c in page.charts if c["label"].startswith("Throughput") for s in c["s"] for y in s["y"]}
 
 
 def test_a_run_that_did_nothing_yet_still_has_a_report(tmp_path):

@@ -36,6 +36,15 @@ def step(number: int, **changes) -> StepMetrics:
                           "step_time_s": 0.5, "data_wait_s": 0.1, "tokens_per_s": 1234.0} | changes)
 
 
+def test_the_rate_counts_all_tokens_that_are_no_padding():
+    stream = io.StringIO()
+    with Progress(2, stream=stream, live=False, plain_s=0.0, unit="rec") as progress:
+        progress.update(step(1, filled_tokens=2000, filled_tokens_per_s=4000.0))
+        progress.update(step(2))
+    first, second = stream.getvalue().splitlines()
+    assert "4k tok/s" in first and "1.23k rec/s" in second
+
+
 def on_terminal(columns: int) -> str:
     """What the script above sends to a real pseudo terminal of that width."""
     ours, theirs = pty.openpty()

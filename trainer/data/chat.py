@@ -19,6 +19,8 @@ from officina.trainer.errors import DataError
 
 CHAT_TEMPLATE = "chat_template.jinja"
 """Its file in a tokenizer's folder, a data set and a run."""
+ANSWER_ENDS = "answer_ends.txt"
+"""In a run on samples: the tokens that end their answers, one a line."""
 PLAIN = """\
 {%- for message in messages %}{{ '### ' + message['role'] + '\\n' }}
 {%- if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}

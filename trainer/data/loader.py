@@ -139,6 +139,11 @@ class Loader:
         for name, values in references.items():
             self._reader.streams[name].reference = values
 
+    def answer_ends(self) -> list[str]:
+        """The tokens that end the answers of its samples, as the data sets name them; none for documents."""
+        said = [stream.dataset.manifest.provenance.get("answers_end_with") for stream in self._reader.streams.values()]
+        return [str(end) for end in dict.fromkeys(said) if end]
+
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise DataError unless this loader goes on exactly where the one with `state` stopped."""
         for name, then in state["fingerprints"].items():
