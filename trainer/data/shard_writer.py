@@ -18,7 +18,7 @@ from officina.trainer.data.manifest import (
     sync_folder,
     write_manifest,
 )
-from officina.trainer.data.seal import Seal
+from officina.trainer.data.seal import Seal, read_seal
 from officina.trainer.data.shards import ALIGN, DTYPES, END_MAGIC, GRANULE_BYTES, HEADER_BYTES, SHARD_BYTES, Header
 from officina.trainer.errors import DataError
 
@@ -197,24 +197,32 @@ def _aligned(offset: int) -> int:
 
 
 def write_records(directory: str | Path, records: Iterable[bytes], *, split: str = "train", name: str,
-                  shard_bytes: int = SHARD_BYTES, **about: Any) -> None:
+                  shard_bytes: int = SHARD_BYTES, seal: str = "", **about: Any) -> None:
     """Write `records` as split `split` of a data set for a user's own model; its decoder gets each back as bytes.
 
-    A second call adds another split to the same folder. `about` are further fields of dataset.json (version, description,
-    licence, personal_data, sensitive, provenance). Raises DataError if the split exists already, or if there is no record.
+    A second call adds another split to the same folder. seal: where the key is to seal the records with, a file or
+    `command:PROGRAM ARGS`; of all splits the same. `about` are further fields of dataset.json (version, description, licence,
+    personal_data, sensitive, provenance). Raises DataError if the split exists already, if there is no record, or for another
+    key than that of the other splits.
     """
     folder, before, stats = Path(directory), [], {}
+    key = read_seal(seal, what="seal") if seal else None
+    sealed = key.key_id if key else ""
     if (folder / MANIFEST).exists():
         dataset = open_dataset(folder)
         if dataset.manifest.kind != "records" or split in dataset.manifest.splits:
             raise DataError(f"{folder}: has splits {sorted(dataset.manifest.splits)} of {dataset.manifest.kind} already; "
                             f"split {split} cannot be written. Take another split name or an empty folder.")
+        if dataset.manifest.sealed != sealed:
+            others = dataset.manifest.sealed
+            raise DataError(f"{folder}: all splits are sealed with one key, or none is. The others are sealed " + (
+                f"with the key {others}: give it, seal=FILE." if others else "not: leave seal out."))
         before = dataset.shards
         said = ("version", "description", "licence", "personal_data", "sensitive", "policy_sha256", "creators", "url",
                 "published", "collected", "provenance")
         kept = {key: getattr(dataset.manifest, key) for key in said}
         about = kept | about
-    with SplitWriter(folder, split, dtype="u8", shard_bytes=shard_bytes) as writer:
+    with SplitWriter(folder, split, dtype="u8", shard_bytes=shard_bytes, seal=key) as writer:
         for record in records:
             writer.add(np.frombuffer(record, np.uint8))
         entries = writer.close()
@@ -224,5 +232,5 @@ def write_records(directory: str | Path, records: Iterable[bytes], *, split: str
     for each in dict.fromkeys(s.split for s in shards):
         of_split = [s for s in shards if s.split == each]
         stats[each] = {"records": sum(s.documents for s in of_split), "bytes": sum(s.tokens for s in of_split)}
-    write_manifest(folder, shards, stats, kind="records", dtype="u8", name=name, **about)
+    write_manifest(folder, shards, stats, kind="records", dtype="u8", name=name, sealed=sealed, **about)
     write_croissant(folder)

@@ -4,25 +4,27 @@ import json
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from data_sets import make_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from officina.launch.cli import main
-from officina.trainer.config import SourceConfig
+from officina.trainer.config import CustomModelConfig, SourceConfig
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.integrity import ORIGIN
 from officina.trainer.data.ledger import Ledger, audit
-from officina.trainer.data.loader import Loader
+from officina.trainer.data.loader import Loader, validation_rows
 from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.reader import RowReader
 from officina.trainer.data.seal import Seal, read_seal
-from officina.trainer.data.shard_writer import ShardWriter
+from officina.trainer.data.shard_writer import ShardWriter, write_records
 from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES, Shard
 from officina.trainer.data.stage import stage
 from officina.trainer.data.verify import verify
@@ -193,6 +195,37 @@ def test_damage_is_mended_with_ciphertext_and_tampering_stops(pair, key: Path, t
     with pytest.raises(DataError, match=r"but the data set is sealed with"):
         key.write_text(KEY[::-1].hex())
         verify(sealed, key=str(key))
+
+
+def test_records_of_a_model_of_ones_own_are_sealed_too(key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [f"{i} {SECRET} ".encode() * 999 for i in range(40)]
+    for name, seal in (("open", ""), ("sealed", str(key))):
+        write_records(tmp_path / name, records[3:], name="notes", shard_bytes=1 << 19, seal=seal, licence="MIT")
+        write_records(tmp_path / name, records[:3], name="notes", split="validation", seal=seal)
+    assert not any(SECRET.encode() in path.read_bytes() for path in (tmp_path / "sealed").rglob("*") if path.is_file())
+    assert verify(tmp_path / "sealed", key=str(key)).faults == []
+    seen = {"open": [], "sealed": []}
+    module = types.ModuleType("test_seal_decoder")
+    module.decode = lambda record: seen[name].append(record) or {"x": torch.tensor(len(record))}
+    monkeypatch.setitem(sys.modules, "test_seal_decoder", module)
+    runs = {}
+    for name in seen:
+        run = make_run({"a": (tmp_path / name, 1)}, seq_len=1, rows=5)
+        source = SourceConfig(path=str(tmp_path / name), key=str(key) if name == "sealed" else "")
+        runs[name] = replace(run, data=replace(run.data, sources={"a": source}),
+                             model=CustomModelConfig(factory="m:f", loss="m:l", decoder="test_seal_decoder:decode"))
+        with Loader(runs[name], rank=0, world_size=1, position=0) as loader:
+            for _ in range(7):
+                loader.next_step()
+        list(validation_rows(runs[name], 0, 1))
+    assert set(seen["open"]) == set(seen["sealed"]) == set(records)
+    with pytest.raises(DataError, match=r"data\.sources\.a: .* is sealed with the key .*data\.sources\.a\.key=FILE"):
+        source = SourceConfig(path=str(tmp_path / "sealed"))
+        RowReader(replace(runs["sealed"], data=replace(runs["sealed"].data, sources={"a": source})))
+    with pytest.raises(DataError, match=r"all splits are sealed with one key.*with the key [0-9a-f]{16}: give it, seal=FILE"):
+        write_records(tmp_path / "sealed", records, name="notes", split="more")
+    with pytest.raises(DataError, match=r"all splits are sealed with one key.*sealed not: leave seal out"):
+        write_records(tmp_path / "open", records, name="notes", split="more", seal=str(key))
 
 
 def test_what_cannot_be_sealed_is_refused(pair, key: Path, tmp_path: Path) -> None:
