@@ -5,9 +5,11 @@ A measurement that needs a fresh process calls this module with its own name: `.
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,22 @@ import psutil
 from officina.benchmarks.loader_anchors import BATCH, SEQ_LEN
 from officina.benchmarks.loader_data import make_run
 from officina.benchmarks.record import interleaved, summary
+from officina.benchmarks.turns import median_interval
 from officina.trainer.config import SourceConfig
 from officina.trainer.data.loader import Loader
 from officina.trainer.data.manifest import ShardEntry, write_manifest
 from officina.trainer.data.order import extend_timeline, permute, permute_blocks, round_keys
-from officina.trainer.data.shard_writer import ShardWriter
+from officina.trainer.data.shard_writer import ShardWriter, SplitWriter
+from officina.trainer.data.storage import THREADS
 
+COLD_TOKENS, COLD_SHARD_BYTES = 1 << 28, 256 << 20
+"""1 GiB of data that are read from the disk, in files of 256 MiB."""
 COLD_ROWS = 64
 """Of a step from the disk."""
+IN_MEMORY = 0.01
+"""Share of the pages that may still be in memory when a file counts as cold."""
+VERIFICATIONS = 21
+"""Least number of pairs of epochs: one takes a fraction of a second."""
 SOURCES, SHARDS_EACH = 400, 38
 SHARD_TOKENS = 1_000_000_000
 """4 GB each; 400 x 38 of them hold 3.7e9 rows of 4,096."""
@@ -33,7 +43,7 @@ SHARD_TOKENS = 1_000_000_000
 
 def measure(folder: Path, *, repeats: int) -> dict[str, Any]:
     """All of them, on the data set that the race used."""
-    return {"cold": cold(folder, repeats), "verification": verification(folder, repeats),
+    return {"cold": cold(folder / "cold", repeats), "verification": verification(folder, max(repeats, VERIFICATIONS)),
             "open": in_process("open", folder, repeats), "resume": in_process("resume", folder, repeats),
             "memory": in_process("memory", folder, 1)["last"],
             "shuffle": shuffle()}
@@ -43,70 +53,141 @@ def in_process(name: str, folder: Path, repeats: int) -> dict[str, Any]:
     """Numbers that a fresh process says, each summed up."""
     if name == "open":
         write_huge(folder / "huge")
-    said = []
-    for _ in range(repeats):
-        done = subprocess.run([sys.executable, "-m", "officina.benchmarks.loader_costs", name, str(folder)], check=True,
-                              text=True, capture_output=True, env=os.environ | {"PYTHONSAFEPATH": "1"})
-        said.append(json.loads(done.stdout.splitlines()[-1]))
+    said = [fresh(name, folder) for _ in range(repeats)]
     return {"last": said[-1]} | {key: summary([each[key] for each in said]) for key in said[-1]}
+
+
+def fresh(name: str, folder: Path, *words: str) -> dict[str, float]:
+    """Numbers that a process of its own says, which ends with all that it holds. Raises CalledProcessError."""
+    done = subprocess.run([sys.executable, "-m", "officina.benchmarks.loader_costs", name, str(folder), *words], check=True,
+                          text=True, stdout=subprocess.PIPE, env=os.environ | {"PYTHONSAFEPATH": "1"})
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 # ---- cold ------------------------------------------------------------------------------------------------------------
 def cold(folder: Path, repeats: int) -> dict[str, Any]:
-    """Bytes per second from files that are not in memory: from first to last byte, and shuffled by blocks of rows."""
-    files = sorted((folder / "officina" / "shards").iterdir())
+    """Bytes per second from files that are not in memory: shuffled by blocks of rows and by rows, and as plain readers do.
 
-    def forget() -> None:
-        for path in files:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+    The plain readers: the files from first byte to last, 8 MiB a read; and rows of 16 KiB in a random order, by as many threads
+    as the loader has, each row once. Shares are of what such a reader did next before.
+    """
+    if not folder.exists():
+        write_cold(folder)
+    words = {"in order": ["in order"], "rows at random": ["at random"]}
+    words |= {f"shuffle_block={block}, {read}": [str(block), read] for block in (256, 1) for read in ("mmap", "pread")}
+    found = interleaved({name: lambda say=say: fresh("cold", folder, *say)["bytes_per_s"] for name, say in words.items()},
+                        repeats, warmup=0)
+    return {name: {"bytes_per_s": summary(values), "share": _share(values, found["in order"]),
+                   "share_of_random": _share(values, found["rows at random"])} for name, values in found.items()}
 
-    def in_order() -> float:
-        forget()
-        begun, n, buffer = time.perf_counter(), 0, bytearray(8 << 20)
-        for path in files:
-            with open(path, "rb", buffering=0) as file:
-                while read := file.readinto(buffer):
-                    n += read
-        return n / (time.perf_counter() - begun)
 
-    def shuffled(block: int, read: str) -> float:
-        forget()
-        loader_run = make_run({"bench": folder / "officina"}, rows=COLD_ROWS, shuffle_block=block, read=read)
+def _share(values: list[float], of: list[float]) -> dict[str, Any]:
+    shares = [a / b for a, b in zip(values, of, strict=True)]
+    low, high = median_interval(shares)
+    return summary(shares) | {"low": low, "high": high}
+
+
+def write_cold(folder: Path) -> None:
+    """A data set of documents of a million random tokens."""
+    document = np.random.default_rng(0).integers(1, 50_000, 1 << 20, dtype=np.uint32)
+    with SplitWriter(folder, "train", dtype="u32", shard_bytes=COLD_SHARD_BYTES) as writer:
+        for number in range(COLD_TOKENS // len(document)):
+            writer.add(np.roll(document, number))
+        entries = writer.close()
+    write_manifest(folder, entries, {}, kind="tokens", dtype="u32", name="cold")
+
+
+def forget(files: list[Path]) -> None:
+    """Drop the files from the page cache. Raises RuntimeError if they stay in it."""
+    page = bytearray(4096)
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        places = range(0, path.stat().st_size - len(page), 1 << 20)
+        kept = sum(_is_in_memory(descriptor, page, place) for place in places)
+        os.close(descriptor)
+        if kept > len(places) * IN_MEMORY:
+            raise RuntimeError(f"{path}: {kept} of {len(places)} pages stay in memory: another process holds them, or the file "
+                               "system keeps none on a disk. Name a folder on a disk by TMPDIR.")
+
+
+def _is_in_memory(descriptor: int, page: bytearray, place: int) -> bool:
+    try:
+        return os.preadv(descriptor, [page], place, os.RWF_NOWAIT) > 0
+    except BlockingIOError:
+        return False
+
+
+def _cold(folder: Path, how: str, read: str = "") -> dict[str, float]:
+    files = sorted((folder / "shards").iterdir())
+    forget(files)
+    if how in ("in order", "at random"):
         begun = time.perf_counter()
-        with Loader(loader_run, rank=0, world_size=1, position=0) as loader:
-            steps = loader._reader.rows["bench"] // COLD_ROWS
-            for _ in range(steps):
-                loader.next_step()
-        return steps * COLD_ROWS * SEQ_LEN * 4 / (time.perf_counter() - begun)
+        n_bytes = _read_in_order(files) if how == "in order" else _read_at_random(files)
+        return {"bytes_per_s": n_bytes / (time.perf_counter() - begun)}
+    loader_run = make_run({"cold": folder}, rows=COLD_ROWS, shuffle_block=int(how), read=read)
+    begun = time.perf_counter()
+    with Loader(loader_run, rank=0, world_size=1, position=0) as loader:
+        steps = loader._reader.rows["cold"] // COLD_ROWS
+        for _ in range(steps):
+            loader.next_step()
+    return {"bytes_per_s": steps * COLD_ROWS * SEQ_LEN * 4 / (time.perf_counter() - begun)}
 
-    cases = {"in order": in_order} | {f"shuffle_block={block}, {read}": lambda block=block, read=read: shuffled(block, read)
-                                      for block in (256, 1) for read in ("mmap", "pread")}
-    found = interleaved(cases, repeats, warmup=0)
-    return {name: {"bytes_per_s": summary(values), "share": summary(
-        [a / b for a, b in zip(values, found["in order"], strict=True)])} for name, values in found.items()}
+
+def _read_in_order(files: list[Path]) -> int:
+    buffer, n = bytearray(8 << 20), 0
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while read := file.readinto(buffer):
+                n += read
+    return n
+
+
+def _read_at_random(files: list[Path]) -> int:
+    row_bytes = SEQ_LEN * 4
+    descriptors = [os.open(path, os.O_RDONLY) for path in files]
+    rows = [(file, place) for file, path in zip(descriptors, files, strict=True)
+            for place in range(0, path.stat().st_size - row_bytes, row_bytes)]
+    for file in descriptors:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # a row, and nothing around it
+    random.Random(0).shuffle(rows)
+
+    def read(part: list[tuple[int, int]]) -> None:
+        buffer = bytearray(row_bytes)
+        for file, place in part:
+            os.preadv(file, [buffer], place)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(read, [rows[first::THREADS] for first in range(THREADS)]))
+    return len(rows) * row_bytes
 
 
 # ---- verification ----------------------------------------------------------------------------------------------------
 def verification(folder: Path, repeats: int) -> dict[str, Any]:
-    """CPU seconds of an epoch in memory, in which each block is verified on first touch, and of one in which all are known."""
+    """Seconds, and CPU seconds of all threads, of an epoch in memory in which each block is verified on first touch, and of
+    one in which all are known. Prefetch is on; nobody computes beside it."""
     loader_run = make_run({"bench": folder / "officina"})
-
-    def epoch(known: bool) -> float:
-        with Loader(loader_run, rank=0, world_size=1, position=0) as loader:
-            stream = loader._reader.streams["bench"]
-            for number in range(len(stream.entries)):
-                stream.shard(number)._checked[:] = known
-            begun = time.process_time()
-            for _ in range(loader._reader.rows["bench"] // BATCH):
-                loader.next_step()
-            return time.process_time() - begun
-
-    found = interleaved({"first epoch": lambda: epoch(False), "verified before": lambda: epoch(True)}, repeats)
-    slower = [a / b - 1 for a, b in zip(found["first epoch"], found["verified before"], strict=True)]
-    return {name: {"cpu_s": summary(times)} for name, times in found.items()} | {"slower": summary(slower)}
+    found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for turn in range(1 + repeats):
+        for known in (False, True) if turn % 2 else (True, False):
+            with Loader(loader_run, rank=0, world_size=1, position=0) as loader:
+                stream = loader._reader.streams["bench"]
+                for number in range(len(stream.entries)):
+                    stream.shard(number)._checked[:] = known
+                loader._ahead._blocks._met[:] = known
+                begun, cpu = time.perf_counter(), time.process_time()
+                for _ in range(loader._reader.rows["bench"] // BATCH):
+                    loader.next_step()
+                if turn:
+                    found[known].append((time.perf_counter() - begun, time.process_time() - cpu))
+    (time_s, cpu_s), (known_s, known_cpu_s) = (zip(*found[known], strict=True) for known in (False, True))
+    slower = {}
+    for name, first, later in (("of_time", time_s, known_s), ("slower", cpu_s, known_cpu_s)):
+        share = _share(list(first), list(later))
+        slower[name] = {key: value - 1 for key, value in share.items() if key != "values"}
+    return {"first epoch": {"time_s": summary(list(time_s)), "cpu_s": summary(list(cpu_s))},
+            "verified before": {"time_s": summary(list(known_s)), "cpu_s": summary(list(known_cpu_s))}} | slower
 
 
 # ---- open, resume, memory: in a process of their own ------------------------------------------------------------------
@@ -195,5 +276,5 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(1)
-    name, folder = sys.argv[1], Path(sys.argv[2])
-    print(json.dumps({"open": _open, "resume": _resume, "memory": _memory}[name](folder)))
+    name, folder, *words = sys.argv[1:]
+    print(json.dumps({"open": _open, "resume": _resume, "memory": _memory, "cold": _cold}[name](Path(folder), *words)))

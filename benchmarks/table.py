@@ -203,7 +203,9 @@ def _loader(results: Record) -> str:
     low, high = results["load_average"]
     said += [f"Others used the machine: its load average was {low:.0f} before and {high:.0f} after these turns."]
     said += [f"Left out: {name}, {why}." for name, why in results["left_out"].items()]
-    cold = [[name, f"{r['bytes_per_s']['median'] / 1e6:,.0f}", f"{r['share']['median']:.2f}"]
+    shares = {"share": "of the disk's rate in order", "share_of_random": "of its rate at random"}
+    shares = {key: word for key, word in shares.items() if key in results["cold"]["in order"]}  # one in the first records
+    cold = [[name, f"{r['bytes_per_s']['median'] / 1e6:,.0f}", *(f"{r[key]['median']:.2f}" for key in shares)]
             for name, r in results["cold"].items()]
     opened, resumed, memory = results["open"], results["resume"], results["memory"]
     costs = [
@@ -214,12 +216,14 @@ def _loader(results: Record) -> str:
         ["state", f"{resumed['last']['state_bytes']} bytes"],
         ["verification on first touch, of an epoch's CPU time in memory",
          f"{results['verification']['slower']['median']:+.1%}"],
+        *([["verification on first touch, of an epoch's time with prefetch",
+            f"{results['verification']['of_time']['median']:+.1%}"]] if "of_time" in results["verification"] else []),
         [f"growth over {memory['batches']:,} batches", f"{memory['grown_bytes'] / 1e6:.1f} MB"]]
     even = [[name, f"{r['same_shard']:.4f}", f"{r['chi2_per_freedom']:.2f}"] for name, r in results["shuffle"].items()]
     return "\n\n".join([
         _table(["loader", "a batch holds", "in process, M tokens/s", "with prefetch", "in process, M tokens per CPU second"],
                rows, words=2), "  \n".join(said),
-        _table(["cold", "MB/s", "of the disk's rate in order"], cold), _table(["cost", ""], costs),
+        _table(["cold", "MB/s", *shares.values()], cold), _table(["cost", ""], costs),
         _table(["order of a million rows in 64 shards", "neighbours of one shard", "chi2 per degree of freedom"], even)])
 
 

@@ -25,8 +25,8 @@ from officina.trainer.errors import DataError
 AHEAD_BYTES = 32 << 20
 """Of the rows that are read ahead."""
 AHEAD_STEPS = 128
-TASK_BLOCKS = 8
-"""That a thread verifies in one go: its turn costs as much as the hash of one."""
+TASK_BLOCKS = 16
+"""That a thread verifies in one go: its turn costs as much as the hashes of some."""
 TASK_RANGES = 32
 """That a thread tells the kernel in one go."""
 

@@ -202,10 +202,13 @@ class Shard:
 
     def read_ahead(self, blocks: list[int]) -> None:
         """Verify those blocks that are not yet, together; any thread may. Raises as `check` does."""
-        new = np.sort([block for block in blocks if not self._checked[block]])
-        for run in np.split(new, np.flatnonzero(np.diff(new) != 1) + 1) if len(new) else ():
-            self._will_need(self.byte_span(int(run[0]))[0], self.byte_span(int(run[-1]))[1])
-        self._check_granules(new.tolist())
+        new = sorted(block for block in blocks if not self._checked[block])
+        first = 0
+        for i, block in enumerate(new, 1):
+            if i == len(new) or new[i] != block + 1:  # a run of neighbours is asked for at once
+                self._will_need(self.byte_span(new[first])[0], self.byte_span(block)[1])
+                first = i
+        self._check_granules(new)
 
     def will_need(self, start: int, stop: int) -> None:
         """Begin to read tokens [start, stop) without waiting for them."""
