@@ -11,7 +11,7 @@ from pathlib import Path
 from officina.launch import report_words
 from officina.launch.job_queue import QueueState, ask, cluster_name, query
 from officina.launch.job_record import JOBS, JobRecord, read_jobs
-from officina.launch.supervise import read_attempts
+from officina.launch.supervise import CONTINUE, read_attempts
 from officina.trainer.errors import EXIT_DONE, EXIT_USER, LaunchError, OfficinaError
 from officina.trainer.metrics import FILE, StepMetrics, from_line
 from officina.trainer.rank_log import log_path
@@ -30,37 +30,61 @@ class RunJobs:
     records: list[JobRecord]
     states: dict[str, QueueState]
     """Of those that Slurm still knows."""
+    attempts: list[dict]
+    """As the supervisor wrote them down."""
 
     @property
     def active(self) -> list[JobRecord]:
         """Jobs that wait or run, as they were submitted."""
         return [r for r in self.records if (state := self.states.get(r.job_id)) is not None and state.active]
 
+    @property
+    def newest(self) -> JobRecord:
+        """The job that ran last; members of its chain that were not needed any more say nothing."""
+        last, ran = self.records[-1], {attempt["job"] for attempt in self.attempts}
+        chain = [r for r in self.records if r.job_id in ran and r.chain and r.chain == last.chain]
+        return chain[-1] if chain else last
+
 
 def jobs(args: argparse.Namespace) -> int:
-    """One line a job: those that wait or run, and where a run has none, its last one."""
+    """One line a job: those that wait or run, and where a run has none, its last one. A run whose files are damaged is named,
+    with what is still known of its jobs; the status is then 2."""
     folders = [_run_dir(run) for run in args.runs] or sorted(path.parent for path in Path(args.runs_dir).glob(f"*/{JOBS}"))
     if not folders:
         print(f"No jobs: no run in {args.runs_dir} was submitted. Submit one: officina submit experiment=demo ranks=0 "
               "site=NAME nodes=1 time=1h. Runs elsewhere: officina jobs --runs-dir DIR")
         return EXIT_DONE
-    lines = [("run", "job", "step", "loss", "rate", "job ends in", "run ends in", "state")]
-    for run in _with_states(folders):
-        shown = run.records if args.all else run.active or run.records[-1:]
-        for i, record in enumerate(shown):
-            state = run.states.get(record.job_id)
-            left = report_words.clock(state.left_s) if state and state.left_s is not None else ""
-            place = f" ({record.place} of its chain)" if record.chain else ""
-            what = "" if record.what in ("train", "resume") else f"{record.what}: "
-            facts = _progress(run.run_dir) if i == 0 else ("", "", "", "")
-            if facts[3] != "done" and not any(run.states[r.job_id].left_s is not None for r in run.active):
-                facts = (*facts[:3], "")  # nothing trains now
-            lines.append((os.fspath(run.run_dir) if i == 0 else "", record.job_id + place, *facts[:3], left, facts[3],
-                          what + _state_words(run, record, state)))
+    lines: list[tuple[str, ...]] = [("run", "job", "step", "loss", "rate", "job ends in", "run ends in", "state")]
+    damaged: list[OfficinaError] = []
+    for run in _with_states(folders, damaged):
+        facts = ("", "", "", "")
+        try:
+            facts = _progress(run.run_dir)
+        except OfficinaError as error:
+            damaged.append(error)
+        lines += _lines(run, run.records if args.all else run.active or [run.newest], facts)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
+    for line in lines if len(lines) > 1 else ():
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    return EXIT_DONE
+    for error in damaged:
+        print(f"officina jobs: {error}", file=sys.stderr)
+    return EXIT_USER if damaged else EXIT_DONE
+
+
+def _lines(run: RunJobs, shown: Sequence[JobRecord], facts: tuple[str, str, str, str]) -> Iterator[tuple[str, ...]]:
+    """A line a job; step, loss and rate stand beside the one that trains, else the last."""
+    running = [record for record in run.active if run.states[record.job_id].left_s is not None]
+    if not running and facts[3] != "done":
+        facts = (*facts[:3], "")  # nothing trains now
+    told = next((record for record in shown if record in running), run.newest if run.newest in shown else shown[0])
+    for i, record in enumerate(shown):
+        state = run.states.get(record.job_id)
+        left = report_words.clock(state.left_s) if state and state.left_s is not None else ""
+        place = f" ({record.place} of {sum(r.chain == record.chain for r in run.records)})" if record.chain else ""
+        what = "" if record.what in ("train", "resume") else f"{record.what}: "
+        mine = facts if record is told else ("", "", "", "")
+        yield (os.fspath(run.run_dir) if i == 0 else "", record.job_id + place, *mine[:3], left, mine[3],
+               what + _state_words(run, record, state))
 
 
 def logs(args: argparse.Namespace) -> int:
@@ -96,7 +120,7 @@ def cancel(args: argparse.Namespace) -> int:
                 what = "will not start" if ids is waiting else "told to save and end"
                 print(f"{run.run_dir}: {'jobs' if len(ids) > 1 else 'job'} {', '.join(ids)} {what}")
         if running and not status:
-            print(f"  Slurm gives the ranks its KillWait, often 30 s; to go on later: officina resume {run.run_dir}")
+            print(f"  Slurm gives the ranks its KillWait, often 30 s; to go on later: officina submit resume {run.run_dir} ...")
     return status
 
 
@@ -111,12 +135,21 @@ def _run_dir(text: str) -> Path:
     return run_dir
 
 
-def _with_states(folders: Sequence[Path]) -> list[RunJobs]:
-    records, here = {folder: read_jobs(folder) for folder in folders}, cluster_name()
+def _with_states(folders: Sequence[Path], damaged: list[OfficinaError] | None = None) -> list[RunJobs]:
+    """The runs that have jobs. Those whose list of jobs cannot be read go to `damaged`; without one they end it."""
+    records: dict[Path, list[JobRecord]] = {}
+    for folder in folders:
+        try:
+            records[folder] = read_jobs(folder)
+        except OfficinaError as error:
+            if damaged is None:
+                raise
+            damaged.append(error)
+    here = cluster_name()
     known = [record for found in records.values() for record in found if record.cluster in ("", here)]
     states = query([record.job_id for record in known])  # a run that moved has ids that mean other jobs here
-    return [RunJobs(folder, found, {r.job_id: states[r.job_id] for r in found if r in known and r.job_id in states})
-            for folder, found in records.items() if found]
+    return [RunJobs(folder, found, {r.job_id: states[r.job_id] for r in found if r in known and r.job_id in states},
+                    read_attempts(os.fspath(folder))) for folder, found in records.items() if found]
 
 
 def _state_words(run: RunJobs, record: JobRecord, state: QueueState | None) -> str:
@@ -126,9 +159,10 @@ def _state_words(run: RunJobs, record: JobRecord, state: QueueState | None) -> s
         if state.reason == "Dependency" and record.chain and record.place > 1:
             text = "waiting: for the job before it in its chain"
         return text
-    names = {record.job_id}
-    ended = [a for a in read_attempts(os.fspath(run.run_dir)) if a["job"] in names]
+    ended = [a for a in run.attempts if a["job"] == record.job_id]
     if ended and ended[-1]["outcome"]:
+        if ended[-1]["outcome"] == CONTINUE and record is run.newest and not run.active:
+            return f"{CONTINUE}: officina submit resume {run.run_dir} ..."
         return ended[-1]["outcome"] + (f": {ended[-1]['error']}" if ended[-1]["error"] else "")
     if state is not None:
         return state.words()
@@ -152,7 +186,7 @@ def _progress(run_dir: Path) -> tuple[str, str, str, str]:
 
 
 def _last_steps(path: Path) -> list[StepMetrics]:
-    """The latest steps of one start: what lies before a gap or a step back says nothing of the pace."""
+    """The latest steps of one start: what lies before a gap, a step back or a later start says nothing of the pace."""
     try:
         with open(path, "rb") as file:
             file.seek(max(os.fstat(file.fileno()).st_size - _TAIL_BYTES, 0))
@@ -160,11 +194,13 @@ def _last_steps(path: Path) -> list[StepMetrics]:
     except OSError:
         return []
     found: list[StepMetrics] = []
+    started = True
     for record in map(from_line, lines):
         if isinstance(record, StepMetrics):
-            found = [*found, record] if found and record.step == found[-1].step + 1 else [record]
+            found = [*found, record] if found and not started and record.step == found[-1].step + 1 else [record]
+            started = False
         elif record is not None and record.event == "start":
-            found = [r for r in found[-1:] if r.step <= record.step]
+            found, started = [r for r in found[-1:] if r.step <= record.step], True
     return found
 
 

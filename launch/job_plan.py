@@ -170,6 +170,7 @@ def _nodes_words(request: Request) -> str:
     nodes = f"{request.nodes} node{'s' * (request.nodes > 1)}"
     cores = f", {request.cpus_per_rank} CPUs each" if request.cpus_per_rank else ""
     if not request.gpus:
+        cores = cores or ", one CPU each (more: cpus=4)"
         return f"{nodes} = {request.world_size} rank{'s' * (request.world_size > 1)} on CPUs{cores}"
     total = request.gpus * request.nodes
     return (f"{nodes} x {request.gpus} {request.profile.gpu.model or 'GPU'} = {total} rank{'s' * (total > 1)}, one a GPU, "

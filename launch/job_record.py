@@ -52,9 +52,17 @@ def append_job(run_dir: Path, record: JobRecord) -> None:
 
 
 def read_jobs(run_dir: Path) -> list[JobRecord]:
-    """All submitted jobs of the run, oldest first. Torn and foreign lines are left out, keys of later versions ignored."""
+    """All submitted jobs of the run, oldest first. Torn and foreign lines are left out, keys of later versions ignored.
+
+    Raises LaunchError for a file that cannot be read.
+    """
     path, known, found = Path(run_dir) / JOBS, {field.name for field in fields(JobRecord)}, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    except OSError as error:
+        raise LaunchError(f"{path} cannot be read: {error.strerror}. Its jobs are those that squeue --me --name="
+                          f"{Path(run_dir).name} shows; mend the file's rights or place") from error
+    for line in text.splitlines():
         try:
             found.append(JobRecord(**{key: value for key, value in json.loads(line).items() if key in known}))
         except (ValueError, TypeError, AttributeError):

@@ -133,7 +133,8 @@ def make_request(site: Site, job: JobConfig, *, what: str = "train", account: st
     """The request that the words come to. account: if the job names none. cpu_ranks: ranks a node of a run with device=cpu,
     which takes no GPU unless `gpus` is given; 0 = a rank for each GPU."""
     profile = site.profile
-    needs_gpus = what in GPU_COMMANDS and not (cpu_ranks and job.gpus is None)
+    on_cpus = bool(cpu_ranks) if what in RANKED else profile.request.gpus == "none"
+    needs_gpus = what in GPU_COMMANDS and not (on_cpus and job.gpus is None)
     kind = job.queue or ("train" if needs_gpus else "data")
     queue = _queue(profile, kind, job)
     account = job.account or account
@@ -155,7 +156,7 @@ def make_request(site: Site, job: JobConfig, *, what: str = "train", account: st
 RANKED = ("train", "resume")
 """Commands that are a rank under srun."""
 GPU_COMMANDS = ("train", "resume", "bench", "generate", "eval", "sample", "parity")
-"""Commands that go where GPUs are; the others belong to the queue for data."""
+"""Commands that go where GPUs are, if there are any; the others belong to the queue for data."""
 
 
 def _queue(profile: SiteProfile, kind: str, job: JobConfig) -> Queue:

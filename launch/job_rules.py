@@ -85,7 +85,10 @@ def _shape(request: Request) -> Iterator[Problem]:
         yield Problem("partition" if limits.gpus is False else "qos", request.partition or request.qos,
                       f"nodes of {where} have no GPUs, and {request.what} runs on them",
                       f"partition={train.partition}" if limits.gpus is False else f"qos={train.qos}")
-    if request.wants_gpus and not request.gpus:
+    if request.wants_gpus and not request.gpus and profile.request.gpus == "none":
+        yield Problem("device", None, f"nodes of {profile.name} have no GPUs, and the run is not said to be for CPUs",
+                      "device=cpu ranks=2, so many ranks on each node")
+    elif request.wants_gpus and not request.gpus:
         yield Problem("gpus", None, f"it is not known how many GPUs a node of {profile.name} has", "gpus=4")
     elif request.gpus and not request.cpus_per_rank:
         yield Problem("cpus", None, f"it is not known how many CPUs go with a GPU on {profile.name}, and "

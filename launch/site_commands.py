@@ -154,6 +154,8 @@ def _probe(word: str | None) -> int:
     text, n = difference(site, asked, host)
     print(text, end="")
     next_step = f"Keep them: officina sites probe {site.id} >my.yaml, then site=./my.yaml" if n else "It is as the machine says"
+    if not site.profile.hosts and site.profile.scheduler == "slurm":  # the profile of any cluster
+        next_step = "A profile of this cluster: officina sites new NAME"
     print(f"officina: {n} difference{'s' * (n != 1)} to the profile {site.id}. {next_step}", file=sys.stderr)
     return EXIT_DONE
 

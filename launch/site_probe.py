@@ -22,6 +22,7 @@ COMMANDS = {
 }
 _LIMITS = ("max_time", "max_nodes", "min_nodes", "max_gpus")
 _NEEDED = ("config", "partition", "node")
+_LEFT_OUT = {"qos": "limits of QOS", "sinfo": "GPUs of nodes that are hidden"}
 _TIMEOUT_S = 60
 Key = tuple[str, ...]
 
@@ -55,7 +56,7 @@ def ask_slurm(environ: Mapping[str, str]) -> Probe:
         if fault and name in _NEEDED:
             raise LaunchError(f"{' '.join(command)}: {fault}. Run it on a login node of the cluster: officina sites probe")
         if fault:
-            remarks.append(f"{' '.join(command[:3])}: {fault}")
+            remarks.append(f"Not known: {_LEFT_OUT[name]}, for {command[0]} fails: {fault}")
     return read_probe(said, remarks)
 
 

@@ -158,6 +158,8 @@ def attempt(args, job, signals, end_s):
     note(run_dir, "end", dict(facts, outcome=outcome, error=error, status=status or ended.status))
     if outcome == CRASH and not status:
         say(f"attempt {number}: {error}. Going on from {_of_step(facts['checkpoint'])}")
+    if outcome == CONTINUE:
+        say(f"attempt {number}: stopped in good order. Its exit code {EXIT_CONTINUE} is no error, though srun may call it one")
     return outcome, error, status
 
 
@@ -271,18 +273,23 @@ def conclude(args, job, outcome, error, status):
             if following:
                 say(f"job {following[0]} of the chain goes on")
                 return EXIT_DONE
-            say(f"to be continued, and no job of the chain is left: officina submit, or officina resume {run_dir}")
+            say("to be continued, and no job of the chain is left. " + _how_to_go_on(run_dir))
         elif args.requeue and job.id:
             if job.restart + 1 >= args.max_jobs:
-                say(f"to be continued, but the job ran {job.restart + 1} times, its --max-jobs: submit it anew")
+                say(f"to be continued, but the job ran {job.restart + 1} times, its --max-jobs. " + _how_to_go_on(run_dir))
             elif requeue(job.id):
                 return EXIT_DONE
         else:
-            say(f"to be continued: officina resume {run_dir}")
+            say("to be continued. " + _how_to_go_on(run_dir))
         return EXIT_CONTINUE
     say(f"{outcome}: {error}")
     cancel(waiting_members(run_dir, job), "going on would not help")
     return status
+
+
+def _how_to_go_on(run_dir):
+    return (f"Go on: officina submit resume {run_dir}, with the words of the job (site, nodes, time and so on) as they stand "
+            "at the top of its job.sbatch")
 
 
 def requeue(job_id):
@@ -416,7 +423,7 @@ def note(run_dir, event, facts):
 def read_lines(path):
     """The JSON objects of a file, one a line; torn lines are left out."""
     found = []
-    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError):
                 value = json.loads(line)
@@ -429,9 +436,10 @@ def read_attempts(run_dir):
     """All attempts of the run, oldest first; `outcome` is None for one that ended without a word or still runs."""
     found = {}
     for line in read_lines(os.path.join(run_dir, ATTEMPTS)):
-        blank = {"outcome": None, "error": "", "signature": "", "status": None, "step": -1, "checkpoint": -1, "stop": "",
-                 "state": ""}
-        found.setdefault(line.get("number", 0), blank).update(line)
+        blank = {"job": "", "restart": 0, "from_checkpoint": -1, "outcome": None, "error": "", "signature": "", "status": None,
+                 "step": -1, "checkpoint": -1, "stop": "", "state": ""}
+        if isinstance(line.get("number"), int):
+            found.setdefault(line["number"], blank).update(line)
     return [found[number] for number in sorted(found)]
 
 

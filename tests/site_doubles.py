@@ -1,23 +1,18 @@
 """Doubles of the sites: a real Slurm on this host whose nodes, partitions and rules are made from a site's profile.
 
-The nodes have the site's names, shape and (fake) GPUs, and a name service of their own: slurmd runs in a mount namespace
-with its own /etc/hosts. What the profile demands or forbids is enforced where sites do it, in job_submit.lua. `module` and the
-container runtime are programs in the double's PATH: the first knows the modules of the profile, the second checks image and
-binds and runs the command on the host.
+The nodes have the site's names, shape and (fake) GPUs, and a name service of their own. What the profile demands or forbids
+is enforced where sites do it, in job_submit.lua. `module` and the container runtime are programs in the double's PATH: the
+first knows the modules of the profile, the second checks image and binds and runs the command on the host.
 """
 
 import contextlib
 import os
 import re
-import socket
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from slurm import _SBIN, SlurmCluster, _free_ports, _start_munge, _stop
+from slurm import SlurmCluster, start_cluster
 
 from officina.configs.site_profile import SiteProfile
 from officina.configs.sites import Site, find_site
@@ -25,34 +20,11 @@ from officina.configs.sites import Site, find_site
 N_NODES = 4
 _NOBODY = {"XDG_CONFIG_HOME": "/nowhere", "XDG_CONFIG_DIRS": ""}
 _CONF = """\
-ClusterName={cluster}
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmUser=root
-AuthType=auth/munge
-AuthInfo=socket={root}/munge.socket
-StateSaveLocation={root}/state
-SlurmdSpoolDir={root}/spool/%n
-SlurmdPidFile={root}/%n.pid
-SlurmctldPidFile={root}/slurmctld.pid
-SlurmctldLogFile={root}/slurmctld.log
-SlurmdLogFile={root}/%n.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-ReturnToService=2
-SlurmdParameters=config_overrides
 SlurmdTimeout=30
-KillWait=5
-JobRequeue=1
 GresTypes=gpu
 EnforcePartLimits=ALL
 JobSubmitPlugins=lua
-SchedulerParameters=batch_sched_delay=1,sched_interval=2
-{nodes}
-{partitions}
 """
 _LUA = """\
 -- Made from the profile of {site}.
@@ -137,53 +109,20 @@ def start_double(word: str) -> Iterator[SlurmCluster]:
     """The double of a site, up and idle. Its daemons end with the context."""
     site = find_site(word, _NOBODY)
     profile, names = site.profile, node_names(site.profile)
-    path = os.pathsep.join([os.environ.get("PATH", ""), *_SBIN])
-    root = Path(tempfile.mkdtemp(prefix="officina-double-"))
-    root.chmod(0o755)
-    host = socket.gethostname().split(".")[0]
-    (root / "state").mkdir()
-    for name in names:
-        (root / "spool" / name).mkdir(parents=True)
-    (root / "dev").mkdir()
-    for i in range(profile.gpu.per_node):
-        os.mknod(root / "dev" / f"gpu{i}", 0o20666, os.makedev(1, 3))
-    ports = _free_ports(1 + N_NODES)
-    (root / "slurm.conf").write_text(_CONF.format(
-        cluster=re.sub("[^a-z0-9]", "", site.id), host=host, ports=ports, root=root,
-        partitions="\n".join(_partitions(profile, names)),
-        nodes="\n".join(_node(profile, name, host, port) for name, port in zip(names, ports[1:], strict=True))))
-    (root / "gres.conf").write_text(f"NodeName={','.join(names)} Name=gpu{_gres_type(profile)} "
-                                    f"File={root}/dev/gpu[0-{profile.gpu.per_node - 1}]\n")
-    (root / "job_submit.lua").write_text(_lua(site))
-    _programs(root, profile)
-    (root / "hosts").write_text(Path("/etc/hosts").read_text() + "".join(
-        f"{_address()} {name} {resolved(profile, name)}\n" for name in names))
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "PMI", "SBATCH_"))}
-    environ |= {"SLURM_CONF": str(root / "slurm.conf"), "PATH": f"{root}/bin:{path}"}
-    cluster = SlurmCluster(root, environ)
-    try:
-        _start_munge(root, path)
-        in_namespace = ["unshare", "--mount", "--propagation", "private", "sh", "-c",
-                        f'mount --bind {root}/hosts /etc/hosts && exec "$@"', "sh"]
-        for daemon in (["slurmctld", "-c", "-f", f"{root}/slurm.conf"],
-                       *([*in_namespace, "slurmd", "-N", name, "-f", f"{root}/slurm.conf"] for name in names)):
-            started = cluster.run(*daemon, timeout_s=30)
-            assert started.returncode == 0, f"{daemon}: {started.stderr}"
-        end = time.monotonic() + 60
-        while cluster.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").stdout.split().count(names[-1]) == 0 or \
-                set(cluster.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").stdout.split()) != set(names):
-            logs = "\n".join(f.read_text()[-2000:] for f in sorted(root.glob("*.log")))
-            assert time.monotonic() < end, f"nodes did not come up:\n{logs}"
-            time.sleep(0.1)
+
+    def prepare(root: Path) -> None:
+        (root / "dev").mkdir()
+        for i in range(profile.gpu.per_node):
+            os.mknod(root / "dev" / f"gpu{i}", 0o20666, os.makedev(1, 3))
+        (root / "gres.conf").write_text(f"NodeName={','.join(names)} Name=gpu{_gres_type(profile)} "
+                                        f"File={root}/dev/gpu[0-{profile.gpu.per_node - 1}]\n")
+        (root / "job_submit.lua").write_text(_lua(site))
+        _programs(root, profile)
+
+    with start_cluster(_CONF + "\n".join(_partitions(profile)), name=re.sub("[^a-z0-9]", "", site.id),
+                       nodes=dict.fromkeys(names, _shape(profile)), names={name: resolved(profile, name) for name in names},
+                       prepare=prepare) as cluster:
         yield cluster
-    finally:
-        _stop(cluster)
-
-
-def _address() -> str:
-    """An IPv4 address of this host that is not a loopback one: the nodes' interface."""
-    shown = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
-    return next(address for address in shown if re.fullmatch(r"[0-9.]+", address) and not address.startswith("127."))
 
 
 def resolved(profile: SiteProfile, name: str) -> str:
@@ -197,17 +136,15 @@ def _gres_type(profile: SiteProfile) -> str:
     return f" Type={kind}" if kind else ""
 
 
-def _node(profile: SiteProfile, name: str, host: str, port: int) -> str:
-    threads = profile.node.threads_per_core or 1
+def _shape(profile: SiteProfile) -> str:
     memory = profile.node.slurm_memory_mb or int((profile.node.memory_gb or 256) * 1000)
-    return (f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} Sockets=1 CoresPerSocket={profile.node.cores} "
-            f"ThreadsPerCore={threads} RealMemory={memory} Gres={profile.request.gres}:{profile.gpu.per_node}")
+    return (f"Sockets=1 CoresPerSocket={profile.node.cores} ThreadsPerCore={profile.node.threads_per_core or 1} "
+            f"RealMemory={memory} Gres={profile.request.gres}:{profile.gpu.per_node}")
 
 
-def _partitions(profile: SiteProfile, names: list[str]) -> Iterator[str]:
+def _partitions(profile: SiteProfile) -> Iterator[str]:
     """As the profile has them; one of the double's own where the partition follows from the qos."""
-    nodes = f"Nodes={','.join(names)}"
-    shared = "DefMemPerCPU=1000"
+    nodes, shared = "Nodes=ALL", "DefMemPerCPU=1000"
     for name, limits in profile.partitions.items():
         longest = max([limits.max_time or 0, *(q.max_time or 0 for q in profile.qos.values() if q.partition == name)])
         most = max([limits.max_nodes or 0, *(q.max_nodes or 0 for q in profile.qos.values() if q.partition == name)])
@@ -244,7 +181,6 @@ def _programs(root: Path, profile: SiteProfile) -> None:
         flag = profile.container.gpu_flag or ("--nv" if profile.gpu.vendor == "nvidia" else "--nothing")
         text = _RUNTIME.replace("FLAG", flag)
         texts[profile.container.runtime] = text.replace("PYTHON", str(Path(sys.executable).parent))
-    (root / "bin").mkdir()
     for name, text in texts.items():
         (root / "bin" / name).write_text(text)
         (root / "bin" / name).chmod(0o755)

@@ -1,4 +1,4 @@
-"""A real Slurm of four nodes on this one host, as a pytest fixture. Needs root, slurm-wlm and munge.
+"""A real Slurm of several nodes on this one host; four of them as a pytest fixture. Needs root, slurm-wlm and munge.
 
 Everything (key, sockets, spool, logs, ports) lives in a temporary directory, so test runs side by side do not meet.
 A test imports the fixture by name: `from slurm import slurm_cluster` works through `tests/conftest.py`.
@@ -6,26 +6,28 @@ A test imports the fixture by name: `from slurm import slurm_cluster` works thro
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
-N_NODES = 4
+PLAIN_NODES = MappingProxyType({f"n{i}": "CPUs=4 RealMemory=4000" for i in range(1, 5)})
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "salloc", "scontrol")
 _SBIN = ("/usr/sbin", "/usr/local/sbin", "/sbin")
 
 _CONF = """\
 ClusterName={name}
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={root}/munge.socket
@@ -39,16 +41,16 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
 ReturnToService=2
 SlurmdParameters=config_overrides
 JobRequeue=1
-SlurmdTimeout=10
 KillWait=5
 SchedulerParameters=batch_sched_delay=1,sched_interval=2
-{extra}
-{nodes}
-PartitionName=test Nodes=n[1-4] Default=YES MaxTime=60 State=UP
+"""
+_PLAIN = """\
+SelectTypeParameters=CR_Core
+SlurmdTimeout=10
+PartitionName=test Nodes=ALL Default=YES MaxTime=60 State=UP
 """
 
 
@@ -63,6 +65,16 @@ class SlurmCluster:
         """A client command (srun, sbatch, scontrol, ...) with its output as text."""
         more.setdefault("env", self.environ)
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **more)
+
+    def start_node(self, node: str) -> None:
+        """Its slurmd, in a mount namespace with the nodes' /etc/hosts."""
+        script = f"mount --bind {self.root}/hosts /etc/hosts && exec slurmd -N {node} -f $SLURM_CONF"
+        started = self.run("unshare", "--mount", "--propagation", "private", "sh", "-c", script)
+        assert started.returncode == 0, f"{node}: {started.stderr}"
+
+    def idle(self) -> set[str]:
+        """Names of the nodes that are up and free."""
+        return set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").stdout.split())
 
     def sbatch(self, body: str, *options: str, folder: Path, env: dict[str, str] | None = None,
                timeout_s: float = 60) -> tuple[str, str]:
@@ -83,13 +95,16 @@ class SlurmCluster:
         raise AssertionError(f"job {job} not done after {timeout_s} s: {shown}\n{output.read_text()}")
 
 
-def _missing() -> str:
-    """Why no cluster can be started here; empty if it can."""
+def need_slurm() -> None:
+    """Skip the test where no cluster can be started; in CI (variable CI) that is a failure."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *_SBIN])
     absent = [name for name in _PROGRAMS if shutil.which(name, path=path) is None]
-    if absent:
-        return f"needs {', '.join(absent)} (apt-get install slurm-wlm munge)"
-    return "" if os.geteuid() == 0 else "needs root: slurmd starts steps as their users"
+    why = f"needs {', '.join(absent)} (apt-get install slurm-wlm munge)" if absent else (
+        "needs root: slurmd starts steps as their users" if os.geteuid() else "")
+    if why and os.environ.get("CI"):
+        pytest.fail(f"the Slurm tests must run in CI: {why}")
+    if why:
+        pytest.skip(f"no Slurm here: {why}")
 
 
 def _free_ports(n: int) -> list[int]:
@@ -98,6 +113,12 @@ def _free_ports(n: int) -> list[int]:
         for s in sockets:
             s.bind(("", 0))
         return [s.getsockname()[1] for s in sockets]
+
+
+def _address() -> str:
+    """An IPv4 address of this host that is not a loopback one: the nodes' interface."""
+    shown = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
+    return next(address for address in shown if re.fullmatch(r"[0-9.]+", address) and not address.startswith("127."))
 
 
 def _start_munge(root: Path, path: str) -> None:
@@ -110,33 +131,39 @@ def _start_munge(root: Path, path: str) -> None:
 
 
 @contextlib.contextmanager
-def start_cluster(extra: str = "", *, cpus: int = 4, name: str = "officina") -> Iterator[SlurmCluster]:
-    """The cluster, up and idle; `extra` is added to slurm.conf."""
+def start_cluster(conf: str = _PLAIN, *, name: str = "officina", nodes: Mapping[str, str] = PLAIN_NODES,
+                  names: Mapping[str, str] = MappingProxyType({}), prepare: Callable[[Path], None] = lambda root: None,
+                  ) -> Iterator[SlurmCluster]:
+    """The cluster, up and idle; its daemons end with the context.
+
+    conf: what slurm.conf holds beside its daemons and nodes. nodes: the shape of each by its name. names: further names by node
+    for the nodes' own /etc/hosts: slurmd and its jobs run in a mount namespace. prepare: writes what else must lie beside
+    slurm.conf before the daemons start; programs in ROOT/bin come first in PATH.
+    """
     path = os.pathsep.join([os.environ.get("PATH", ""), *_SBIN])
-    root = Path(tempfile.mkdtemp(prefix="officina-slurm-"))
+    root = Path(tempfile.mkdtemp(prefix=f"{name}-slurm-"))
     root.chmod(0o755)
     host = socket.gethostname().split(".")[0]
-    (root / "state").mkdir()
-    for i in range(N_NODES):
-        (root / "spool" / f"n{i + 1}").mkdir(parents=True)
-    ports = _free_ports(1 + N_NODES)
-    nodes = "\n".join(
-        f"NodeName=n{i + 1} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[i + 1]} CPUs={cpus} RealMemory=4000"
-        for i in range(N_NODES))
-    conf = root / "slurm.conf"
-    conf.write_text(_CONF.format(host=host, ports=ports, root=root, nodes=nodes, extra=extra, name=name))
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "PMI"))}
-    environ |= {"SLURM_CONF": str(conf), "PATH": path}
+    for folder in ("state", "bin", *(f"spool/{node}" for node in nodes)):
+        (root / folder).mkdir(parents=True)
+    port, *ports = _free_ports(1 + len(nodes))
+    lines = [f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={own} {shape}"
+             for (node, shape), own in zip(nodes.items(), ports, strict=True)]
+    (root / "slurm.conf").write_text("\n".join([_CONF.format(host=host, port=port, root=root, name=name), *lines, conf]))
+    (root / "hosts").write_text(Path("/etc/hosts").read_text() + "".join(
+        f"{_address()} {node} {names.get(node, '')}\n" for node in nodes))
+    prepare(root)
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "PMI", "SBATCH_"))}
+    environ |= {"SLURM_CONF": str(root / "slurm.conf"), "PATH": f"{root}/bin:{path}"}
     cluster = SlurmCluster(root, environ)
     try:
         _start_munge(root, path)
-        daemons = [["slurmctld", "-c", "-f", str(conf)],
-                   *(["slurmd", "-N", f"n{i + 1}", "-f", str(conf)] for i in range(N_NODES))]
-        for daemon in daemons:
-            started = cluster.run(*daemon, timeout_s=20)
-            assert started.returncode == 0, f"{daemon}: {started.stderr}"
-        end = time.monotonic() + 40
-        while cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() != str(N_NODES):
+        daemon = cluster.run("slurmctld", "-c", timeout_s=30)
+        assert daemon.returncode == 0, daemon.stderr
+        for node in nodes:
+            cluster.start_node(node)
+        end = time.monotonic() + 60
+        while cluster.idle() != set(nodes):
             logs = "\n".join(f.read_text()[-2000:] for f in sorted(root.glob("*.log")))
             assert time.monotonic() < end, f"nodes did not come up:\n{logs}"
             time.sleep(0.1)
@@ -163,10 +190,7 @@ def _stop(cluster: SlurmCluster) -> None:
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """Four nodes n1 to n4 of 4 CPUs each. Skipped where it cannot run; in CI (variable CI) that is a failure."""
-    if why := _missing():
-        if os.environ.get("CI"):
-            pytest.fail(f"the Slurm tests must run in CI: {why}")
-        pytest.skip(f"no Slurm here: {why}")
+    """Four nodes n1 to n4 of 4 CPUs each."""
+    need_slurm()
     with start_cluster() as cluster:
         yield cluster

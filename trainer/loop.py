@@ -1,6 +1,7 @@
 """The training loop, to be read from top to bottom: step, evaluation, saving and stopping stand in plain sight."""
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from officina.trainer.schedule import lr_factor
 from officina.trainer.signals import StopRequest
 from officina.trainer.state import PARAM
 from officina.trainer.step import StepResult, train_step
+from officina.trainer.time_left import SUPERVISED
 
 
 def train(run_dir: Path, ranks: Ranks) -> int:
@@ -86,8 +88,8 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             if job.quarantine.is_over:
                 job.finish("damaged data", EXIT_USER)
                 raise DataError(f"stopped in good order after step {job.step:,}, with a checkpoint: {job.why_damaged()}")
-            job.progress.say(f"stopped in good order after step {job.step:,} ({stop.reason or 'time limit'}); "
-                             f"to go on: officina resume {run_dir}")
+            how = "" if os.environ.get(SUPERVISED) else f"; to go on: officina resume {run_dir}"
+            job.progress.say(f"stopped in good order after step {job.step:,} ({stop.reason or 'time limit'}){how}")
             return job.finish(f"signal {stop.reason}" if stop.reason else "time limit", EXIT_CONTINUE)
         return job.finish("done", EXIT_DONE)
 

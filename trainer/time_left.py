@@ -10,6 +10,8 @@ from officina.trainer.metrics import FILE, SaveMetrics, from_line
 END_TIME = "OFFICINA_END_TIME"
 """Variable with the moment when the scheduler ends the job, seconds since 1970: the supervisor of a batch job sets it. Slurm
 (23.02 and later) has SLURM_JOB_END_TIME, which we believe in tasks of srun only: it leaks into shells that outlive a job."""
+SUPERVISED = "OFFICINA_ATTEMPT"
+"""Variable that is set where the supervisor of a batch job started the ranks: what comes next is its to say."""
 _MARGIN_S = 30.0
 """Between the last checkpoint and the end: the ranks leave, and the supervisor speaks with Slurm. It kills what is left 20 s
 before the end."""

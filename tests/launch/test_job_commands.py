@@ -65,6 +65,20 @@ def test_progress_is_that_of_the_latest_steps(tmp_path):
     assert job_commands._progress(tmp_path / "a") == ("7/100", "1.000", "10 tok/s", "15:30")
 
 
+def test_the_time_between_two_jobs_is_not_that_of_a_step(tmp_path):
+    run_dir = made_run(tmp_path / "a", steps_done=10)
+
+    def add(*records):
+        with open(run_dir / "metrics.jsonl", "a") as file:
+            file.writelines(to_line(record) + "\n" for record in records)
+
+    add(StartMetrics(step=10, action="resume", engine="single", world_size=1, device="cpu", precision="fp32"))
+    assert job_commands._progress(run_dir)[0] == "10/100", "as long as the later start has no step"
+    add(*(StepMetrics(step=i, tokens=50, loss_nats=1.0, grad_norm=1.0, lr=1e-3, step_time_s=0.5, data_wait_s=0.0,
+                      tokens_per_s=100.0, time=5e9 + 2 * i) for i in (11, 12)))
+    assert job_commands._progress(run_dir) == ("12/100", "1.000", "100 tok/s", "2:56")
+
+
 def test_runs_without_jobs_are_said_to_have_none(tmp_path, capsys):
     assert main(["jobs", "--runs-dir", str(tmp_path)]) == 0 and "submit experiment=demo ranks=0 " in capsys.readouterr().out
     assert main(["jobs", str(tmp_path / "no")]) == 2 and "no such run directory" in capsys.readouterr().err
@@ -72,6 +86,45 @@ def test_runs_without_jobs_are_said_to_have_none(tmp_path, capsys):
     assert main(["cancel", str(run_dir)]) == 2
     said = capsys.readouterr().err
     assert f"no job was submitted for it (jobs.jsonl is missing). Submit it: officina submit resume {run_dir}" in said
+
+
+def test_a_damaged_run_is_named_and_the_others_are_listed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(job_commands, "cluster_name", lambda: "here")
+    monkeypatch.setattr(job_commands, "query", lambda ids: {"2": QueueState("PENDING", "Priority", None)})
+    runs = [made_run(tmp_path / f"run-{i}", job=str(i), steps_done=10) for i in range(6)]
+    (runs[1] / "config.yaml").write_text("steps: [")
+    (runs[2] / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    (runs[3] / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\n{}\n")
+    (runs[3] / "attempts.jsonl").write_bytes(b"\xff\xfe\x00\n{}\n[]\n{\"number\": []}\n{\"number\": 1, \"event\": \"end\"}\n")
+    (runs[4] / "jobs.jsonl").unlink()
+    (runs[4] / "jobs.jsonl").mkdir()
+    (runs[5] / "jobs.jsonl").write_bytes(b"\xff\n" + (runs[5] / "jobs.jsonl").read_bytes())
+    assert main(["jobs", "--runs-dir", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    shown = {line.split()[0]: line.split() for line in out.splitlines()[1:]}
+    assert list(shown) == [str(run) for run in runs if run != runs[4]]
+    assert shown[str(runs[0])][1:4] == ["0", "10/100", "2.900"] and shown[str(runs[5])][1:4] == ["5", "10/100", "2.900"]
+    assert shown[str(runs[2])][1:3] == ["2", "waiting:"], "what Slurm says of it needs none of its files"
+    assert [line.split(" cannot be read: ")[0] for line in err.splitlines()] == [
+        f"officina jobs: {runs[4]}/jobs.jsonl", f"officina jobs: {runs[1]}/config.yaml",
+        f"officina jobs: {runs[2]}/config.yaml"]
+
+
+def test_a_run_that_is_done_is_not_shown_by_members_that_were_not_needed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(job_commands, "cluster_name", lambda: "here")
+    monkeypatch.setattr(job_commands, "query", lambda ids: {"3": QueueState("CANCELLED", "", None)})
+    run_dir = made_run(tmp_path / "run", steps_done=100)
+    for place in (1, 2, 3):
+        append_job(run_dir, JobRecord(job_id=str(place), what="train", site="slurm", chain="1", place=place))
+    for job, outcome in ((1, "to be continued"), (2, "done")):
+        note(str(run_dir), "end", {"number": job, "job": str(job), "outcome": outcome, "error": "", "from_checkpoint": 0})
+    assert main(["jobs", str(run_dir)]) == 0
+    [line] = capsys.readouterr().out.splitlines()[1:]
+    assert line.split()[1:] == ["2", "(2", "of", "3)", "100/100", "2.000", "100", "tok/s", "done", "done"]
+    (run_dir / "attempts.jsonl").write_text("")
+    note(str(run_dir), "end", {"number": 1, "job": "3", "outcome": "to be continued", "error": "", "from_checkpoint": 0})
+    assert main(["jobs", str(run_dir)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"to be continued: officina submit resume {run_dir} ...")
 
 
 def test_without_a_slurm_it_says_so(tmp_path, capsys, monkeypatch):

@@ -97,8 +97,14 @@ class Jobs:
         self.wait(lambda: self.state(job)[0] in ends, f"the end of {job}")
         return self.state(job)
 
+    def end_in(self, job: str, minutes: int) -> None:
+        """Give the running job a time limit that is so far away, up to a minute more: Slurm counts whole minutes."""
+        hours, passed, _ = map(int, self.cluster.run("squeue", "-h", "-j", job, "-o", "0:%M").stdout.split(":")[-3:])
+        done = self.cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={hours * 60 + passed + minutes + 1}")
+        assert done.returncode == 0, done.stderr
+
     def start_requeued(self, job: str, restart: int = 1) -> None:
-        """Wait for the requeue, then not the two minutes for which Slurm holds a requeued job.
+        """Wait for the requeue, then not the two minutes for which Slurm holds a requeued job; it then has its hour.
 
         A start within the second of the requeue is refused ("Job credential revoked"): that is what the hold is for.
         """
@@ -106,7 +112,7 @@ class Jobs:
             shown = self.cluster.run("scontrol", "show", "job", "-o", job).stdout
             return f"Restarts={restart} " in shown and "JobState=PENDING Reason=BeginTime" in shown
         self.wait(held, f"requeue {restart} of {job}")
-        self.cluster.run("scontrol", "update", f"jobid={job}", "starttime=now+2")
+        self.cluster.run("scontrol", "update", f"jobid={job}", "starttime=now+2", "timelimit=60")
         self.wait(lambda: any(a["restart"] == restart for a in self.attempts()), f"start {restart} of {job}")
 
     def attempts(self) -> list[dict]:
@@ -133,7 +139,11 @@ def assert_is_the_unbroken_run(run_dir: Path, whole: Path) -> None:
 
 
 def test_time_limit_signal_saves_requeues_and_finishes(jobs, whole):
-    job = jobs.submit("--time=2", "--signal=B:USR1@60", held="1:3")
+    """The limit comes near once the ranks are held, however long they took to get there. They do not know of it (their own
+    clock has the hour that the job began with): what stops them is Slurm's signal."""
+    job = jobs.submit("--time=60", "--signal=B:USR1@180", held="1:3")
+    jobs.wait_held(1)
+    jobs.end_in(job, minutes=3)
     jobs.start_requeued(job)
     assert jobs.wait_end(job) == ("COMPLETED", "0:0"), jobs.said()
     assert jobs.outcomes() == ["to be continued", "done"] and jobs.attempts()[0]["stop"] == "SIGUSR1"
@@ -240,8 +250,8 @@ def test_node_that_dies_is_left_behind(jobs, whole):
         assert jobs.attempts()[-1]["restart"] == 1 and jobs.attempts()[-1]["from_checkpoint"] == 3
         assert_is_the_unbroken_run(jobs.run_dir, whole)
     finally:
-        jobs.cluster.run("slurmd", "-N", node, "-f", jobs.cluster.environ["SLURM_CONF"])
-        jobs.wait(lambda: jobs.cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == "4", "the node")
+        jobs.cluster.start_node(node)
+        jobs.wait(lambda: len(jobs.cluster.idle()) == 4, "the node")
 
 
 def test_a_crash_in_the_last_task_of_an_array_leaves_the_others_alone(slurm_cluster, tmp_path):

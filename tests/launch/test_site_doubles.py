@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from data_sets import tokenizer_info, write_tokens
 from site_doubles import start_double
-from slurm import SlurmCluster, _missing
+from slurm import SlurmCluster, need_slurm
 
 from officina.configs.sites import find_site
 from officina.launch import cli
 from officina.launch.job_record import read_jobs
 from officina.launch.site_rows import time_words
 from officina.launch.supervise import read_attempts
+from officina.trainer.metrics import read_metrics
 from officina.trainer.run_dir import load_config
 from tests.launch.submit_cases import ACCOUNTS, SITES, cases
 
@@ -27,10 +28,7 @@ FOUR = ("lumi-g", "leonardo-booster", "marenostrum5-acc", "jupiter-booster")
 
 @pytest.fixture(autouse=True)
 def needs_slurm():
-    if why := _missing():
-        if os.environ.get("CI"):
-            pytest.fail(f"the doubles must run in CI: {why}")
-        pytest.skip(f"no Slurm here: {why}")
+    need_slurm()
 
 
 def judged(cluster: SlurmCluster, text: str, folder: Path, *options: str) -> tuple[bool, str]:
@@ -98,7 +96,7 @@ WHOLE = {
 def environ_of(cluster: SlurmCluster) -> dict[str, str]:
     return cluster.environ | {
         "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        "OMPI_MCA_hwloc_base_binding_policy": "none", "XDG_CONFIG_HOME": "/nowhere"}
+        "OMPI_MCA_hwloc_base_binding_policy": "none", "OMPI_MCA_rmaps_base_display_map": "1", "XDG_CONFIG_HOME": "/nowhere"}
 
 
 def submit(cluster: SlurmCluster, folder: Path, *given: str) -> str:
@@ -152,6 +150,14 @@ def done(run_dir: Path, folder: Path) -> None:
 @pytest.mark.parametrize("site", FOUR)
 def test_a_run_comes_to_its_end(site, tmp_path, monkeypatch):
     check(site, RUNS[site], tmp_path, monkeypatch)
+
+
+def test_mpirun_starts_ranks_on_two_nodes(tmp_path, monkeypatch):
+    """Open MPI asks Slurm for the nodes and starts its daemon on each by srun, from within the supervisor."""
+    check("leonardo-booster", ["nodes=2", "gpus=2", "launcher=mpirun"], tmp_path, monkeypatch)
+    where = re.findall(r"Data for node: (\S+)\s.*Num procs: ([0-9]+)", log(tmp_path))
+    assert where == [("lrdn0001", "2"), ("lrdn0002", "2")]
+    assert read_metrics(tmp_path / "runs/mine").generations[-1].start.world_size == 4
 
 
 def test_a_sweep_and_another_command(tmp_path, monkeypatch):

@@ -282,7 +282,8 @@ def slurm_here(tmp_path, monkeypatch):
 def test_probe_and_new_on_the_command_line(slurm_here, capsys, tmp_path):
     assert cli.main(["sites", "probe", "leonardo"]) == 0
     said = capsys.readouterr()
-    assert "# sacctmgr --parsable2 show: sacctmgr: error: no accounting here" in said.out and "max_nodes: 128" in said.out
+    assert "# Not known: limits of QOS, for sacctmgr fails: sacctmgr: error: no accounting here" in said.out
+    assert "max_nodes: 128" in said.out
     assert re.search(r"[0-9]+ differences to the profile leonardo-booster. Keep them: officina sites probe leonardo-booster "
                      r">my.yaml, then site=./my.yaml", said.err)
     assert cli.main(["sites", "new", "attic"]) == 0
@@ -326,7 +327,8 @@ def test_probe_and_new_on_a_real_slurm(slurm_cluster: SlurmCluster, tmp_path: Pa
     text.write_text(probed.stdout)
     test = find_site(str(text), environ).profile.partitions["test"]
     assert (test.nodes, test.max_time, test.gpus) == (4, 3600.0, False)
-    assert "sacctmgr --parsable2 show" in probed.stdout, "this cluster has no accounting, and that is said"
+    assert "# Not known: limits of QOS, for sacctmgr fails: " in probed.stdout, "there is no accounting here, and that is said"
+    assert "A profile of this cluster: officina sites new NAME" in probed.stderr
     assert run("new", "here").returncode == 0
     site = find_site("here", environ)
     assert (site.profile.node.cores, site.profile.node.slurm_memory_mb, site.profile.request.gpus) == (4, 4000, "none")
@@ -334,3 +336,4 @@ def test_probe_and_new_on_a_real_slurm(slurm_cluster: SlurmCluster, tmp_path: Pa
     again = run("probe", "here")
     assert again.returncode == 0 and "0 differences" in again.stderr, again.stdout
     assert "test" in run("here").stdout
+    assert "A profile of this cluster" not in again.stderr

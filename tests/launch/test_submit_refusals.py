@@ -16,20 +16,16 @@ from officina.launch.site_rows import time_words
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import ConfigError, LaunchError, Problem
 from officina.trainer.run_dir import save_config
-from tests.launch.submit_cases import ACCOUNTS, NOBODY, SITES, data_set, prepared, words
+from tests.launch.submit_cases import ACCOUNTS, NOBODY, SITES, prepared, words
 
 
 @pytest.fixture(scope="module", autouse=True)
-def project(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("project")
-    data_set(folder)
+def a_person(project):
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("USER", "user")
-        patch.setenv("CINECA_SCRATCH", "/scratch/user")
-        patch.setenv("WORK", "/work-area/user")
-        patch.setenv("HOME", "/homes/user")
-        yield folder
+        for name, value in (("USER", "user"), ("CINECA_SCRATCH", "/scratch/user"), ("WORK", "/work-area/user"),
+                            ("HOME", "/homes/user")):
+            patch.setenv(name, value)
+        yield
 
 
 def impossible() -> Iterator[tuple[str, str, list[str]]]:
@@ -166,6 +162,18 @@ def test_a_site_of_which_nothing_is_known_asks_for_what_it_must_know():
     keys = {problem.key for problem in prepared(*given, "gpus=4").problems}
     assert keys == {"cpus"}
     assert not prepared(*given, "gpus=4", "cpus=8").problems
+
+
+def test_a_cluster_without_gpus(project):
+    """As `officina sites new` writes it."""
+    Path("attic.yaml").write_text("extends: slurm\nname: attic\nrequest: {gpus: none}\npartitions: {small: {gpus: false}}\n"
+                                  "queues: {train: {partition: small}, data: {partition: small}}\n")
+    given = words("vega-gpu", "site=./attic.yaml")
+    [problem] = prepared(*given).problems
+    assert problem.key == "device" and "nodes of attic have no GPUs" in problem.rule
+    assert not prepared(*given, *problem.remedy.split(",")[0].split()).problems
+    evaluation = prepared("eval", "runs/mine", "site=./attic.yaml", "time=1h")
+    assert not evaluation.problems and "gpu" not in evaluation.text.lower().replace("gpus: none", "")
 
 
 # ---- places --------------------------------------------------------------------------------------------------------

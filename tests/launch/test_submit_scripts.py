@@ -12,7 +12,7 @@ import pytest
 from officina.configs.sites import find_site
 from officina.launch.render import directives
 from officina.trainer.quantities import parse_duration_s
-from tests.launch.submit_cases import ACCOUNTS, NOBODY, SITES, cases, data_set, prepared, words
+from tests.launch.submit_cases import ACCOUNTS, NOBODY, SITES, cases, prepared, words
 
 GOLDEN = Path(__file__).parent / "sbatch"
 CASES = cases()
@@ -20,14 +20,11 @@ NAMES = [f"{site}-{mode}" for site, mode, _ in CASES]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def project(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("project")
-    data_set(folder)
+def a_person(project):
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
         for name in ("HOME", "WORK", "FAST", "CINECA_SCRATCH", "PUBLIC"):
             patch.delenv(name, raising=False)
-        yield folder
+        yield
 
 
 @cache

@@ -172,7 +172,7 @@ def test_a_stop_signal_reaches_the_step_as_usr1(tmp_path):
         process.send_signal(number)
         said = process.communicate(timeout=30)[1]
         assert process.returncode == 75 and f"{number.name}: the ranks finish their step" in said
-        assert f"to be continued: officina resume {tmp_path}" in said
+        assert f"to be continued. Go on: officina submit resume {tmp_path}, with the words of the job" in said
         ready.unlink()
 
 
