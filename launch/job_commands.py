@@ -155,7 +155,7 @@ def _with_states(folders: Sequence[Path], damaged: list[OfficinaError] | None = 
 def _state_words(run: RunJobs, record: JobRecord, state: QueueState | None) -> str:
     """What Slurm says; of a job that has ended, what the supervisor wrote down says more."""
     if state is not None and state.active:
-        text = state.words()
+        text = state.words().replace(" JOB", f" {record.job_id}")
         if state.reason == "Dependency" and record.chain and record.place > 1:
             text = "waiting: for the job before it in its chain"
         return text
@@ -218,8 +218,8 @@ def _log(run_dir: Path, rank: int | None) -> Path | None:
 
 
 def _follow(run_dir: Path, rank: int | None) -> Iterator[bytes]:
-    """What is there and what comes, until no job of the run waits or runs any more."""
-    shown, offset, asked_s, over = None, 0, -_ASK_SLURM_S, False
+    """What is there and what comes, until no job of the run waits or runs any more. As long as nothing is, stderr says why."""
+    shown, offset, asked_s, over, why = None, 0, -_ASK_SLURM_S, False, ""
     while True:
         path = _log(run_dir, rank)
         if path is not None and path != shown:
@@ -235,7 +235,11 @@ def _follow(run_dir: Path, rank: int | None) -> Iterator[bytes]:
             return
         if (now := time.monotonic()) - asked_s >= _ASK_SLURM_S:
             asked_s = now
-            over = not _with_states([run_dir])[0].active  # then once more: what was printed since the last look
+            [run] = _with_states([run_dir])
+            over = not run.active  # then once more: what was printed since the last look
+            for record in run.active[:1] if shown is None else ():
+                if why != (why := _state_words(run, record, run.states[record.job_id])):
+                    print(f"job {record.job_id}: {why}", file=sys.stderr)
         time.sleep(0 if over else _FOLLOW_S)
 
 

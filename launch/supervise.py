@@ -40,6 +40,8 @@ DONE, CONTINUE, LIMIT, ENDED, CRASH, USER, NO_PROGRESS = (
     "done", "to be continued", "killed at the time limit", "ended by Slurm", "crash", "user error", "no progress")
 _OF_STATUS = {EXIT_DONE: DONE, EXIT_CONTINUE: CONTINUE, EXIT_USER: USER, EXIT_NO_PROGRESS: NO_PROGRESS}
 _HOPELESS = (USER, NO_PROGRESS)
+PREEMPTION = "preemption"
+"""What stopped an attempt, beside the names of signals."""
 ATTEMPTS = "attempts.jsonl"
 _POLL_S = 0.05
 _LAST_S = 20.0
@@ -150,8 +152,9 @@ def attempt(args, job, signals, end_s):
 
     step, left_with = last_words(run_dir, written_bytes)
     outcome, error, signature = judge(ended, first_failure(run_dir), left_with)
-    facts.update(step=step, checkpoint=newest_checkpoint(run_dir), stop=ended.stop,
-                 outcome=outcome, error=error, signature=signature, status=ended.status)
+    stop = ended.stop or (PREEMPTION if outcome == CONTINUE and preempted(job.id) else "")
+    facts.update(step=step, checkpoint=newest_checkpoint(run_dir), stop=stop, outcome=outcome,
+                 error=error, signature=signature, status=ended.status)
     if outcome == CRASH:
         clear_steps(job.id)
     outcome, error, status = weigh(past, facts, args.max_attempts)
@@ -238,7 +241,8 @@ def weigh(past, now, max_attempts):
 
 def _idle(a):
     """Did the attempt stop at its time limit without having brought the run further? A save of step 0 brings nothing."""
-    return a["outcome"] in (CONTINUE, LIMIT) and a["stop"] != "SIGTERM" and a["checkpoint"] <= max(a["from_checkpoint"], 0)
+    ours = a["outcome"] in (CONTINUE, LIMIT) and a["stop"] not in ("SIGTERM", PREEMPTION)
+    return ours and a["checkpoint"] <= max(a["from_checkpoint"], 0)
 
 
 def in_a_row(past, newest):
@@ -268,6 +272,8 @@ def conclude(args, job, outcome, error, status):
     if not status or outcome in (CONTINUE, LIMIT):  # a crash while the ranks were stopping is for the next start
         if job_state(job.id) not in ("RUNNING", "", "TIMEOUT"):
             return EXIT_CONTINUE  # Slurm has decided already: cancelled, requeued, preempted
+        if preempted(job.id) and requeue(job.id):  # else the job would count as done before Slurm puts it back
+            return EXIT_DONE
         if args.chain:
             following = waiting_members(run_dir, job)
             if following:
@@ -356,10 +362,19 @@ def _slurm(*words):
 
 def job_state(job_id):
     """JobState as Slurm says it, RUNNING for all states of a job that it lets live; "" if nobody says."""
-    shown = _slurm("scontrol", "show", "job", "--oneliner", job_id) if job_id else None
-    match = re.search(r"\bJobState=(\S+)", shown.stdout) if shown else None
-    state = match.group(1) if match else ""
+    state = _shown(job_id, "JobState")
     return "RUNNING" if state in ("SIGNALING", "RESIZING", "SUSPENDED", "STOPPED") else state
+
+
+def preempted(job_id):
+    """Is the job in the grace time of a preemption? Then Slurm has sent SIGTERM to the step and not to us; the job runs on."""
+    return _shown(job_id, "PreemptTime") not in ("", "None")
+
+
+def _shown(job_id, field):
+    shown = _slurm("scontrol", "show", "job", "--oneliner", job_id) if job_id else None
+    match = re.search(rf"\b{field}=(\S+)", shown.stdout) if shown else None
+    return match.group(1) if match else ""
 
 
 def job_end_s(job_id):

@@ -213,6 +213,17 @@ def test_logs_follow_into_the_next_job_and_end_with_the_last(here, tmp_path, cap
 
 
 @pytest.mark.slurm
+def test_logs_of_a_job_that_waits_say_why(here, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(job_commands, "_ASK_SLURM_S", 0.5)
+    run_dir = made_run(tmp_path / "run")
+    job = sent(here, run_dir, "echo one", "--hold")
+    threading.Timer(2.0, lambda: here.run("scontrol", "release", job)).start()
+    assert main(["logs", "-f", str(run_dir)]) == 0
+    out, err = capfd.readouterr()
+    assert out == "one\n" and err.startswith(f"job {job}: waiting: is held by its owner: scontrol release {job}\n")
+
+
+@pytest.mark.slurm
 def test_jobs_that_slurm_has_forgotten_are_no_error(here, tmp_path, capsys):
     run_dir = made_run(tmp_path / "old", job="999999")
     assert query(["999999"]) == {} and main(["jobs", str(run_dir)]) == 0

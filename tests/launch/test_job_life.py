@@ -16,7 +16,7 @@ from slurm import SlurmCluster, start_cluster
 
 from officina.launch import supervise
 from officina.launch.job_record import JobRecord, append_job
-from officina.trainer.config import FSDP2Config, SiteConfig, ZeroConfig
+from officina.trainer.config import DataConfig, FSDP2Config, SiteConfig, SourceConfig, ZeroConfig
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.ledger import audit
 from officina.trainer.errors import EXIT_DONE
@@ -190,6 +190,15 @@ def test_same_error_at_the_same_step_twice_fails_the_job_and_ends_its_chain(jobs
     assert jobs.wait_end(second)[0] == "CANCELLED"
 
 
+def test_a_crash_and_what_the_user_can_mend_fail_the_job_with_codes_of_their_own(jobs):
+    crash = jobs.submit(held="1:2:raise", supervise_with=("--max-attempts", "1"))
+    assert jobs.wait_end(crash) == ("FAILED", "1:0"), jobs.said()
+    changed(jobs.run_dir, data=DataConfig(sources={"text": SourceConfig(path="/nowhere")}))
+    mended = jobs.submit(supervise_with=("--max-attempts", "5"))
+    assert jobs.wait_end(mended) == ("FAILED", "2:0"), jobs.said()
+    assert jobs.outcomes() == ["crash", "user error"], "what the user must mend is not tried again"
+
+
 def test_chain_goes_on_after_a_stop_and_after_a_kill_without_warning(jobs, whole):
     options = ("--job-name=links", "--dependency=singleton")
     members = [jobs.submit(*options, held="1:1,2:4", supervise_with=("--chain",)) for _ in range(4)]
@@ -222,6 +231,30 @@ def test_requeue_by_hand_and_a_signal_to_the_ranks(jobs, whole):
     assert jobs.wait_end(job) == ("COMPLETED", "0:0"), jobs.said()
     assert [a["from_checkpoint"] for a in jobs.attempts()] == [-1, 2, 5] and jobs.outcomes()[1:] == ["to be continued", "done"]
     assert jobs.attempts()[0]["state"] != "", "it knew that Slurm ended the job"
+    assert_is_the_unbroken_run(jobs.run_dir, whole)
+
+
+_PREEMPTING = """\
+SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=low Nodes=ALL MaxTime=60 PriorityTier=1 GraceTime=300
+PartitionName=high Nodes=ALL MaxTime=60 PriorityTier=2
+"""
+
+
+def test_preempted_job_saves_within_its_grace_time_and_comes_back(data, tmp_path, whole):
+    """SIGTERM to the ranks alone, and the job still runs: without a chain and without --requeue it must not end there."""
+    begin(tmp_path / "run", plain_run(data, steps=STEPS, engine=FSDP2Config()))
+    with start_cluster(_PREEMPTING, name="preempting") as cluster:
+        jobs = Jobs(cluster, tmp_path / "run")
+        job = jobs.submit("--partition=low", held="1:3", supervise_with=())
+        jobs.wait_held(1)
+        cluster.run("sbatch", "--nodes=4", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap=sleep 1")
+        jobs.start_requeued(job)
+        assert jobs.wait_end(job) == ("COMPLETED", "0:0"), jobs.said()
+    assert jobs.outcomes() == ["to be continued", "done"] and jobs.attempts()[0]["stop"] == "preemption"
+    assert jobs.attempts()[1]["from_checkpoint"] == 4
     assert_is_the_unbroken_run(jobs.run_dir, whole)
 
 

@@ -177,6 +177,12 @@ def test_cost_of_a_part_of_a_node_and_of_a_chain():
     assert "768 for 3" in lines["cost"] and lines["jobs"] == "3, one a run of the sweep, 2 at a time"
 
 
+def test_the_queue_is_told_also_where_nobody_named_one():
+    told = shown(*words("marenostrum5-acc", "nodes=2"))
+    assert told["site"] == "MareNostrum 5 ACC: qos acc_ehpc, account ehpc00"
+    assert told["nodes"] == "2 nodes x 4 H100 64GB = 8 ranks, one a GPU, started by srun, 20 CPUs each"
+
+
 def test_the_mesh_is_named():
     groups = shown(*words("lumi-g", "nodes=2", "engine=hsdp", "engine.shard_size=8"))
     assert groups["mesh"] == "dp_replicate 2 x dp_shard 8 (hsdp)"

@@ -101,13 +101,15 @@ def test_the_table_of_a_site_fits_the_terminal(capsys, monkeypatch, columns):
 
 
 def test_each_value_tells_its_file(capsys, monkeypatch, tmp_path):
-    mine = tmp_path / "home" / "officina" / "sites" / "lumi-g.yaml"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("request: {cpus_per_gpu: 6}\n")
+    centre, mine = (tmp_path / folder / "officina" / "sites" / "lumi-g.yaml" for folder in ("centre", "home"))
+    for path, text in ((centre, "request: {cpus_per_gpu: 5}\nslurm: {max_jobs: 9}\n"), (mine, "request: {cpus_per_gpu: 6}\n")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
     said = shown(capsys, monkeypatch, 120, "lumi").splitlines()
-    assert any(re.search(r"cpus_per_gpu +6 +own .*\[2\]", line) for line in said)
+    assert any(re.search(r"cpus_per_gpu +6 +own .*\[3\]", line) for line in said)
+    assert any(re.search(r"max_jobs +9 +own .*\[2\]", line) for line in said)
     assert any(re.search(r"per_node +8 +official +hardware .*\[1\]", line) for line in said)
-    assert f"[2] {mine}" in said
+    assert f"[2] {centre}" in said and f"[3] {mine}" in said
 
 
 def test_a_file_is_shown_too(capsys, monkeypatch, tmp_path):

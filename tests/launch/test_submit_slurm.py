@@ -32,7 +32,7 @@ def project(tmp_path, monkeypatch):
 
 
 def submit(cluster: SlurmCluster, folder: Path, *given: str) -> str:
-    environ = cluster.environ | {"XDG_CONFIG_HOME": "/nowhere", "SBATCH_NODELIST": "n4", "SLURM_NTASKS": "7"}
+    environ = cluster.environ | {"XDG_CONFIG_HOME": "/nowhere", "SBATCH_NODELIST": "n[3-4]", "SLURM_NTASKS": "7"}
     sent = cluster.run(*SUBMIT, *given, env=environ, cwd=folder)
     assert sent.returncode == 0, sent.stderr
     job = re.search(r"batch job ([0-9]+)", sent.stdout)[1]
@@ -47,7 +47,7 @@ def submit(cluster: SlurmCluster, folder: Path, *given: str) -> str:
 
 
 def test_a_run_goes_on_in_another_job_with_other_words(slurm_cluster: SlurmCluster, project):
-    first = submit(slurm_cluster, project, *WORDS, *JOB, "nodes=1", "ranks=2", "account=one")
+    first = submit(slurm_cluster, project, *WORDS, *JOB, "nodes=2", "ranks=1", "account=one")
     run_dir = project / "runs/mine"
     again = submit(slurm_cluster, project, "resume", "runs/mine", "steps=5", "ranks=1", *JOB, "nodes=1", "account=other",
                    "engine=single")

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -118,6 +119,7 @@ def stop(start: int, checkpoint: int, **more) -> dict:
     ([stop(3, 8), stop(8, 8)], (CONTINUE, 75)),
     ([stop(8, 8), stop(8, 9)], (CONTINUE, 75)),
     ([stop(8, 8, stop="SIGTERM"), stop(8, 8)], (CONTINUE, 75)),  # taken from it early: says nothing of the time it asks for
+    ([stop(8, 8, stop="preemption"), stop(8, 8)], (CONTINUE, 75)),
 ])
 def test_stops_go_on_unless_they_lead_nowhere(said, verdict):
     assert weighed(*said) == verdict
@@ -151,6 +153,14 @@ def test_every_attempt_has_its_own_port_and_name_and_the_same_crash_twice_ends_i
     lines = [line.split() for line in (tmp_path / "env").read_text().splitlines()]
     assert len(lines) == 2 and len({port for port, _ in lines}) == 2 and all(20000 <= int(port) < 32000 for port, _ in lines)
     assert [name.split(".")[1:] for _, name in lines] == [["2", "1"], ["2", "2"]]
+
+
+def test_a_port_on_which_somebody_listens_is_passed_over():
+    port = supervise.free_port("7.0.1")
+    assert supervise.free_port("7.0.1") == port, "it follows from the attempt's name"
+    with socket.socket() as other:
+        other.bind(("", port))
+        assert supervise.free_port("7.0.1") != port
 
 
 def test_crashes_that_differ_are_tried_up_to_the_cap_over_all_jobs(tmp_path):
