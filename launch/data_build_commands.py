@@ -87,7 +87,7 @@ def build(args: argparse.Namespace) -> int:
     screen, begun = console(), time.monotonic()
     with progress(screen, _PHASES) as report:
         result = building.build(args.folder, options, report)
-    _tell(result, screen)
+    _tell(result, args.folder, screen)
     recipe = {"": "", "answers": "experiment=sft init_from=MODEL ", "pairs": "experiment=dpo init_from=MODEL "}[
         result.manifest.samples]
     screen.print(f"Built {args.folder} in {time.monotonic() - begun:.1f} s. "
@@ -95,7 +95,7 @@ def build(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _tell(result, screen) -> None:
+def _tell(result, folder: str, screen) -> None:
     shown = table("split", "documents", "tokens", "bytes/token", "shards", "size")
     for name, totals in result.manifest.splits.items():
         shown.add_row(name, f"{totals.documents:,}", f"{totals.tokens:,}", f"{result.stats[name]['bytes_per_token']:.2f}",
@@ -119,6 +119,8 @@ def _tell(result, screen) -> None:
     ends = f"answers end with {result.manifest.provenance['answers_end_with']}" if samples else (
         f"documents end with {result.manifest.tokenizer.eos}")
     screen.print(f"vocabulary   {result.manifest.tokenizer.vocab_size:,} tokens, {ends}", markup=False)
+    if not result.manifest.licence:
+        screen.print(f"licence      not stated: officina data describe {folder} --licence SPDX", markup=False)
     if result.manifest.sealed:
         screen.print(f"sealed       with the key {result.manifest.sealed}; a run names it: data.sources.NAME.key=FILE",
                      markup=False)

@@ -94,7 +94,7 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
                            for n, each in enumerate(manifest.steps, 1)),
                          *((each.path, f"{each.documents:,} documents removed on request") for each in manifest.removals),
                          *manifest.provenance.items(), ("fingerprint", manifest.fingerprint)):
-        screen.print(f"  {label:<16} {value}", markup=False)
+        screen.print(f"  {label:<16} {' '.join(value) if isinstance(value, list) else value}", markup=False)
     rows_shown = table("split", "documents", "tokens" if manifest.tokenizer else "bytes", "shards", "size")
     for name, totals in manifest.splits.items():
         rows_shown.add_row(name, f"{totals.documents:,}", f"{totals.tokens:,}", str(totals.shards), size(totals.bytes))

@@ -1,8 +1,10 @@
 """What the commands of `officina data` share: arguments, tables, progress bars. No torch."""
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
 
 _NAMES = ("split", "source", "shard", "language", "licence", "document id")
 """Columns that are set to the left."""
+LINE_EVERY_S = 60.0
+"""Between two lines of progress where there is no terminal."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, what: str,
@@ -71,7 +75,11 @@ def size(n_bytes: int) -> str:
 
 @contextmanager
 def progress(console: "Console", phases: dict[str, str], unit: str = "bytes") -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per phase with rate and time left; calls with a total of 0 show that something goes on, without an end."""
+    """A bar per phase with rate and time left; in a log, a line now and then. Calls with a total of 0 show that something
+    goes on, without an end."""
+    if not console.is_terminal:
+        yield _lines(console, phases, unit)
+        return
     from rich.progress import (
         BarColumn,
         Progress,
@@ -85,7 +93,7 @@ def progress(console: "Console", phases: dict[str, str], unit: str = "bytes") ->
     rate: ProgressColumn = TransferSpeedColumn() if unit == "bytes" else steps
     remaining = TimeRemainingColumn(elapsed_when_finished=True)
     with Progress(TextColumn("{task.description}"), BarColumn(), rate, remaining,
-                  console=console, transient=not console.is_terminal) as bars:
+                  console=console) as bars:
         tasks = {}
 
         def report(phase: str, done: int, total: int) -> None:
@@ -97,3 +105,29 @@ def progress(console: "Console", phases: dict[str, str], unit: str = "bytes") ->
         for task in tasks.values():  # a phase without a known end is done when the next one is
             if bars.tasks[task].total is None:
                 bars.update(task, total=1, completed=1)
+
+
+def _lines(console: "Console", phases: dict[str, str], unit: str) -> Callable[[str, int, int], None]:
+    """For the log of a job: how far the phase is, its rate and the time left, once every `LINE_EVERY_S`."""
+    begun: dict[str, tuple[float, int]] = {}
+    last_s = time.monotonic()
+
+    def report(phase: str, done: int, total: int) -> None:
+        nonlocal last_s
+        now_s = time.monotonic()
+        begun_s, first = begun.setdefault(phase, (now_s, done))
+        if now_s - last_s < LINE_EVERY_S:
+            return
+        last_s = now_s
+        rate = (done - first) / max(now_s - begun_s, 1e-9)
+        shown = size if unit == "bytes" else lambda n: f"{n:,} {unit}"
+        words = [phases[phase]]
+        if total:
+            words.append(f"{shown(done)} of {shown(total)}")
+        if rate > 0:
+            words.append(f"{shown(round(rate))}/s")
+        if total and rate > 0:
+            words.append(f"{timedelta(seconds=round((total - done) / rate))} left")
+        console.print(" · ".join(words), markup=False)
+
+    return report

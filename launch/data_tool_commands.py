@@ -166,7 +166,8 @@ def index(args: argparse.Namespace) -> int:
         manifest = index_folder(args.folder, args.tokenizer, eos=args.eos, validation=args.validation,
                                 progress=lambda done: report("index", done, total), **said)
     for name, totals in manifest.splits.items():
-        screen.print(f"{name:<12} {totals.documents:,} documents, {totals.tokens:,} tokens in {totals.shards} files",
+        screen.print(f"{name:<12} {totals.documents:,} documents, {totals.tokens:,} tokens in {totals.shards} "
+                     f"{'file' if totals.shards == 1 else 'files'}",
                      markup=False)
     screen.print(f"fingerprint  {manifest.fingerprint}")
     return EXIT_DONE
@@ -181,8 +182,9 @@ def remove(args: argparse.Namespace) -> int:
     except (OSError, UnicodeDecodeError) as exc:
         raise DataError(f"{args.file}: cannot be read ({exc}). Name a text file with a document's id per line.") from exc
     found, screen = removal.remove(args.folder, names), console()
-    screen.print(f"Removed {found.documents:,} documents with {found.tokens:,} tokens from {args.folder}; {found.before:,} had "
-                 "been removed before. Order and fingerprint are as they were.", markup=False)
+    documents = f"{found.documents:,} {'document' if found.documents == 1 else 'documents'}"
+    screen.print(f"Removed {documents} with {found.tokens:,} tokens from {args.folder}; {found.before:,} had been removed "
+                 "before. Order and fingerprint are as they were.", markup=False)
     if found.missing:
         shown = ", ".join(found.missing[:5]) + (", ..." if len(found.missing) > 5 else "")
         screen.print(f"not found    {len(found.missing):,} of {len(names):,}: {shown}", markup=False)

@@ -166,6 +166,15 @@ def export(args: argparse.Namespace) -> int:
                         f"Try: officina data export {args.folder} --to croissant")
     path = write(args.folder, args.out) if args.out else write(args.folder)
     print(f"Wrote {path}")
+    if args.to == "megatron":
+        from officina.trainer.data.manifest import open_dataset
+        from officina.trainer.data.policy import POLICY
+
+        said = open_dataset(args.folder).manifest
+        policy = f"officina data describe {path} --policy {Path(args.folder) / POLICY}" if said.policy_sha256 else ""
+        print("These files hold no licence and no conditions of use. As a data set again: "
+              f"officina data index {path} --tokenizer {args.folder} --licence '{said.licence or 'SPDX'}'"
+              f"{'; ' if policy else ''}{policy}")
     return EXIT_DONE
 
 

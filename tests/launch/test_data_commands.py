@@ -1,5 +1,6 @@
 """`officina data`: what a person sees, in a process of its own, and that no torch is needed for it."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from data_sets import make_run, write_tokens
+from rich.console import Console
 
+from officina.launch import data_terminal
 from officina.trainer.data.ledger import Ledger
 from officina.trainer.data.loader import Loader
 from officina.trainer.data.shard_writer import write_records
@@ -198,10 +201,25 @@ def test_stage_remove_export_index(corpus: Path, tmp_path: Path) -> None:
     status, out, _ = officina("inspect", tmp_path / "fast")
     assert status == 0 and "removed on request: not shown" in out and "2 documents removed on request" in out
     status, out, _ = officina("export", tmp_path / "fast", "--to", "megatron", "--out", tmp_path / "meg")
-    assert status == 0 and (tmp_path / "meg" / "train.idx").exists()
+    assert status == 0 and (tmp_path / "meg" / "train.idx").exists() and "hold no licence and no conditions of use" in out
     status, out, err = officina("index", tmp_path / "meg", "--tokenizer", tmp_path / "fast" / "tokenizer.json",
                                 "--validation", "valid*", "--licence", "CC-BY-4.0")
     assert (status, err) == (0, "") and "fingerprint" in out and officina("verify", tmp_path / "meg")[0] == 0
+
+
+def test_a_log_gets_lines_with_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no terminal, as in a job."""
+    now = [0.0]
+    monkeypatch.setattr(data_terminal.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=200)
+    with data_terminal.progress(console, {"tokens": "tokenising", "merges": "training"}) as report:
+        for now[0] in range(0, 181, 20):
+            report("tokens", int(now[0]) * 10**6, 10**9)
+        now[0] = 300.0
+        report("merges", 0, 0)
+    assert console.file.getvalue().splitlines() == [
+        f"tokenising · {done}.0 MB of 1.0 GB · 1.0 MB/s · {left} left"
+        for done, left in ((60, "0:15:40"), (120, "0:14:40"), (180, "0:13:40"))] + ["training"]
 
 
 def test_no_text_of_personal_data_is_shown_for_a_step(corpus: Path, tmp_path: Path) -> None:

@@ -35,11 +35,11 @@ def steps_of(scans: Sequence[Scan], duplicates: int, segments: Sequence[Segment]
 def stats_of(segments: Sequence[Segment], scans: Sequence[Scan], duplicates: int) -> dict[str, Any]:
     """stats.json: sums per split, and per source and language in it."""
     stats: dict[str, Any] = {}
-    names = ("documents", "tokens", "text_bytes", "characters", "words")
+    names = ("documents", "tokens", "text_bytes", "characters", "words", "segments")
     for split in (TRAIN, VALIDATION):
         groups: dict[tuple[str, str], list[int]] = {}
         for _, source, language, *sums in (g for segment in segments for g in segment.groups if g[0] == split):
-            before = groups.get((source, language or NO_LANGUAGE), [0] * 5)
+            before = groups.get((source, language or NO_LANGUAGE), [0] * len(names))
             groups[source, language or NO_LANGUAGE] = [a + b for a, b in zip(before, sums, strict=True)]
         lengths: dict[int, int] = {}
         for _, bound, n in (entry for segment in segments for entry in segment.lengths if entry[0] == split):

@@ -61,7 +61,7 @@ class Segment:
     last: bool
     shards: list[ShardEntry]
     groups: list[list[Any]]
-    """[split, source, language, documents, tokens, bytes, characters, words]"""
+    """[split, source, language, documents, tokens, bytes, characters, words, segments]"""
     lengths: list[list[Any]]
     """[split, bound, documents with fewer tokens than it and no fewer than half of it]"""
     steps: dict[str, list[int]]
@@ -274,7 +274,8 @@ class _OpenSegment:
                 tokens, self._writing.sources[document.source], language, document.id, trained, known)
             self._lengths[item.split, 1 << len(tokens).bit_length()] += 1
         key = (item.split, document.source, document.language)
-        more = (len(item.arrays), item.tokens, len(content), len(document.text), count_words(content))
+        more = (len(item.arrays), item.tokens, len(content), len(document.text), count_words(content),
+                count_segments(content))
         before = self._groups.get(key)
         self._groups[key] = more if before is None else tuple(map(add, before, more))
 
@@ -301,3 +302,8 @@ def count_words(content: bytes) -> int:
     """Runs of bytes that are no ASCII white space or control characters."""
     inside = np.frombuffer(content, np.uint8) > 32
     return int(inside[0]) + int(np.count_nonzero(inside[1:] > inside[:-1])) if len(content) else 0
+
+
+def count_segments(content: bytes) -> int:
+    """Lines with something in them, as HPLT counts segments."""
+    return sum(map(bool, map(bytes.strip, content.split(b"\n"))))

@@ -32,7 +32,8 @@ def corpus(tmp_path: Path) -> Path:
     for name, first in (("a", 0), ("b", 90)):
         lines = []
         for i in range(first, first + 100):
-            words = " ".join(f"w{n}" for n in rng.integers(0, 50, 60)) if i % 10 else f"the same words {i // 10 % 9} " * 9
+            words = ("\n " * (i % 3) + " ").join(f"w{n}" for n in rng.integers(0, 50, 60))
+            words = words if i % 10 else f"the same words {i // 10 % 9} " * 9
             lines.append(json.dumps({"text": words, "lang": ("fi", "swe_Latn", None)[i % 3], "id": f"doc-{name}-{i}",
                                      "from": f"s{i % 4}"}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
@@ -99,6 +100,8 @@ def test_sums_over_segments_are_those_of_the_shards(corpus: Path, tmp_path: Path
         assert bounds == {b: sum(b / 2 <= n < b for n in lengths) for b in bounds} and sum(bounds.values()) == len(lengths)
     assert sum(s["text_bytes"] for n, s in result.stats.items() if n != "left_out") == sum(len(t.encode()) for t in texts)
     assert sum(s["words"] for n, s in result.stats.items() if n != "left_out") == sum(len(t.split()) for t in texts)
+    segments = sum(len([line for line in t.split("\n") if line.strip()]) for t in texts)
+    assert sum(s["segments"] for n, s in result.stats.items() if n != "left_out") == segments > len(texts)
     [step] = result.manifest.steps
     assert (step.name, step.documents_in, step.documents_out) == ("exact-duplicates", 200, len(texts))
 
