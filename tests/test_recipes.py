@@ -136,7 +136,8 @@ def test_adapters_are_trained_on_preferences_and_a_branch_keeps_the_reference(po
     assert losses(plan.run_dir) == {step: found for step, found in losses(tmp_path / "one").items() if step > 2}
     export_run(str(plan.run_dir), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    for told in ('base_model: "base@2"', "| preference pairs |", "step 2, where it left the run life", "chosen answer"):
+    for told in ('base_model: "base@2"', "| preference pairs |", "step 2, where it left the run life", "chosen answer",
+                 "- data of base@2, text: not stated"):
         assert told in card
     assert "perplexity" not in card
 
@@ -174,6 +175,14 @@ def test_an_exported_chat_model_stops_where_its_answers_end(pool, tmp_path, monk
     capsys.readouterr()
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == [eos, end]
+    card = (tmp_path / "out" / "README.md").read_text()
+    filled = sum(step.filled_tokens for step in read_metrics(plan.run_dir).steps)
+    assert f"| tokens processed, no padding | {filled:,} |" in card and "- base: its card was not beside the weights" in card
+    assert filled < 40 * 64
+    code = card.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path / "out")
+    exec(code.replace("What can you do?", "what?"), {})
+    assert capsys.readouterr().out.endswith("assistant\nit is 3<|im_end|>\n")
     theirs, model = (kind.from_pretrained(tmp_path / "out") for kind in (transformers.AutoTokenizer,
                                                                          transformers.AutoModelForCausalLM))
     asked = theirs.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)

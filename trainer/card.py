@@ -18,6 +18,20 @@ from officina.trainer.metrics import RunMetrics, read_metrics
 from officina.trainer.model.flops import parameter_count
 from officina.trainer.run_dir import read_history, read_run_id
 
+_USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file lies
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+{prompt}
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))
+```"""
+_TEXT = 'prompt = tokenizer("Once upon a time", return_tensors="pt")'
+_CHAT = """\
+chat = [{"role": "user", "content": "What can you do?"}]
+prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
+
 
 def model_card(run_dir: Path, run: RunConfig, export: Mapping[str, Any]) -> str:
     """Markdown with the front matter that hubs read. export: the result of `export_run`."""
@@ -31,6 +45,7 @@ def model_card(run_dir: Path, run: RunConfig, export: Mapping[str, Any]) -> str:
         f"# {run.name}\n\n{_first_words(run, record, trained)}",
         "## Base\n\n" + (_base(record) if record else "None: trained from random weights."),
         "## Model\n\n" + _model(run, export),
+        "## Use\n\n" + _use(export),
         "## Data\n\n" + _data_table(data, export["rows"]),
         "## Licence\n\n" + _licence(record, data),
         "## Compute\n\n" + (_compute(run_dir, run, metrics) if trained else "No training was done here."),
@@ -45,6 +60,12 @@ def _until(metrics: RunMetrics, step: int) -> RunMetrics:
     return replace(metrics, steps=[s for s in metrics.steps if s.step <= step],
                    evals=[e for e in metrics.evals if e.step <= step],
                    generations=[g for g in metrics.generations if g.start.step < step])
+
+
+def _use(export: Mapping[str, Any]) -> str:
+    if not export["tokenizer"]:
+        return "By token ids: the records have no tokenizer."
+    return _USE.replace("{prompt}", _CHAT if export["chat"] else _TEXT)
 
 
 def _front_matter(base: str | None, licence: str | None, languages: list[str]) -> str:
@@ -107,7 +128,16 @@ def _data_table(data: list[tuple[str, dict[str, Any]]], read: Mapping[str, int])
 
 
 def _licence(record: Mapping[str, Any], data: list[tuple[str, dict[str, Any]]]) -> str:
-    lines = [f"- base: {record.get('licence') or 'its card was not beside the weights; look it up'}"] if record else []
+    lines = []
+    while record:
+        if "data" in record:  # a run of ours: its own data are what is known
+            of = record["data"].items()
+            lines += [f"- data of {record['name']}, {name}: {licence or 'not stated'}" for name, licence in of]
+        elif record.get("kind") == "folder":
+            lines.append(f"- {record['name']}: {record.get('licence') or 'its card was not beside the weights; look it up'}")
+        else:
+            lines.append(f"- {record['name']}: a run whose data are not in the records; look them up")
+        record = record.get("base")
     lines += [f"- {name}: {facts.get('licence') or 'not stated'}" for name, facts in data]
     return "\n".join([*lines, "- these weights: to be decided by who publishes them, within the licences above"])
 
@@ -115,10 +145,10 @@ def _licence(record: Mapping[str, Any], data: list[tuple[str, dict[str, Any]]]) 
 def _compute(run_dir: Path, run: RunConfig, metrics: RunMetrics) -> str:
     starts = [generation.start for generation in metrics.generations]
     seconds = sum(step.step_time_s for step in metrics.steps)
-    processed = len(metrics.steps) * run.batch.rows * run.batch.seq_len
+    processed = sum(step.filled_tokens or run.batch.rows * run.batch.seq_len for step in metrics.steps)
     items = "preference pairs" if run.objective.kind == "dpo" else "tokens with a loss"
     rows = [("optimizer steps", f"{metrics.steps[-1].step:,}"), (items, f"{metrics.tokens:,}"),
-            ("tokens processed", f"{processed:,}"), ("time in steps", f"{seconds / 3600:.2f} h"),
+            ("tokens processed, no padding", f"{processed:,}"), ("time in steps", f"{seconds / 3600:.2f} h"),
             ("ranks", ", ".join(sorted({f"{s.world_size} x {s.device}" for s in starts}))),
             ("device hours", f"{seconds / 3600 * max(s.world_size for s in starts):.2f}"),
             ("engine, precision", ", ".join(sorted({f"{s.engine}, {s.precision}" for s in starts})))]

@@ -156,6 +156,7 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
     result = {"family": family.architecture, "dtype": common, "hash": hash_, "step": step,
               "bytes": sum(tensor.bytes for tensor in plan), "files": dict(writer.sha256), "rows": read}
     _write_small_files(run_dir, run, folder)
+    result |= {"tokenizer": (folder / "tokenizer.json").exists(), "chat": (folder / CHAT_TEMPLATE).exists()}
     (folder / "README.md").write_text(model_card(run_dir, run, result), encoding="utf-8")
     config = write_config(run.model, family, base=raw, dtype=_torch_name(common), max_seq_len=run.batch.seq_len)
     if raw and common != record.get("dtype"):

@@ -68,6 +68,7 @@ def test_in_and_out_gives_the_same_files_and_the_same_tokens(case, tmp_path):
         assert (out / name).read_text() == (folder / name).read_text() or json.loads((out / name).read_text()) == json.loads(
             (folder / name).read_text())
     card = (out / "README.md").read_text()
+    assert "- in: apache-2.0" in card and "By token ids" in card
     assert 'license: "apache-2.0"' in card and hash_ in card and all(digest in card for digest in found["files"].values())
 
     prompt, vocab = [5, 17, 3, 60, 42], open_base(str(folder)).model.vocab_size
@@ -359,5 +360,6 @@ def test_transformers_says_offline_what_officina_generate_says(tmp_path, capsys,
     assert len(said) > len("Grüezi") + 3
     assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi"
     assert model.generation_config.eos_token_id == 2
+    assert 'prompt = tokenizer("Once upon a time"' in (out / "README.md").read_text()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
