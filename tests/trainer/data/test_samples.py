@@ -231,7 +231,22 @@ def write_inputs(folder: Path) -> list[Path]:
     return [folder / name for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.json", "e.parquet", "f", "g.csv")]
 
 
-def test_every_format_is_built_into_shards_that_say_what_is_trained(tmp_path: Path, model: Path, capsys) -> None:
+def test_padding_cutting_and_bos_of_the_tokenizer_stay_out_of_the_samples(tmp_path: Path, model: Path) -> None:
+    """Its file may say to pad on the left, to cut at 8 tokens, and to begin each text with <s>; the template has its own."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.enable_padding(direction="left", length=64)
+    tokenizer.enable_truncation(8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    shutil.copyfile(model / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    row = {"messages": [U, A]}
+    [(ids, trained)] = tokens_of(tmp_path, chat_of(tmp_path, LLAMA), row)
+    assert [(ids, trained)] == tokens_of(model, chat_of(model, LLAMA), row)
+    assert ids.count(0) == 1 and ids[0] == 0 and 8 < len(ids) < 64  # one <s>, where the template put it
+    assert not trained[0] and trained[-1]
+
+
+def test_every_format_is_built_into_shards_that_say_what_is_trained(tmp_path: Path, model: Path, capsys,
+                                                                    monkeypatch) -> None:
     (tmp_path / "in").mkdir()
     inputs = write_inputs(tmp_path / "in")
     words = ["data", "build", str(tmp_path / "out"), *map(str, inputs), "--samples", "--tokenizer", str(model)]
@@ -255,6 +270,11 @@ def test_every_format_is_built_into_shards_that_say_what_is_trained(tmp_path: Pa
     out = capsys.readouterr().out
     assert "<|im_start|>user\njsonl 0<|im_end|>\n<|im_start|>assistant\n⟦yes<|im_end|>⟧\n" in out
     assert "2 of 24 tokens are trained on" in out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert officina(["data", "inspect", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "<|im_start|>assistant\n\x1b[1;32myes<|im_end|>\x1b[0m\n" in out and "⟦" not in out
 
 
 def test_a_build_names_the_row_and_says_what_is_missing(tmp_path: Path, model: Path) -> None:
