@@ -221,8 +221,9 @@ def _open(folder: Path) -> dict[str, float]:
     with Loader(huge, rank=0, world_size=1, position=123_456_789) as loader:
         loader.next_step()
         taken = time.perf_counter() - begun
-        rows = sum(loader._reader.rows.values())
-    return {"time_s": taken, "grown_bytes": psutil.Process().memory_info().rss - before, "rows": rows}
+        rows, state = sum(loader._reader.rows.values()), loader.state()
+    return {"time_s": taken, "grown_bytes": psutil.Process().memory_info().rss - before, "rows": rows,
+            "state_bytes": len(json.dumps(state))}
 
 
 def _resume(folder: Path) -> dict[str, float]:

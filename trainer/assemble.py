@@ -82,6 +82,8 @@ class Job:
     peak_flops: float | None
     frozen: Mapping[str, str]
     """Frozen weights, which a checkpoint names by the hash of their values."""
+    data_fingerprints: Mapping[str, str]
+    """Of the data sets that gave rows to the run, or will, by source."""
     references: References
     """DPO: log-probabilities under the model that the run began with."""
     step: int = 0
@@ -112,11 +114,10 @@ class Job:
 
     def train_state(self) -> TrainState:
         """What a checkpoint holds besides the engine's state."""
-        loader = self.loader.state(self.position)
         return TrainState(
             step=self.step, tokens=self.tokens, position=self.position, optimizer_steps=self.engine.optimizer_steps,
-            loader=loader, rng={"scheme": "seed, step and rank", "seed": self.run.seed},
-            config_fingerprint=fingerprint(self.run), data_fingerprints=loader["fingerprints"],
+            loader=self.loader.state(self.position), rng={"scheme": "seed, step and rank", "seed": self.run.seed},
+            config_fingerprint=fingerprint(self.run), data_fingerprints=self.data_fingerprints,
             spikes={"loss": self.loss_spikes.state(), "grad_norm": self.norm_spikes.state()}, frozen=self.frozen)
 
     def trained_state(self) -> Iterator[Piece]:
@@ -242,6 +243,7 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
                                launcher=ranks.env.launcher),
             loss_spikes=spikes["loss"], norm_spikes=spikes["grad_norm"], flops=_flops(run),
             peak_flops=_peak(ranks, precision), frozen=frozen, references=known,
+            data_fingerprints=dict(sorted({**state.data_fingerprints, **loader.fingerprints}.items())),
             step=state.step, tokens=state.tokens, position=state.position,
             saved_step=state.step if opened is not None else -1)
         job.saver.prepare(job.trained_state())

@@ -23,6 +23,7 @@ from officina.trainer.checkpoint.verify import Alone
 from officina.trainer.checkpoint.write import Saver
 from officina.trainer.config import CheckpointConfig, DecoderConfig, LoraConfig, RunConfig
 from officina.trainer.data.chat import CHAT_TEMPLATE
+from officina.trainer.data.order import Mixture, timeline_of
 from officina.trainer.environment import describe
 from officina.trainer.errors import CheckpointError, OfficinaError
 from officina.trainer.generate import answer_ends, as_list, stop_ids
@@ -151,10 +152,11 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
             hash_ = weights_hash(_Stored(source, plan, ours), shapes, Alone())
             for name, tensors in writer.shards.items():
                 writer.write(name, _bytes_of(tensors, ours, source, family))
-        step, read = opened.step, dict(opened.train_state.loader.get("cursors", {}))
+        step, position = opened.step, opened.train_state.position
+    rows = Mixture(timeline_of(run.data)).rows_given(position) if position else {}
     writer.finish()
     result = {"family": family.architecture, "dtype": common, "hash": hash_, "step": step,
-              "bytes": sum(tensor.bytes for tensor in plan), "files": dict(writer.sha256), "rows": read}
+              "bytes": sum(tensor.bytes for tensor in plan), "files": dict(writer.sha256), "rows": rows}
     _write_small_files(run_dir, run, folder)
     result |= {"tokenizer": (folder / "tokenizer.json").exists(), "chat": (folder / CHAT_TEMPLATE).exists()}
     (folder / "README.md").write_text(model_card(run_dir, run, result), encoding="utf-8")

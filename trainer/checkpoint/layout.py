@@ -46,11 +46,12 @@ class TrainState:
     optimizer_steps: int = 0
     """Steps the optimizer applied; AdamW's bias correction follows it."""
     loader: Mapping[str, Any] = field(default_factory=dict)
-    """Loader state: a few integers and the data fingerprint."""
+    """Loader state, see `officina.trainer.data.loader_state`."""
     rng: Mapping[str, Any] = field(default_factory=dict)
     """Scheme and seed; all randomness is a function of (seed, step, place), so there are no generator states."""
     config_fingerprint: str = ""
     data_fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """Of the data sets, by source: for people; the loader's state has what a resume compares."""
     spikes: Mapping[str, Any] = field(default_factory=dict)
     """Statistics of the spike detectors."""
     frozen: Mapping[str, str] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from officina.trainer.batch import IGNORE, Batch
 from officina.trainer.config import RunConfig
 from officina.trainer.data.buffers import Buffers
 from officina.trainer.data.integrity import mend
+from officina.trainer.data.loader_state import check_state, make_state
 from officina.trainer.data.readahead import ReadAhead
 from officina.trainer.data.reader import RowReader, validation_streams
 from officina.trainer.data.rows import Record, Rows
@@ -97,7 +98,7 @@ class Loader:
         self._memory = Memory(torch.device(device).type == "cuda")
         self._position = position
         self._ahead = ReadAhead(self._reader, run.batch.rows, run.batch.rows_of_rank(rank, world_size))
-        self._earlier: dict[str, str] = {}  # fingerprints of sources that no longer give rows
+        self._earlier: dict[str, bytes] = {}  # what a checkpoint keeps of sources that no longer give rows
         self._stopping = threading.Event()
         self._ready: queue.Queue[StepData | BaseException] = queue.Queue(run.data.prefetch_batches)
         self._thread: threading.Thread | None = None
@@ -123,16 +124,12 @@ class Loader:
         position: `stop_sample` of the last step that was trained; none = of the last one that was handed out.
         """
         position = self._position if position is None else position
-        order = self._reader.order
-        cursors = order.mixture.cursors(position)
-        return {
-            "position": position, "seed": self._run.seed, "seq_len": self._reader.seq_len,
-            "shuffle": int(self._run.data.shuffle), "shuffle_block": self._run.data.shuffle_block,
-            "split": self._run.data.split,
-            "cursors": {name: int(n) for name, n in zip(order.names, cursors, strict=True)},
-            "packing": dict(sorted(self._reader.packing.items())),
-            "fingerprints": dict(sorted((self._earlier | self._reader.fingerprints).items())),
-        }
+        return make_state(self._run, self._reader, position, self._earlier)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the data set of every source that gives rows."""
+        return dict(self._reader.fingerprints)
 
     def refer(self, references: Mapping[str, np.ndarray]) -> None:
         """Give the batches the reference's log-probabilities of each source's pairs, (pairs, 2); before the first step."""
@@ -146,35 +143,7 @@ class Loader:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise DataError unless this loader goes on exactly where the one with `state` stopped."""
-        for name, then in state["fingerprints"].items():
-            now = self._reader.fingerprints.get(name, then)
-            if now != then:
-                raise DataError(
-                    f"data.sources.{name}: the data set at {self._run.data.sources[name].path} has fingerprint {now}, "
-                    f"but the checkpoint was trained on {then}. Give data.sources.{name}.path=DIR with the old data; "
-                    "new data may join under a new name: data.sources.NEW.path=DIR.")
-        mine, state = self.state(), {"shuffle_block": 1} | state  # none in old checkpoints
-        for key, remedy in (("position", "open the loader at the checkpoint's position"),
-                            ("seed", "seed={}"), ("seq_len", "batch.seq_len={}"), ("split", "data.split={}"),
-                            ("shuffle", "data.shuffle={}"), ("shuffle_block", "data.shuffle_block={}")):
-            if mine[key] != state[key]:
-                raise DataError(f"{key}={mine[key]}: the checkpoint's data order has {key}={state[key]}, "
-                                f"and another order would repeat and lose samples. Try: {remedy.format(state[key])}")
-        for name, then in state.get("packing", {}).items():
-            if name in self._reader.fingerprints and (now := mine["packing"].get(name, "cut")) != then:
-                raise DataError(f"data.sources.{name}: is packed by plan {now}, but the checkpoint was trained by plan {then}. "
-                                "Give the data.packing, data.overlong and batch.seq_len of the run's config.yaml.")
-        for name in set(mine["packing"]) & set(state["fingerprints"]) - set(state.get("packing", {})):
-            raise DataError(f"data.sources.{name}: data.packing=best_fit, but the checkpoint was trained on rows cut from the "
-                            "stream, and another order would repeat and lose tokens. Try: data.packing=cut")
-        then = {name: n for name, n in state["cursors"].items() if n}
-        now = {name: n for name, n in mine["cursors"].items() if n}
-        if then != now:
-            raise DataError(f"data.timeline: at sample {self._position} it counts rows {now}, but the checkpoint read {then}. "
-                            "Change the mixture with `officina resume`, which keeps what was read; "
-                            "do not edit weights in config.yaml.")
-        self._earlier = {name: value for name, value in state["fingerprints"].items()
-                         if name not in self._reader.fingerprints}
+        self._earlier = check_state(self._run, self._reader, self._position, state)
 
     def close(self) -> None:
         """Stop reading ahead and wait for the threads to end."""

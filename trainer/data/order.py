@@ -189,6 +189,10 @@ class Mixture:
         stage = max((s for s in self._stages if s.first <= sample), key=lambda s: s.first)
         return stage.rows_before(sample)
 
+    def rows_given(self, sample: int) -> dict[str, int]:
+        """Rows of each source before global sample index `sample`, by sorted name; of those alone that gave any."""
+        return {name: int(n) for name, n in zip(self.names, self.cursors(sample), strict=True) if n}
+
     def place(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source number and cursor of each global sample index, (n,) int64 each."""
         source, cursor = np.empty(len(samples), np.int64), np.empty(len(samples), np.int64)
