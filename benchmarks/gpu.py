@@ -57,6 +57,8 @@ class Session:
     out: Path
     deadline: float
     tiny: bool
+    without: list[str] = field(default_factory=list)
+    """Entrants that the benchmark of the kernels leaves out."""
     ceiling: float = 0.0
     """FLOP/s of the best matrix product measured here."""
     results: dict[str, Any] = field(default_factory=dict)
@@ -187,6 +189,7 @@ def start(session: Session) -> dict[str, Any]:
 def kernels(session: Session) -> dict[str, Any]:
     """The kernels at the shapes that have goals: kernels.json and kernels.html beside our record; here what was found."""
     words = ["--tiny"] if session.tiny else ["--goals", "--seconds", f"{min(70.0, session.left_s - 20):.0f}"]
+    words += ["--without", *session.without] if session.without else []
     path = session.out / "kernels.json"
     done = subprocess.run([sys.executable, "-m", "officina.benchmarks.kernels", *words, "--out", str(path)],
                           stdin=subprocess.DEVNULL, timeout=max(60.0, session.left_s))
@@ -227,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json")
     parser.add_argument("--seconds", type=float, default=400.0, help="time for all of it (default: %(default)s)")
+    parser.add_argument("--without", nargs="+", default=[], metavar="ENTRANT", help="left out of the kernels' benchmark")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU, to try this program out; the "
                         "record says so and is no measurement")
     args = parser.parse_args(argv)
@@ -235,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="officina-gpu-") as scratch:
-        session = Session(Path(scratch), args.out, time.monotonic() + args.seconds, args.tiny)
+        session = Session(Path(scratch), args.out, time.monotonic() + args.seconds, args.tiny, args.without)
         few = 1 if args.tiny else None
         session.stage("matmul", 10, lambda: matmul_ceiling(session))
         session.stage("h200_1b8", 130, lambda: against_plain(session, "h200_1b8", steps=few or 8))

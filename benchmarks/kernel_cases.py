@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,17 @@ from officina.kernels.activations import swiglu, swiglu_reference
 from officina.kernels.adamw import adamw_step_
 from officina.kernels.cross_entropy import cross_entropy, cross_entropy_
 from officina.kernels.flash_attention import flash_attention, flash_attention_reference
+from officina.kernels.flash_attention_hopper import why_not_hopper
+from officina.kernels.flash_attention_tables import FORWARD_PATH, key_of
 from officina.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from officina.kernels.masks import dense_mask, document_spans
 from officina.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from officina.kernels.rope import rope, rope_reference
 from officina.kernels.symmetric import symmetric_product, symmetric_product_reference
+from officina.kernels.tables import arch_of
 
 OURS, PLAIN, COMPILED, LIGER = "officina", "eager torch", "torch.compile", "Liger"
-DETERMINISTIC, IN_PLACE = "officina, deterministic", "officina, in place"
+DETERMINISTIC, IN_PLACE, HOPPER = "officina, deterministic", "officina, in place", "officina, hopper"
 FLEX, FLASH, CUDNN = "FlexAttention", "SDPA flash", "SDPA cuDNN"
 SLOW_STARTERS = {COMPILED, FLEX}
 """Entrants that compile for seconds to minutes; left out where the time is short."""
@@ -120,6 +124,13 @@ def build_attention(B: int, H: int, T: int, D: int, causal: bool, device: torch.
     def ours(q: Tensor, k: Tensor, v: Tensor, deterministic: bool = False) -> Tensor:
         return flash_attention(q, k, v, causal=causal, spans_B2S=spans, deterministic=deterministic, impl=_impl(kernels))[0]
 
+    def hopper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """By flash_attention_hopper.py, whether it is the path that ships or not; gradients by the same kernels."""
+        if why := why_not_hopper(arch_of(device), D, T, q.dtype):
+            raise ValueError(why)
+        with mock.patch.dict(FORWARD_PATH, {("sm_90", key_of(D, causal, 16)[0], causal): "hopper"}):
+            return ours(q, k, v)
+
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if B * H * T * T > EAGER_SCORES:
             raise ValueError(f"{B * H * T * T:.1e} scores do not fit")
@@ -130,6 +141,8 @@ def build_attention(B: int, H: int, T: int, D: int, causal: bool, device: torch.
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     entrants: dict[str, Callable[..., Tensor]] = {OURS: ours}
+    if phase != "backward":
+        entrants[HOPPER] = hopper
     if phase != "forward":
         entrants[DETERMINISTIC] = functools.partial(ours, deterministic=True)
     if not lengths:

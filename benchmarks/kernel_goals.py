@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from officina.benchmarks.kernel_cases import DETERMINISTIC, FLASH, IN_PLACE, LIGER, OURS, PLAIN
+from officina.benchmarks.kernel_cases import DETERMINISTIC, FLASH, HOPPER, IN_PLACE, LIGER, OURS, PLAIN
 
 Measure = Literal["TFLOP/s", "TB/s", "ms", "times the speed of", "times the rate of", "GB beyond the gradients"]
 AT_MOST = ("ms", "GB beyond the gradients")
@@ -31,6 +31,8 @@ _NORM, _MLP = "8192 x 4096", "8192 x 14336"
 GOALS: tuple[Goal, ...] = (
     Goal("attention", "head 128, causal, T 4096", "forward", "TFLOP/s", 390, 580),
     Goal("attention", "head 128, causal, T 16384", "forward", "TFLOP/s", 425, 620),
+    Goal("attention", "head 128, causal, T 4096", "forward", "TFLOP/s", 580, entrant=HOPPER),
+    Goal("attention", "head 128, causal, T 16384", "forward", "TFLOP/s", 620, entrant=HOPPER),
     Goal("attention", "head 128, causal, T 4096", "forward", "times the speed of", 1.22, against=FLASH),
     Goal("attention", "head 128, causal, T 16384", "forward", "times the speed of", 1.22, against=FLASH),
     Goal("attention", "head 128, full, T 8192", "forward", "TFLOP/s", 460, 600),

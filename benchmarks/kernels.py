@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from officina.benchmarks.kernel_cases import OURS, PLAIN, SLOW_STARTERS, Case, Floor, cases
+from officina.benchmarks.kernel_cases import HOPPER, OURS, PLAIN, SLOW_STARTERS, Case, Floor, cases
 from officina.benchmarks.kernel_goals import judged
 from officina.benchmarks.kernel_page import write_page
 from officina.benchmarks.kernel_timing import ROUNDS, Timing, Work, copy_ceiling, failure, matmul_ceiling, measure
@@ -71,7 +71,9 @@ def _phase(case: Case, phase: str, floor: Floor, ceilings: dict[str, float], dev
     for name, timing in measure(entrants, device, round_s=round_s).items():
         found["entrants"][name] = {"failed": timing} if isinstance(timing, str) else _figures(timing, floor, floor_s)
     if phase == "forward":
-        found["difference"] = _difference(entrants, found["entrants"])
+        found["difference"] = _difference(OURS, entrants, found["entrants"])
+        if HOPPER in entrants:
+            found["entrants"][HOPPER]["difference"] = _difference(HOPPER, entrants, found["entrants"])
     return found
 
 
@@ -80,13 +82,13 @@ def _figures(timing: Timing, floor: Floor, floor_s: float) -> dict[str, Any]:
                              "of_floor": floor_s / timing.median_s}
 
 
-def _difference(entrants: dict[str, Work], found: dict[str, Any]) -> dict[str, Any] | None:
+def _difference(who: str, entrants: dict[str, Work], found: dict[str, Any]) -> dict[str, Any] | None:
     """|ours - theirs| / |theirs| of the outputs, theirs being eager torch's where it could: a fast kernel may be wrong."""
-    others = [name for name in (PLAIN, *entrants) if name != OURS and "median_s" in found.get(name, {})]
-    if not others or "median_s" not in found.get(OURS, {}):
+    others = [name for name in (PLAIN, *entrants) if name not in (OURS, HOPPER) and "median_s" in found.get(name, {})]
+    if not others or "median_s" not in found.get(who, {}):
         return None
     with torch.no_grad():
-        ours, theirs = (_flat(entrants[name].run()) for name in (OURS, others[0]))
+        ours, theirs = (_flat(entrants[name].run()) for name in (who, others[0]))
     return {"from": others[0], "relative": ((ours - theirs).norm() / theirs.norm()).item()}
 
 
@@ -110,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--goals", action="store_true", help="only the shapes that a goal is set for, without baselines that "
                         "compile for long")
     parser.add_argument("--only", nargs="+", metavar="KERNEL", help="only these kernels, such as attention")
+    parser.add_argument("--without", nargs="+", default=[], metavar="ENTRANT", help="leave out, such as 'officina, hopper'")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after this time (default: all)")
     parser.add_argument("--tiny", action="store_true", help="references at tiny shapes on the CPU, to try this program out; "
                         "the record says so and is no measurement")
@@ -130,8 +133,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"officina: there is no kernel {', '.join(sorted(wrong))}; there are {', '.join(known)}", file=sys.stderr)
         return EXIT_USER
     device = torch.device("cpu") if args.tiny else torch.device("cuda", torch.cuda.current_device())
+    without = {*args.without, *(SLOW_STARTERS if args.goals or args.tiny else ())}
     found = run(device, [case for case in chosen if not args.only or case.kernel in args.only], kernels=not args.tiny,
-                without=SLOW_STARTERS if args.goals or args.tiny else set(), seconds=args.seconds, tiny=args.tiny)
+                without=without, seconds=args.seconds, tiny=args.tiny)
     path = write_record(found, args.out or RESULTS / "kernels.json")
     for goal in found["results"]["goals"]:
         if goal["found"] is not None:

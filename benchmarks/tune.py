@@ -23,6 +23,7 @@ import torch
 
 from officina.benchmarks.kernel_cases import (
     DETERMINISTIC,
+    HOPPER,
     OURS,
     build_adamw,
     build_attention,
@@ -35,7 +36,7 @@ from officina.benchmarks.kernel_timing import Timing, Work, measure
 from officina.benchmarks.record import record, write_record
 from officina.kernels import activations, adamw, cross_entropy, flash_attention_tables, rms_norm, rope, symmetric
 from officina.kernels.flash_attention_launch import adds_atomically
-from officina.kernels.tables import SAFE, Config, arch_of, is_amd
+from officina.kernels.tables import Config, arch_of, is_amd, look_up
 from officina.trainer.errors import EXIT_DONE, EXIT_USER
 
 GAIN = 0.02
@@ -64,7 +65,7 @@ def sweeps(arch: str) -> list[Sweep]:
 def tune(sweep: Sweep, device: torch.device, *, round_s: float = 0.03) -> dict[str, Any]:
     """Measure every candidate; the best, if it is better than the present one by GAIN."""
     arch = arch_of(device)
-    present = sweep.table.get(arch, {}).get(sweep.key) or sweep.table[SAFE][sweep.key]
+    present = look_up(sweep.kernel, sweep.table, arch, sweep.key)
     work = sweep.build(device)
 
     def configured(config: Config) -> Work:
@@ -121,6 +122,13 @@ def _attention(arch: str) -> Iterator[Sweep]:
             continue
         yield Sweep("attention", name, getattr(flash_attention_tables, name), (D, causal, 16), tried,
                     functools.partial(_attention_work, D, causal, phase, entrant))
+    if arch not in flash_attention_tables.FORWARD_HOPPER:
+        return
+    tried = [Config(M, N, 4, stages, {"ping_pong": turns}) for M, N, stages, turns in itertools.product(
+        (128, 192), (64, 128), (2, 3, 4), (0, 1))]
+    for D, causal in itertools.product((64, 128), (True, False)):
+        yield Sweep("attention", "FORWARD_HOPPER", flash_attention_tables.FORWARD_HOPPER, (D, causal, 16), tried,
+                    functools.partial(_attention_work, D, causal, "forward", HOPPER))
 
 
 def _attention_work(D: int, causal: bool, phase: str, entrant: str, device: torch.device) -> Work:

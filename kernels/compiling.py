@@ -33,7 +33,7 @@ class Usage:
 
 
 def compile_for(kernel: Any, arguments: Mapping[str, Any], config: Config, arch: str) -> Usage:
-    """Compile a @triton.jit function for `arch`, one of ARCHS or like them.
+    """Compile a @triton.jit or @gluon.jit function for `arch`, one of ARCHS or like them.
 
     Args:
         arguments: by parameter name: a value for constexpr parameters and for those Triton specialises on (None, 1); else
@@ -54,11 +54,19 @@ def compile_for(kernel: Any, arguments: Mapping[str, Any], config: Config, arch:
         signature[parameter.name] = value.removesuffix(":16")
         if value.startswith("*") or value.endswith(":16"):
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    source = _source_type(kernel)(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=_target(arch), options=config.options(arch))
     if is_amd(arch):
         return _amd_usage(compiled.asm["amdgcn"], compiled.metadata.shared)
     return _nvidia_usage(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)
+
+
+def _source_type(kernel: Any) -> Any:
+    if not kernel.is_gluon():
+        return triton.compiler.ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource  # what a Gluon kernel takes itself at a launch
+
+    return GluonASTSource
 
 
 def _target(arch: str) -> Any:

@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from officina.kernels import flash_attention_hopper as hopper
 from officina.kernels import flash_attention_triton as kernels
-from officina.kernels.flash_attention_tables import BACKWARD_FUSED, BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD, key_of, padded
+from officina.kernels.dispatch import log_once
+from officina.kernels.flash_attention_tables import (
+    BACKWARD_FUSED,
+    BACKWARD_KEYS,
+    BACKWARD_QUERIES,
+    FORWARD,
+    FORWARD_HOPPER,
+    FORWARD_PATH,
+    key_of,
+    padded,
+)
 from officina.kernels.tables import Config, Table, arch_of, is_amd, look_up
 
 LOG2_E = 1.4426950408889634
@@ -28,11 +39,39 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Te
     G, S = k.shape[1:3]
     if not out.numel():
         return
+    if forward_path(q, k, causal) == "hopper":
+        _forward_hopper(q, k, v, out, lse, spans, causal, scale, window, softcap)
+        return
     q, k, v = map(_rows, (q, k, v))
     arch, config = _configure("forward", FORWARD, q, causal)
     _run(kernels.forward_kernel, B * H * -(-T // config.block_m), config, arch, q, k, v, out, lse, spans,
          *_strides(q, k, v, out), B, H, T, S, _wave(S, k) * (H // G), window or T + S, *_units(scale, softcap),
          GROUP=H // G, CAUSAL=causal, SOFTCAP=softcap > 0, N=config.block_n, **_widths(D), M=config.block_m)
+
+
+def forward_path(q: Tensor, k: Tensor, causal: bool) -> str:
+    """`hopper` or `portable`: what FORWARD_PATH says, or the portable kernel for what the other cannot do, said once."""
+    arch = arch_of(q.device)
+    head_width, *_ = key_of(q.shape[-1], causal, 16)
+    path = FORWARD_PATH.get((arch, head_width, causal), "portable")
+    if path == "hopper" and (why := hopper.why_not_hopper(arch, q.shape[-1], k.shape[2], q.dtype)):
+        log_once(f"flash_attention: the portable kernel in place of the one for Hopper: {why}")
+        return "portable"
+    return path
+
+
+def _forward_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Tensor | None, causal: bool, scale: float,
+                    window: int, softcap: float) -> None:
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
+    q, k, v = map(hopper.loadable, (q, k, v))
+    key = key_of(D, causal, 16)
+    config = look_up("flash_attention_forward_hopper", FORWARD_HOPPER, "sm_90", key)
+    tiles = [hopper.descriptor(x, rows, key[0])
+             for x, rows in zip((q, k, v, out), hopper.tile_rows(config).values(), strict=True)]
+    _run(hopper.forward_kernel, B * H * -(-T // config.block_m), config, "sm_90", *tiles, lse, spans, B, H, H // G, T, S,
+         _wave(S, k) * (H // G), window or T + S, *_units(scale, softcap), CAUSAL=causal, SOFTCAP=softcap > 0,
+         **hopper.constants(config))
 
 
 def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor,
@@ -100,10 +139,21 @@ def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes
                      for parameter in kernel.arg_names}
         switches = "".join((" causal" * triangle, " packed" * packed, " softcap" * softcap)) if table else ""
         yield f"{name} {dtype} head_dim={head_dim}{switches}", kernel, arguments, config
+    for dtype, head_dim, triangle in itertools.product(dtypes, head_dims, causal):
+        if dtype == "fp32" or hopper.why_not_hopper(arch, head_dim, 1, torch.bfloat16):
+            continue
+        key = key_of(head_dim, triangle, 16)
+        config = look_up("flash_attention_forward_hopper", FORWARD_HOPPER, arch, key)
+        types = {"lse": "*fp32", "spans": "*i32" if packed else None, "scale": "fp32", "cap": "fp32",
+                 "CAUSAL": triangle, "SOFTCAP": softcap, **hopper.constants(config),
+                 **{name: hopper.descriptor_type(dtype, rows, key[0]) for name, rows in hopper.tile_rows(config).items()}}
+        switches = "".join((" causal" * triangle, " packed" * packed, " softcap" * softcap))
+        yield (f"forward_hopper {dtype} head_dim={head_dim}{switches}", hopper.forward_kernel,
+               {name: types.get(name, "i32") for name in hopper.forward_kernel.arg_names}, config)
 
 
 def _run(kernel: Any, programs: int, config: Config, arch: str, *arguments: Any, **constants: Any) -> None:
-    with torch.cuda.device_of(arguments[0]):
+    with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
         kernel[(programs,)](*arguments, **constants, **config.options(arch))
 
 

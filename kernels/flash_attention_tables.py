@@ -46,6 +46,22 @@ FORWARD: Table = _table(
     interpreter=Config(32, 16, 4, 1))
 """A program's block_m queries against block_n keys at a time."""
 
+FORWARD_HOPPER: Table = {"sm_90": dict(_both({
+    64: Config(128, 128, 4, 3, {"ping_pong": 1}), 128: Config(128, 128, 4, 2, {"ping_pong": 1}),
+    256: Config(128, 64, 4, 2, {"ping_pong": 1})}))}
+"""The same by flash_attention_hopper.py: block_m queries in groups of 64 with four warps each, num_stages buffers of block_n
+keys and as many of values."""
+
+FORWARD_PATH: dict[tuple[str, int, bool], str] = {
+    ("sm_90", 64, True): "portable", ("sm_90", 64, False): "portable",
+    ("sm_90", 128, True): "portable", ("sm_90", 128, False): "portable",
+    ("sm_90", 256, True): "portable", ("sm_90", 256, False): "portable"}
+"""What ships: architecture, head width of the tables, causal -> `portable` (flash_attention_triton.py) or `hopper`
+(flash_attention_hopper.py); portable where nothing stands.
+
+`hopper` is written here once a GPU's record shows it right (tests/gpu) and faster (`officina, hopper` in the benchmark of the
+kernels), with a line in NOTES.md. It has run on no GPU yet."""
+
 BACKWARD_FUSED: Table = _table(
     sm_80={64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     sm_90={64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},

@@ -27,7 +27,8 @@ class Config:
     num_warps: int
     num_stages: int
     extra: Mapping[str, int] = field(default_factory=dict, hash=False)
-    """Launch options that only AMD's compiler knows: waves_per_eu, matrix_instr_nonkdim, kpack."""
+    """Launch options that only AMD's compiler knows: waves_per_eu, matrix_instr_nonkdim, kpack; and for the Hopper kernel of
+    flash attention its switch ping_pong."""
 
     def options(self, arch: str) -> dict[str, Any]:
         """Keyword arguments for the launch on `arch`, besides the tile."""

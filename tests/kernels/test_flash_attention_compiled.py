@@ -1,12 +1,22 @@
 """Every shipped configuration of flash attention compiles for every architecture, without a GPU, and spills nothing."""
 
 import re
+import subprocess
 
 import pytest
+import torch
 
 from officina.kernels.compiling import ARCHS, compile_for
+from officina.kernels.dispatch import triton
+from officina.kernels.flash_attention_hopper import why_not_hopper
 from officina.kernels.flash_attention_launch import adds_atomically, compilations
-from officina.kernels.flash_attention_tables import BACKWARD_FUSED, BACKWARD_KEYS, BACKWARD_QUERIES, FORWARD
+from officina.kernels.flash_attention_tables import (
+    BACKWARD_FUSED,
+    BACKWARD_KEYS,
+    BACKWARD_QUERIES,
+    FORWARD,
+    FORWARD_HOPPER,
+)
 from officina.kernels.tables import SAFE, is_amd
 
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx90a": 64 * 1024, "gfx942": 64 * 1024}
@@ -41,6 +51,33 @@ def test_common_configurations_do_not_spill_and_only_the_fused_backward_adds_ato
     check(arch, head_dims=(head_dim,), causal=(True,))
 
 
+@pytest.mark.skipif(why_not_hopper("sm_90", 64, 1, torch.bfloat16) is not None, reason="made for another triton")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_hopper_kernel_is_made_of_what_it_is_written_with(head_dim, causal, tmp_path):
+    [(_, kernel, arguments, config)] = [case for case in compilations("sm_90", head_dims=(head_dim,), causal=(causal,))
+                                        if case[0].startswith("forward_hopper")]
+    usage = compile_for(kernel, arguments, config, "sm_90")
+    assert usage.spill_bytes == 0 and usage.shared_bytes <= SHARED_BYTES["sm_90"]
+    consumers = config.block_m // 64
+    assert usage.registers * (consumers + 1) * 128 <= 65_536
+    ptx = usage.assembly
+    loads = len(re.findall(r"cp\.async\.bulk\.tensor\.4d\.shared::cluster\.global[\w.:]*mbarrier::complete_tx::bytes", ptx))
+    assert loads == (consumers + 2) * head_dim // 64  # queries of each, keys, values; 64 features a copy
+    assert len(re.findall(r"cp\.async\.bulk\.tensor\.4d\.global\.shared", ptx)) >= consumers
+    for instruction in ("wgmma.mma_async.sync.aligned", "mbarrier.try_wait", "mbarrier.arrive.expect_tx", "fence.proxy.async",
+                        "wgmma.wait_group.sync.aligned 1"):
+        assert instruction in ptx, instruction
+    registers = set(re.findall(r"setmaxnreg\.(\w+)\.sync\.aligned\.u32\s+(\d+)", ptx))
+    assert {("inc", "240"), ("dec", "24")} <= registers
+    assert "mma.sync.aligned.m16" not in ptx and "cp.async.c" not in ptx  # what Triton falls back to
+    (tmp_path / "kernel.ptx").write_text(ptx)
+    log = subprocess.run([triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"],
+                         cwd=tmp_path, check=True, capture_output=True, text=True).stderr
+    # What it says where it waits after every product, or cannot give registers from one warpgroup to another.
+    assert "Used" in log and "Potential Performance Loss" not in log, log
+
+
 def test_single_rows_heads_queries_and_keys_compile():
     check("sm_90", head_dims=(64,), causal=(False,), single=True, group=1, packed=True)
 
@@ -73,3 +110,4 @@ def test_every_architecture_has_all_head_widths(table):
     assert all(set(table[arch]) == keys for arch in ARCHS if arch in table)
     assert set(ARCHS) - set(table) == ({"gfx90a"} if table is BACKWARD_FUSED else set())
     assert set(table[SAFE]) == keys | {(width, causal, 32) for width, causal, _ in keys}
+    assert FORWARD_HOPPER.keys() == {"sm_90"} and set(FORWARD_HOPPER["sm_90"]) == keys
