@@ -17,7 +17,7 @@ from officina.trainer.data.register import enter as enter_registers
 from officina.trainer.environment import code_diff, describe
 from officina.trainer.errors import CheckpointError, ConfigError, LaunchError, Problem
 from officina.trainer.hf.base import BASE_DIR
-from officina.trainer.init_from import init_problems, pinned
+from officina.trainer.init_from import adapter_init_problems, init_problems, pinned_run
 from officina.trainer.resume import Change, carry_forward, changes, resume_problems
 from officina.trainer.run_dir import (
     CONFIG,
@@ -93,8 +93,9 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
     if not origins:
         composed = _weighed(compose_all(words), words)
         found = _all_problems(composed, world_size, devices, Going())
-        found += init_problems(composed.run, force=force) if not composed.problems else []
-        run = composed.run if found else replace(composed.run, init_from=pinned(composed.run.init_from))
+        if not composed.problems:
+            found += [*init_problems(composed.run, force=force), *adapter_init_problems(composed.run)]
+        run = composed.run if found else pinned_run(composed.run)
         return Plan(run, runs_dir / composed.run.name, "start", words, composed.defaults, found, [], forced=force)
     if len(origins) > 1:
         raise ConfigError([Problem("from", " ".join(origins), "names more than one run", f"from={origins[0]}")])

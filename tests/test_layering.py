@@ -23,7 +23,7 @@ LEVELS = (
     {"checkpoint"},
     {"step", "validate", "resume", "init_from", "initial", "evaluation", "evaluate", "preference"},
     {"assemble"},
-    {"loop", "generate", "card", "harness"},
+    {"loop", "generate", "card", "harness", "import_adapter"},
     {"convert", "eval_rank"},
     {"__main__"},
 )

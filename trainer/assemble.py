@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from officina.trainer.data.loader import Loader, StepData
 from officina.trainer.data.register import Uses
 from officina.trainer.environment import describe, device_facts, rank_facts, write_environment
 from officina.trainer.errors import EXIT_DONE, CheckpointError
-from officina.trainer.initial import all_weights, content_of, initial_weights, keep_tokenizer
+from officina.trainer.initial import all_weights, content_of, hex_sums, initial_adapter, initial_weights, keep_tokenizer
 from officina.trainer.loggers import Trackers, open_trackers
 from officina.trainer.metrics import (
     EvalMetrics,
@@ -39,7 +39,6 @@ from officina.trainer.metrics import (
 )
 from officina.trainer.model.build import Built, build_model
 from officina.trainer.model.flops import flops_per_token
-from officina.trainer.model.lora import AdapterSource
 from officina.trainer.model.peaks import peak_bf16_flops
 from officina.trainer.parallel.engine import Engine, Parts, build_engine, resolve_precision
 from officina.trainer.preference import References, references
@@ -260,24 +259,23 @@ def _fill(engine: Engine, run: RunConfig, run_dir: Path, built: Built, shapes: M
     adapters = built.adapters.fills if built.adapters else {}
     model = {name: shape for name, shape in shapes.items() if name not in adapters}
     frozen = {name: shapes[name] for name in built.frozen}
+    trained = {name: shape for name, shape in shapes.items() if name not in frozen}
     if opened is None:
         with initial_weights(run, built.first, run_dir, model, ranks) as base:
-            first = AdapterSource(base, built.adapters) if built.adapters else base
-            engine.import_state(built.held(first), optimizer_steps=None)
-            return TrainState(step=0), _hex(content_of(base, frozen, ranks))
+            sums = content_of(base, frozen, ranks)
+            first = initial_adapter(run, base, built.adapters, sums, trained, ranks) if built.adapters else nullcontext(base)
+            with first as values:
+                engine.import_state(built.held(values), optimizer_steps=None)
+            return TrainState(step=0), hex_sums(sums)
     stack.enter_context(opened)
     state = opened.train_state
-    opened.check_fits({name: shape for name, shape in shapes.items() if name not in frozen})
+    opened.check_fits(trained)
     if not frozen:
         engine.import_state(opened, optimizer_steps=state.optimizer_steps)
         return state, {}
     with all_weights(run_dir, opened, ranks) as source:
         engine.import_state(built.held(source), optimizer_steps=state.optimizer_steps)
     return state, state.frozen
-
-
-def _hex(sums: Mapping[str, int]) -> dict[str, str]:
-    return {name: f"{value:016x}" for name, value in sums.items()}
 
 
 def _trained(engine: Engine, frozen: Mapping[str, str]) -> Iterator[Piece]:

@@ -164,6 +164,9 @@ class LoraConfig:
     """Modules trained in full beside the adapters, by the same patterns: [embed, head], ['*norm']."""
     base: Literal["full", "nf4"] = "full"
     """The blocks' frozen matrices as they are, or rounded to 4 bits (NF4 in blocks of 64, arXiv:2305.14314) and held so."""
+    init_from: str = ""
+    """RUN or RUN@STEP whose adapter this one begins as; of a folder in PEFT's form `officina convert import` makes a run.
+    Empty = a new one."""
 
     @property
     def scale(self) -> float:

@@ -34,6 +34,7 @@ from officina.trainer.hf.family import Family
 from officina.trainer.hf.files import ToWrite, Writer
 from officina.trainer.hf.peft import peft_name
 from officina.trainer.hf.source import DTYPES, FolderSource
+from officina.trainer.import_adapter import import_adapter, words_to_go_on
 from officina.trainer.initial import keep_base, keep_tokenizer, plain_weights, read_weights_record, weights_hash
 from officina.trainer.metrics import read_metrics
 from officina.trainer.model.build import build_transformer
@@ -47,6 +48,7 @@ PART = 1 << 22
 _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 EXAMPLES = """examples:
   officina convert import models/EuroLLM-1.7B --to runs/eurollm
+  officina convert import adapters/mine --base models/EuroLLM-1.7B --to runs/mine
   officina convert export runs/demo --to exported/demo
   officina convert export runs/demo@600 --to exported/demo-600 --dtype float32
   officina convert export runs/lora --to exported/merged
@@ -56,14 +58,20 @@ EXAMPLES = """examples:
 
 
 # ---- in ------------------------------------------------------------------------------------------------------------
+def name_of_import(run_dir: Path) -> str:
+    """The run's name, after its directory. Raises OfficinaError for one that is not empty."""
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise OfficinaError(f"--to {run_dir}: is not empty, and an import makes a new run directory. Try: --to {run_dir}-2")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", run_dir.resolve().name).lstrip("._-") or "imported"
+
+
 def import_model(folder: Path, run_dir: Path, words: Sequence[str] = ()) -> str:
     """Make `run_dir` a run whose checkpoint of step 0 holds the folder's weights. Returns their hash."""
     base = open_base(str(folder))
     if base.family is None:
         raise OfficinaError(f"{folder} is a run of officina already: officina generate {folder} PROMPT, or start from it: "
                             f"officina train init_from={folder} model=from_init")
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise OfficinaError(f"--to {run_dir}: is not empty, and an import makes a new run directory. Try: --to {run_dir}-2")
+    name = name_of_import(run_dir)
     shapes = shapes_of(base.model)
     source = FolderSource(base, shapes)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -82,7 +90,6 @@ def import_model(folder: Path, run_dir: Path, words: Sequence[str] = ()) -> str:
     outcome = saver.save(0, _pieces(source, shapes), TrainState(step=0))
     if outcome.problem:
         raise CheckpointError(outcome.problem)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", run_dir.resolve().name).lstrip("._-") or "imported"
     save_config(RunConfig(name=name, model=base.model), run_dir)  # last: without it the directory is no run
     return hash_
 
@@ -311,7 +318,19 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str]) -> int:
     """`officina convert ...`."""
     args = _parser().parse_args(argv)
+    if args.way == "import" and (Path(args.path) / peft.CONFIG_FILE).is_file():
+        run_dir = Path(args.to)
+        run = import_adapter(Path(args.path), run_dir, name_of_import(run_dir), base=args.base, nf4=args.nf4,
+                             words=["convert", *argv])
+        print(f"{run_dir}: adapter of rank {run.adapter.rank} beside {run.init_from}\n"
+              f"  officina generate {run_dir} \"Once upon a time\"\n"
+              f"  officina convert export {run_dir} --to MERGED\n"
+              f"  officina train {' '.join(words_to_go_on(run, run_dir))} data.sources.NAME.path=DATASET")
+        return 0
     if args.way == "import":
+        if args.base or args.nf4:
+            raise OfficinaError(f"--base and --nf4 are for an adapter in PEFT's form, and {args.path} has no "
+                                f"{peft.CONFIG_FILE}. Try: officina convert import {args.path} --to {args.to}")
         hash_ = import_model(Path(args.path), Path(args.to), ["convert", *argv])
         size = sum(f.stat().st_size for f in checkpoints_dir(Path(args.to)).rglob("*.bin"))
         print(f"{args.to}: checkpoint of step 0 ({_human(size)} in fp32), weights {hash_}\n"
@@ -355,10 +374,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="officina convert", description="Models in Hugging Face's form (config.json and safetensors), in and out.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     ways = parser.add_subparsers(dest="way", metavar="import|export", required=True)
-    into = ways.add_parser("import", help="make a run directory whose checkpoint holds the weights of a folder",
+    into = ways.add_parser("import", help="make a run directory whose checkpoint holds the weights of a folder, or an adapter",
                            epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
-    into.add_argument("path", metavar="FOLDER", help="holds config.json and *.safetensors")
+    into.add_argument("path", metavar="FOLDER", help="a model (config.json and *.safetensors), or an adapter in PEFT's form "
+                      "(adapter_config.json and adapter_model.safetensors)")
     into.add_argument("--to", required=True, metavar="RUN", help="run directory to make")
+    into.add_argument("--base", default="", metavar="MODEL", help="of an adapter: folder or run of the model it was trained "
+                      "on; default: what adapter_config.json names, if it is a folder here")
+    into.add_argument("--nf4", action="store_true", help="of an adapter: it was trained beside a base in 4 bits (QLoRA)")
     out = ways.add_parser("export", help="write a run's checkpoint as a model that transformers loads",
                           epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("checkpoint", metavar="RUN", help="RUN, RUN@STEP or RUN/checkpoints/step-N; of a run its newest")

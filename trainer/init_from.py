@@ -5,13 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from officina.trainer.checkpoint.verify import list_checkpoints
-from officina.trainer.config import DecoderConfig, RunConfig
+from officina.trainer.config import DecoderConfig, LoraConfig, NoAdapterConfig, RunConfig
 from officina.trainer.errors import ConfigError, OfficinaError, Problem
 from officina.trainer.hf.base import Base, open_base
 from officina.trainer.hf.family import canonical
 from officina.trainer.hf.tokenizers import tokenizer_text
-from officina.trainer.keys import Values, as_text
+from officina.trainer.keys import Values, as_text, word
+from officina.trainer.model.targets import choose
 from officina.trainer.resume import changes, ruling
+from officina.trainer.run_dir import load_config
 from officina.trainer.schema import dump_run
 
 FROM_INIT = "from_init"
@@ -32,12 +34,44 @@ def model_values(init_from: str, own: Values) -> tuple[Values, list[Problem]]:
     return dump_run(RunConfig(model=base.model))["model"] | own, []
 
 
+def pinned_run(run: RunConfig) -> RunConfig:
+    """The run with steps in what it begins from."""
+    adapter = run.adapter
+    if isinstance(adapter, LoraConfig):
+        adapter = replace(adapter, init_from=pinned(adapter.init_from))
+    return replace(run, init_from=pinned(run.init_from), adapter=adapter)
+
+
 def pinned(init_from: str) -> str:
     """`init_from` with the step, where it names a run: what that run trains later does not change where this one began."""
     if not init_from or (base := open_base(init_from)).family or base.step is not None:
         return init_from
     steps = [info.step for info in list_checkpoints(base.path) if info.status == "complete"]
     return f"{base.path}@{max(steps)}" if steps else init_from
+
+
+def adapter_init_problems(run: RunConfig) -> Iterator[Problem]:
+    """What stands against beginning with the adapter of the run that `adapter.init_from` names."""
+    if not isinstance(run.adapter, LoraConfig) or not run.adapter.init_from or not isinstance(run.model, DecoderConfig):
+        return
+    key, value = "adapter.init_from", run.adapter.init_from
+    try:
+        base = open_base(value)
+    except OfficinaError as error:
+        rule = str(error).rpartition(". ")[0]
+        yield Problem(key, value, rule, "adapter.init_from=RUN, of PEFT's folder: officina convert import FOLDER --to RUN")
+        return
+    there = NoAdapterConfig() if base.family else load_config(base.path).adapter
+    if not isinstance(there, LoraConfig):
+        yield Problem(key, value, "has no adapter", f"adapter.init_from= init_from={value}")
+        return
+    chosen, wanted = choose(run.model, run.adapter), choose(run.model, there)
+    differ = {"rank": there.rank != run.adapter.rank, "alpha": there.alpha != run.adapter.alpha,
+              "rslora": there.rslora != run.adapter.rslora, "targets": chosen.linears != wanted.linears,
+              "train": chosen.whole != wanted.whole}
+    for name in (name for name, differs in differ.items() if differs):
+        yield Problem(f"adapter.{name}", as_text(getattr(run.adapter, name)), f"is {as_text(getattr(there, name))} in {value}, "
+                      "with whose adapter the run begins", word(f"adapter.{name}", getattr(there, name)))
 
 
 def init_problems(run: RunConfig, *, force: bool = False) -> list[Problem]:

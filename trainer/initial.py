@@ -26,8 +26,8 @@ from officina.trainer.hf.source import FolderSource
 from officina.trainer.hf.tokenizers import TOKENIZER_FILES, tokenizer_text
 from officina.trainer.init_from import init_problems
 from officina.trainer.model.build import build_transformer
-from officina.trainer.model.init import InitSource
-from officina.trainer.model.lora import MergedSource
+from officina.trainer.model.init import FillSource, InitSource
+from officina.trainer.model.lora import AdapterSource, MergedSource
 from officina.trainer.model.nf4 import RoundedSource
 from officina.trainer.model.shapes import parameter_shapes
 from officina.trainer.model.targets import choose
@@ -94,6 +94,23 @@ def _open_own(base: Base, shapes: Mapping[str, tuple[int, ...]], ranks: RankGrou
         yield source
 
 
+@contextmanager
+def initial_adapter(run: RunConfig, base: Source, new: FillSource, frozen: Mapping[str, int],
+                    shapes: Mapping[str, tuple[int, ...]], ranks: RankGroup) -> Iterator[Source]:
+    """All first values of a run with an adapter: a new one's, or those of the run that it begins with. Collective.
+
+    frozen: content of the frozen weights. shapes: of all trained parameters. Raises CheckpointError for another base.
+    """
+    if not run.adapter.init_from:
+        yield AdapterSource(base, new)
+        return
+    origin = open_base(run.adapter.init_from)
+    with open_checkpoint(origin.path, step=origin.step, ranks=ranks) as opened:
+        opened.check_fits(shapes)
+        check_frozen(base, opened, frozen, f"init_from={load_config(origin.path).init_from or 'FOLDER'}")
+        yield JoinedSource(opened, base, frozen)
+
+
 # ---- frozen weights --------------------------------------------------------------------------------------------------
 @contextmanager
 def plain_weights(run_dir: Path, opened: OpenCheckpoint, ranks: RankGroup) -> Iterator[Source]:
@@ -114,7 +131,8 @@ def all_weights(run_dir: Path, opened: OpenCheckpoint, ranks: RankGroup) -> Iter
     shapes, frozen = parameter_shapes(run.model), choose(run.model, run.adapter).frozen
     random = InitSource(build_transformer(run.model), run.model, run.seed)  # no module that computes: it may not do so here
     with base_weights(run, random, shapes, ranks, run_dir) as base:
-        check_frozen(base, opened, content_of(base, {name: shapes[name] for name in frozen}, ranks), run_dir)
+        check_frozen(base, opened, content_of(base, {name: shapes[name] for name in frozen}, ranks),
+                     f"officina resume {run_dir} init_from=FOLDER")
         yield JoinedSource(opened, base, frozen)
 
 
@@ -178,18 +196,17 @@ class GrownSource:
             return self._means[name]
 
 
-def check_frozen(base: Source, opened: OpenCheckpoint, found: Mapping[str, int], run_dir: Path) -> None:
+def check_frozen(base: Source, opened: OpenCheckpoint, found: Mapping[str, int], remedy: str) -> None:
     """Raise CheckpointError unless the frozen weights have the content (of `content_of`) that the checkpoint names."""
     stated = opened.train_state.frozen
-    wrong = [name for name, value in found.items() if stated.get(name) != f"{value:016x}"]
+    wrong = [name for name, value in hex_sums(found).items() if stated.get(name) != value]
     if wrong:
         source = base.source if isinstance(base, GrownSource) else base
         where = [f"{name} in {source.where(name)}" if hasattr(source, "where") else name for name in wrong]
         more = f"\n  ... and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise CheckpointError(
             f"{opened.path} was trained beside other frozen weights than those that are there now. Different are:\n  "
-            + "\n  ".join(where[:8]) + more + "\nName the folder or run that holds the very weights it started from: "
-            f"officina resume {run_dir} init_from=FOLDER")
+            + "\n  ".join(where[:8]) + more + f"\nName the folder or run that holds the very weights it started from: {remedy}")
 
 
 def content_of(source: Source, shapes: Mapping[str, tuple[int, ...]], ranks: RankGroup) -> dict[str, int]:
@@ -213,6 +230,11 @@ def content_of(source: Source, shapes: Mapping[str, tuple[int, ...]], ranks: Ran
         for name, value in threads.map(share, parts):
             own[name] = (own[name] + value) % 2**64
     return dict(zip(own, add_shares(list(own.values()), ranks), strict=True))
+
+
+def hex_sums(sums: Mapping[str, int]) -> dict[str, str]:
+    """Content sums as a checkpoint names them."""
+    return {name: f"{value:016x}" for name, value in sums.items()}
 
 
 def weights_hash(source: Source, shapes: Mapping[str, tuple[int, ...]], ranks: RankGroup) -> str:

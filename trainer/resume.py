@@ -61,6 +61,7 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("seed", "refused", "the order of past samples rests on it"),
     # the adapter
     ("adapter.dropout", "free", "takes effect at the next step"),
+    ("adapter.init_from", "free", "was read before the first step"),
     ("adapter.*", "refused", "the checkpoint holds the weights that this adapter trains"),
     # the model
     ("model.attention_impl", "free", "the same mathematics"),

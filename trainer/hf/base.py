@@ -11,6 +11,8 @@ from officina.trainer.hf.family import Family
 from officina.trainer.hf.files import ITEM_BYTES, Stored, find_tensors
 from officina.trainer.run_dir import CONFIG, load_config
 
+ADAPTER_FILE = "adapter_config.json"
+"""What a folder with an adapter in PEFT's form has."""
 BASE_DIR = "base"
 """Folder in a run directory with the small files of the model it started from, so that an export can be written as it was."""
 SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -70,6 +72,9 @@ def open_base(text: str) -> Base:
         return Base(path, model, step)
     if (path / CONFIG_FILE).is_file() and step is None:
         return _open_folder(path)
+    if (path / ADAPTER_FILE).is_file() and step is None:
+        raise OfficinaError(f"{path} is an adapter in PEFT's form, not a model. Make a run of it: "
+                            f"officina convert import {path} --base FOLDER --to RUN")
     if not path.exists():
         raise OfficinaError(f"{path} does not exist. Name a folder that holds config.json and *.safetensors, or a run of "
                             "officina: runs/demo or runs/demo@200")
