@@ -129,8 +129,9 @@ def _run_dir(text: str) -> Path:
     run_dir = Path(text)
     if not run_dir.is_dir():
         raise OfficinaError(f"{run_dir}: no such run directory. `officina jobs` lists those with jobs")
-    if not (run_dir / JOBS).exists():
-        raise OfficinaError(f"{run_dir}: no job was submitted for it ({JOBS} is missing). Submit it: "
+    if not read_jobs(run_dir):
+        what = "names none" if (run_dir / JOBS).exists() else "is missing"
+        raise OfficinaError(f"{run_dir}: no job was submitted for it ({JOBS} {what}). Submit it: "
                             f"officina submit resume {run_dir} site=NAME nodes=1 time=1h")
     return run_dir
 
@@ -140,7 +141,9 @@ def _with_states(folders: Sequence[Path], damaged: list[OfficinaError] | None = 
     records: dict[Path, list[JobRecord]] = {}
     for folder in folders:
         try:
-            records[folder] = read_jobs(folder)
+            if not (found := read_jobs(folder)):
+                raise LaunchError(f"{folder / JOBS} names no job that can be read. Jobs of its name: squeue --me")
+            records[folder] = found
         except OfficinaError as error:
             if damaged is None:
                 raise
@@ -149,7 +152,7 @@ def _with_states(folders: Sequence[Path], damaged: list[OfficinaError] | None = 
     known = [record for found in records.values() for record in found if record.cluster in ("", here)]
     states = query([record.job_id for record in known])  # a run that moved has ids that mean other jobs here
     return [RunJobs(folder, found, {r.job_id: states[r.job_id] for r in found if r in known and r.job_id in states},
-                    read_attempts(os.fspath(folder))) for folder, found in records.items() if found]
+                    read_attempts(os.fspath(folder))) for folder, found in records.items()]
 
 
 def _state_words(run: RunJobs, record: JobRecord, state: QueueState | None) -> str:
