@@ -86,7 +86,7 @@ def test_describe_verify_policy_export(place: Path) -> None:
 
 def test_the_plan(place: Path) -> None:
     status, out, _ = officina("data", "policy", "demo/data", cwd=place)
-    assert status == 2 and "NOT KEPT  demo/data: the purpose must be research. It would be by: use.purpose=research" in out
+    assert status == 2 and "NOT KEPT  demo/data: the purpose must be research. To keep it: use.purpose=research" in out
     assert "2 of 2 rules are not kept" in out and "counted   demo/data: max runs 3" in out
     status, out, _ = officina("data", "policy", "demo/data", "use=research", cwd=place)
     assert status == 0 and "This use is allowed" in out and "kept      demo/data: licence CC-BY-NC-4.0. not commercial" in out

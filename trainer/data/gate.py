@@ -92,7 +92,7 @@ def use_problems(run: RunConfig, going: Going | None = None, now: datetime | Non
 def explained(findings: list[Finding]) -> list[str]:
     """The plan, a line for each rule: is it kept, by which source it is set, what it says, what satisfies it."""
     return [f"{'kept' if found.allowed else 'NOT KEPT':<8}  {found.source}: {found.rule}. "
-            f"{'' if found.allowed else 'It would be by: '}{found.answer}" for found in findings]
+            f"{'' if found.allowed else 'To keep it: '}{found.answer}" for found in findings]
 
 
 def deadline(run: RunConfig) -> tuple[datetime, str] | None:
