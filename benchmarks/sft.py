@@ -1,4 +1,4 @@
-"""A step of supervised fine-tuning: officina against TRL's SFTTrainer, which packs or pads.
+"""A step of supervised fine-tuning: officina against TRL's SFTTrainer, which packs, pads, or takes samples one by one.
 
     python -m officina.benchmarks.sft
 
@@ -33,9 +33,10 @@ from officina.trainer.data.reader import RowReader
 from officina.trainer.data.tokenizer import EOS, train_tokenizer
 from officina.trainer.metrics import read_metrics
 from officina.trainer.rank_env import RankEnv
+from officina.trainer.run_dir import load_config
 
 TRL = "trl==1.16.0"
-OURS, PACKED, PADDED = "officina", "TRL, packed", "TRL, padded"
+OURS, PACKED, PADDED, ALONE = "officina", "TRL, packed", "TRL, padded", "TRL, one by one"
 SAMPLES, SEQ_LEN, MICRO_ROWS = 32, 512, 4
 VOCABULARY = 2048
 WORDS = ["model=from_init", "steps=100000", "device=cpu", "threads=1", "checkpoint=at_end", "data.prefetch_batches=1",
@@ -44,7 +45,7 @@ SAME = {"fp32": 1e-5, "bf16": 2e-3}
 """Largest relative difference of the losses of the first step."""
 
 
-def run(*, blocks: int = 8, steps: int = 1, precisions: tuple[str, ...] = ("fp32", "bf16")) -> dict[str, Any]:
+def run(*, blocks: int = 6, steps: int = 1, precisions: tuple[str, ...] = ("fp32", "bf16")) -> dict[str, Any]:
     """Measure; returns the record."""
     results: dict[str, Any] = {}
     before = os.getloadavg()
@@ -68,9 +69,14 @@ def measure(scratch: Path, trl: Path, precision: str, blocks: int, steps: int) -
     """Tokens per second of all, and ours relative to the others. Raises ValueError if they did not do the same."""
     run_dir, ours = plan(scratch, precision)
     theirs = partial(sft_trainer, run_dir=run_dir, scratch=scratch, trl=trl)
-    found = race({OURS: Entrant(partial(officina, run_dir=run_dir)), PACKED: Entrant(partial(theirs, packing=True)),
-                  PADDED: Entrant(partial(theirs, packing=False))}, blocks=blocks, steps=steps, lead=1)
-    work = {OURS: ours | first_step(run_dir)} | {name: found[name][0].facts["work"] for name in (PACKED, PADDED)}
+    micros = load_config(run_dir).batch.micro_steps(1)
+    # The rows that it packs into a micro-batch are one sequence, and attention on a CPU counts its square: one row is fastest.
+    entrants = {PACKED: partial(theirs, packing=True, micro=1),
+                PADDED: partial(theirs, packing=False, micro=-(-SAMPLES // micros)),
+                ALONE: partial(theirs, packing=False, micro=1)}
+    found = race({name: Entrant(work) for name, work in ({OURS: partial(officina, run_dir=run_dir)} | entrants).items()},
+                 blocks=blocks, steps=steps, lead=1, warmup=0)
+    work = {OURS: ours | first_step(run_dir)} | {name: found[name][0].facts["work"] for name in entrants}
     return report(found, work, precision, steps)
 
 
@@ -105,7 +111,7 @@ def report(found: dict[str, list[Block]], work: dict[str, dict[str, Any]], preci
         "tokens_per_s": {name: summary(of) for name, of in speed.items()},
         "trained_tokens_per_s": {name: summary([ours["trained_tokens"] / ours["tokens"] * each for each in of])
                                  for name, of in speed.items()}}
-    for name in (PACKED, PADDED):
+    for name in list(work)[1:]:
         results[f"speed against {name}"] = compare(found, OURS, name)
         results[f"tokens per CPU second against {name}"] = summary([a / b for a, b in zip(cpu[OURS], cpu[name], strict=True)])
     return results
@@ -157,11 +163,10 @@ def write_base(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 # ---- TRL -------------------------------------------------------------------------------------------------------------
-def sft_trainer(turns: Turns, env: RankEnv, *, run_dir: Path, scratch: Path, trl: Path, packing: bool) -> None:
+def sft_trainer(turns: Turns, env: RankEnv, *, run_dir: Path, scratch: Path, trl: Path, packing: bool, micro: int) -> None:
     """TRL's SFTTrainer on the conversations, from the folder that the run starts from; a step is a pass over all of them.
 
-    Its facts: `work`, what a step is. If it packs, the rows of a micro-batch become one sequence, and attention on a CPU counts
-    the square of its length: so its micro-batch is one row, which is its fastest.
+    micro: rows, or samples, of a micro-batch. Its facts: `work`, what a step is.
     """
     sys.path.append(str(trl))
     run, ranks = alone(run_dir, env)
@@ -172,7 +177,7 @@ def sft_trainer(turns: Turns, env: RankEnv, *, run_dir: Path, scratch: Path, trl
     rows = [json.loads(line) for line in (scratch / "chats.jsonl").read_text(encoding="utf-8").splitlines()]
     settings = SFTConfig(
         **trainer_settings(run, ranks, scratch / "hf"), packing=packing, max_length=run.batch.seq_len, assistant_only_loss=True,
-        per_device_train_batch_size=1 if packing else -(-len(rows) // run.batch.micro_steps(1)),
+        per_device_train_batch_size=micro,
         gradient_accumulation_steps=len(rows),  # more than there are: a step ends with the epoch
         logging_strategy="steps", logging_steps=10**6, logging_first_step=True)
 
@@ -202,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and write benchmarks/results/sft.json."""
     parser = argparse.ArgumentParser(prog="python -m officina.benchmarks.sft", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=8, help="blocks of each (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=6, help="blocks of each (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1, help="steps in a block (default: %(default)s)")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--out", type=Path, help="file of the record")

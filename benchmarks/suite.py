@@ -31,7 +31,7 @@ BENCHMARKS = {
                          ("--blocks", "1", "--steps", "1", "--precision", "fp32")),
     "lora": Benchmark("a training step of LoRA against PEFT with Hugging Face's Trainer", "4",
                       ("--blocks", "1", "--steps", "1")),
-    "sft": Benchmark("a step of fine-tuning on conversations against TRL's SFTTrainer, packed and padded", "3",
+    "sft": Benchmark("a step of fine-tuning on conversations against TRL's SFTTrainer, packed, padded and one by one", "3",
                      ("--blocks", "1", "--precision", "fp32")),
     "start": Benchmark("time from the command to the first step", "2", ("--repeats", "1")),
     "submit": Benchmark("officina submit: a dry run, and what its scripts add to the start of a run on Slurm", "3",

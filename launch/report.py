@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from officina.launch.report_facts import Facts, finite, gather
+from officina.launch.report_facts import ACCURACIES, Facts, finite, gather
 from officina.launch.report_page import page, parameters, speed, where
-from officina.launch.report_words import clock, count, loss, number, size
+from officina.launch.report_words import clock, count, loss, number, shares, size
 from officina.trainer.errors import OfficinaError
 
 HTML, JSON = "report.html", "report.json"
@@ -44,7 +44,8 @@ def summary(f: Facts) -> str:
         ("steps", f"{f.steps_done:,}{planned}, {count(f.useful_tokens)} {f.items} that carried loss in {clock(f.wall_s)}"),
         ("loss", _loss(f.final_loss_nats, f.final_perplexity)),
     ]
-    rows += [(f"held-out {h.source}", f"{_loss(h.loss_nats, h.perplexity)}{_bits(h.bits_per_byte)}, step {h.step:,}")
+    rows += [(f"held-out {h.source}", f"{_loss(h.loss_nats, h.perplexity)}{_bits(h.bits_per_byte)}, "
+              + "".join(f"{text}, " for text in shares(h.accuracies, ACCURACIES)) + f"step {h.step:,}")
              for h in f.held_out]
     value, rate, beside = speed(f)
     rows.append(("speed", ", ".join(filter(None, [f"{value} {rate}", beside])) + (

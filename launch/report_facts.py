@@ -27,6 +27,11 @@ SAMPLE_FILE = "samples.txt"
 MAX_SAMPLE_CHARACTERS = 6000
 
 
+ACCURACIES = {"token_accuracy": "of tokens right", "sample_accuracy": "of samples right in every token",
+              "reward_accuracy": "of pairs with the chosen answer preferred"}
+"""Of `EvalMetrics`, and what they are shares of."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
     """Held-out loss of one source, or of all together (source `all`, weighted by tokens)."""
@@ -35,12 +40,14 @@ class HeldOut:
     step: int
     loss_nats: float
     perplexity: float | None
-    """exp(loss_nats); none for custom models, whose loss need not be one of nats."""
+    """exp(loss_nats); none for custom models and DPO, whose loss is not that of tokens."""
     tokens: int
     bits_per_byte: float | None = None
     """Compares across tokenizers; none where the bytes of the texts are not known."""
     languages: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """tokens, loss_nats and text_bytes by language, where there are several."""
+    accuracies: dict[str, float] = field(default_factory=dict)
+    """`token_accuracy`, `sample_accuracy`, `reward_accuracy`: those that were measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +188,8 @@ def gather(run_dir: Path) -> tuple[Facts, RunMetrics]:
     steps_done = metrics.steps[-1].step if metrics.steps else (last.from_step if last else 0)
     of_last_life = [s for s in metrics.steps if last is None or s.step > last.from_step] or metrics.steps
     wall_s = sum(life.wall_s for life in lives)
-    text = isinstance(run.model, DecoderConfig)
+    items = "records" if not isinstance(run.model, DecoderConfig) else "pairs" if run.objective.kind == "dpo" else "tokens"
+    text = items == "tokens"
     held_out, best = _held_out(metrics, text)
     final = _final_loss(metrics.steps)
     sources = _sources(run, run_dir, missing)
@@ -192,7 +200,7 @@ def gather(run_dir: Path) -> tuple[Facts, RunMetrics]:
         status=_status(metrics.generations, steps_done, run.steps), steps_planned=run.steps, steps_done=steps_done,
         model=_model(run, metrics.generations), final_loss_nats=final, final_perplexity=_exp(final) if text else None,
         held_out=held_out, best_held_out=best, useful_tokens=metrics.tokens, wall_s=wall_s,
-        items="records" if not text else "pairs" if run.objective.kind == "dpo" else "tokens",
+        items=items,
         tokens_per_s=_median(s.tokens_per_s for s in of_last_life),
         filled_tokens_per_s=_median(s.filled_tokens_per_s for s in of_last_life),
         tokens_per_wall_s=metrics.tokens / wall_s if wall_s > 0 else None,
@@ -296,7 +304,8 @@ def _held_out(metrics: RunMetrics, text: bool) -> tuple[list[HeldOut], HeldOut |
     if not together:
         return [], None
     each = [HeldOut(source=e.source, step=e.step, loss_nats=e.loss_nats, tokens=e.tokens,
-                    perplexity=_exp(e.loss_nats) if text else None, bits_per_byte=e.bits_per_byte, languages=e.languages)
+                    perplexity=_exp(e.loss_nats) if text else None, bits_per_byte=e.bits_per_byte, languages=e.languages,
+                    accuracies={name: value for name in ACCURACIES if (value := getattr(e, name)) is not None})
             for e in metrics.evals if e.step == together[-1].step]
     finite = [h for h in together if math.isfinite(h.loss_nats)]
     best = min(finite, key=lambda h: h.loss_nats) if finite else None

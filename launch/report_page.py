@@ -7,9 +7,9 @@ from html import escape
 from typing import Any
 
 from officina.launch.report_charts import Chart, Mark, Series, Span, draw
-from officina.launch.report_facts import FINAL_STEPS, Facts, Life, pooled
+from officina.launch.report_facts import ACCURACIES, FINAL_STEPS, Facts, Life, pooled
 from officina.launch.report_style import CSS, LOGO, SCRIPT
-from officina.launch.report_words import clock, count, date, loss, number, seconds, shown, size
+from officina.launch.report_words import clock, count, date, loss, number, seconds, shares, shown, size
 from officina.trainer.metrics import RunMetrics, bits_per_byte
 
 WIDE, NARROW = (1036, 340), (480, 300)
@@ -71,7 +71,8 @@ def _tiles(f: Facts) -> str:
     if f.held_out:
         h = f.held_out[0]
         best = f.best_held_out
-        notes = [_perplexity(h.perplexity), "" if h.bits_per_byte is None else f"{h.bits_per_byte:.3f} bits per byte"]
+        notes = [_perplexity(h.perplexity), "" if h.bits_per_byte is None else f"{h.bits_per_byte:.3f} bits per byte",
+                 *shares(h.accuracies, ACCURACIES)]
         if best and best.step != h.step:
             notes.append(f"best {loss(best.loss_nats)} at step {best.step:,}")
         final.append(("Held-out loss", loss(h.loss_nats), unit, "<br>".join(filter(None, notes))))

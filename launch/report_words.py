@@ -1,6 +1,7 @@
 """How numbers read in the report and its summary."""
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,6 +32,11 @@ def count(value: float | None) -> str:
         if abs(value) >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value:.3g}"
+
+
+def shares(values: Mapping[str, float], names: Mapping[str, str]) -> list[str]:
+    """`12.3% of tokens right`, for those above 0."""
+    return [f"{values[name]:.1%} {of}" for name, of in names.items() if values.get(name)]
 
 
 def size(value: float) -> str:

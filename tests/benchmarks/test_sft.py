@@ -38,8 +38,8 @@ WORK = {"samples": 32, "tokens": 6000, "trained_tokens": 3000, "positions": 6144
 
 def test_work_that_is_not_equal_is_no_record():
     found = {name: [Block(seconds, {"cpu_s": seconds})] * 3 for name, seconds in
-             ((sft.OURS, 1.0), (sft.PACKED, 1.5), (sft.PADDED, 2.0))}
-    work = {sft.OURS: WORK, sft.PACKED: WORK | {"positions": 6000}, sft.PADDED: WORK | {"positions": 12000}}
+             ((sft.OURS, 1.0), (sft.PACKED, 1.5), (sft.PADDED, 2.0), (sft.ALONE, 1.25))}
+    work = {sft.OURS: WORK, sft.PACKED: WORK | {"positions": 6000}, sft.PADDED: WORK | {"positions": 12000}, sft.ALONE: WORK}
     told = sft.report(found, work, "fp32", steps=1)
     assert told["tokens_per_s"][sft.OURS]["median"] == 6000 and told["trained_tokens_per_s"][sft.PADDED]["median"] == 1500
     assert told[f"speed against {sft.PACKED}"]["median"] == 1.5 and told["filled"][sft.PADDED] == 0.5

@@ -258,10 +258,15 @@ def test_speed_counts_all_tokens_and_what_is_trained_is_told(tmp_path, kind, tol
         for n in range(1, 4):
             writer.write(StepMetrics(step=n, tokens=30, loss_nats=1.0, grad_norm=1.0, lr=1.0, step_time_s=0.1, data_wait_s=0.0,
                                      tokens_per_s=300.0, filled_tokens=90, filled_tokens_per_s=900.0))
+        writer.write(EvalMetrics(step=3, source="a", loss_nats=0.5, tokens=9, **(
+            {"reward_accuracy": 0.625} if kind == "dpo" else {"token_accuracy": 0.375, "sample_accuracy": 0.125})))
     page = Page(write_report(tmp_path).read_text())
     facts, _ = gather(tmp_path)
     for text in (" ".join(page.text), summary(facts)):
         assert "2 M parameters, 30 k of them trained" in text and told in text and "900" in text
+        assert ("perplexity 1.649" in text) == (kind == "next_token")  # a DPO loss is no loss of tokens
+        shares = ["62.5% of pairs with the chosen"] if kind == "dpo" else ["37.5% of tokens right", "12.5% of samples right"]
+        assert all(share in text for share in shares)
     assert json.loads((tmp_path / "report.json").read_text())["model"]["trained_parameters"] == 30_000
     assert {900.0} == {y for c in page.charts if c["label"].startswith("Throughput") for s in c["s"] for y in s["y"]}
 
