@@ -122,13 +122,12 @@ class ShardWriter:
         offset, sections = HEADER_BYTES + self.bytes * self._holds_tokens, {}
         for name, content in footer.items():
             offset = _aligned(offset)
-            sections[name] = (offset, len(content))
+            sections[name] = (offset, len(content), xxhash.xxh3_64_intdigest(content))
             offset += len(content)
         offset = _aligned(offset)
         header = Header(self._dtype, self.tokens, len(self._ends), offset + 16, self._tokenizer, sections).pack()
         root = xxhash.xxh3_64(header)
         for name, content in footer.items():
-            root.update(content)
             self._file.seek(sections[name][0])
             self._file.write(content)
         self._file.seek(offset)

@@ -1,6 +1,6 @@
 """The shard, a `.dls` file: tokens that need no decoding, and what is needed to trust and to divide them.
 
-    header   4096 bytes: magic, version, sizes, tokenizer hash, table of the footer's sections, xxh3 of all
+    header   4096 bytes: magic, version, sizes, tokenizer hash, table of the footer's sections with their xxh3-64, xxh3 of all
     this tokens   raw, little-endian, u8, u16 or u32; starts at byte 4096
     footer   sections, each starting at a multiple of 64 bytes:
                document_ends   u64 per document: offset in tokens just after its last token
@@ -11,7 +11,8 @@
                trained         a bit per token, lowest first: is it trained on, as a label? (only where not all tokens are)
                seal            28 bytes per granule, of sealed shards: nonce and tag, see `officina.trainer.data.seal`
                granule_xxh3    u64 per granule: xxh3-64 of 256 KiB of tokens (the last granule may be shorter)
-             and last, 16 bytes: xxh3-64 of header and sections (the root), magic
+             and last, 16 bytes: xxh3-64 of the header (the root: it holds those of the sections, and they those of the
+             granules), magic. In version 1 the table has no hashes, and the root is that of header and sections.
 
 Tokens may also lie in a file of their own, as Megatron-LM's X.bin does: then X.dli beside it is header and footer alone.
 A reader ignores sections it does not know, so that flags per document can be added without a new version. A shard never
@@ -22,6 +23,7 @@ shards.
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +43,10 @@ GRANULE_BYTES = 256 * 1024
 SHARD_BYTES = 1 << 30
 """Size at which a writer begins the next shard: few files, as parallel file systems like it."""
 DTYPES = {"u8": np.dtype("u1"), "u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
-_MAGIC, END_MAGIC, _VERSION = b"OFF-DLS\x01", b"DLS-END\x01", 1
+_MAGIC, END_MAGIC, _VERSION = b"OFF-DLS\x01", b"DLS-END\x01", 2
 # magic, version, bytes per token, tokens, documents, granule bytes, file bytes, tokenizer sha256, sections
 _FIXED = struct.Struct("<8sIIQQQQ32sI4x")
-_SECTION = struct.Struct("<24sQQ")  # name, offset, bytes
+_SECTION = {1: struct.Struct("<24sQQ"), 2: struct.Struct("<24sQQQ")}  # by version: name, offset, bytes, xxh3-64
 ALIGN = 64
 INDEX_SUFFIX = ".dli"
 Advise = Callable[[int, int], None]
@@ -59,15 +61,15 @@ class Header:
     documents: int
     file_bytes: int
     tokenizer_sha256: str
-    sections: dict[str, tuple[int, int]]
-    """Offset and bytes of each section of the footer."""
+    sections: dict[str, tuple[int, ...]]
+    """Offset, bytes and xxh3-64 of each section of the footer; in version 1 without the last."""
 
     def pack(self) -> bytes:
         """The header's bytes."""
         tokenizer = bytes.fromhex(self.tokenizer_sha256 or "00" * 32)
         body = _FIXED.pack(_MAGIC, _VERSION, DTYPES[self.dtype].itemsize, self.tokens, self.documents,
                            GRANULE_BYTES, self.file_bytes, tokenizer, len(self.sections))
-        body += b"".join(_SECTION.pack(name.encode(), *span) for name, span in self.sections.items())
+        body += b"".join(_SECTION[_VERSION].pack(name.encode(), *span) for name, span in self.sections.items())
         body = body.ljust(HEADER_BYTES - 8, b"\0")
         return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
 
@@ -99,7 +101,7 @@ class DamagedBlock(DataError):
 
 
 class Shard:
-    """A shard, mapped. Header and footer are checked when it is opened, tokens when first touched.
+    """A shard, mapped. Its header is checked when it is opened, sections of the footer and tokens when first touched.
 
     pread: read its tokens instead, see `officina.trainer.data.storage`; `data` then is a `ByteArray`. remote: it is in a store,
     `officina.trainer.data.remote`. seal: opens the tokens of a sealed shard; `data` then is a `SealedArray`.
@@ -118,8 +120,9 @@ class Shard:
             raise DamagedIndex(f"{path}: has {len(self._map)} bytes, but its header says {header.file_bytes}. {_REMEDY}")
         root, end_magic = struct.unpack("<Q8s", self._map[-16:].tobytes())
         found = xxhash.xxh3_64(self._map[:HEADER_BYTES])
-        for offset, length in header.sections.values():
-            found.update(self._map[offset:offset + length])
+        for offset, length, *own in header.sections.values():
+            if not own:
+                found.update(self._map[offset:offset + length])
         if end_magic != END_MAGIC or found.intdigest() != root:
             raise DamagedIndex(f"{path}: the footer (bytes {HEADER_BYTES + header.tokens * DTYPES[header.dtype].itemsize} to "
                             f"{len(self._map)}) does not match its checksum. {_REMEDY}")
@@ -127,34 +130,55 @@ class Shard:
             raise DataError(f"{path}: xxh3 root {found.hexdigest()}, but shards.jsonl says {entry.xxh3}: "
                             f"it is a shard of another data set. {_REMEDY}")
         self.dtype, self.tokenizer_sha256 = header.dtype, header.tokenizer_sha256
-        self.documents = header.documents
+        self.documents, self._sections = header.documents, header.sections
         self._first_byte, self._bytes, self._will_need = self._find_tokens(header, mapped)
         self.pread = isinstance(self._bytes, ByteArray)
-        self._marks = self._section(header, "seal", "u1").reshape(-1, MARK_BYTES)
+        self._marks = self._section("seal", "u1").reshape(-1, MARK_BYTES)
         self.data = SealedArray(self._bytes, self._marks, seal, DTYPES[header.dtype], GRANULE_BYTES, path) if len(
             self._marks) else self._bytes.view(DTYPES[header.dtype])
         """(tokens,) unverified; see `check`."""
-        self.ends = self._section(header, "document_ends", "<i8")
-        """(documents,) int64 offset just after each document's last token."""
-        self.source_ids = self._section(header, "source_ids", "<u2")
-        self.language_ids = self._section(header, "language_ids", "<u2")
-        """(documents,), or (0,) where languages are not known."""
-        self.document_bytes = self._section(header, "document_bytes", "<u4")
-        """(documents,) UTF-8 bytes of each text, or (0,) where they are not known."""
-        self.document_ids = self._section(header, "document_ids", "u1").reshape(-1, 16)
-        """(documents, 16), or (0, 16) in shards without ids."""
-        self._trained = self._section(header, "trained", "u1")
-        self._hashes = self._section(header, "granule_xxh3", "<u8")
+        self._hashes = self._section("granule_xxh3", "<u8")
+        for name in header.sections if remote is not None else ():  # it came as a whole, and is asked for again if damaged
+            self._section(name, "u1")
         self._checked = np.zeros(len(self._hashes), bool)
         self.replaced: dict[int, bytes] = {}
         """Right bytes of blocks that the map does not hold; see `accept`."""
         self.lost: frozenset[int] = frozenset()
         """Blocks that are set aside: nobody asks what they hold."""
 
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """(documents,) int64 offset just after each document's last token."""
+        return self._section("document_ends", "<i8")
+
+    @cached_property
+    def source_ids(self) -> np.ndarray:
+        """(documents,) number of each document's source."""
+        return self._section("source_ids", "<u2")
+
+    @cached_property
+    def language_ids(self) -> np.ndarray:
+        """(documents,), or (0,) where languages are not known."""
+        return self._section("language_ids", "<u2")
+
+    @cached_property
+    def document_bytes(self) -> np.ndarray:
+        """(documents,) UTF-8 bytes of each text, or (0,) where they are not known."""
+        return self._section("document_bytes", "<u4")
+
+    @cached_property
+    def document_ids(self) -> np.ndarray:
+        """(documents, 16), or (0, 16) in shards without ids."""
+        return self._section("document_ids", "u1").reshape(-1, 16)
+
+    @cached_property
+    def _trained(self) -> np.ndarray:
+        return self._section("trained", "u1")
+
     @property
     def has_trained(self) -> bool:
         """Does it say which tokens are trained on? If not, all are."""
-        return len(self._trained) > 0
+        return "trained" in self._sections
 
     def trained(self, places: np.ndarray) -> np.ndarray:
         """Are the tokens at `places`, (n,) int64, trained on? (n,) bool."""
@@ -162,9 +186,14 @@ class Shard:
             return np.ones(len(places), bool)
         return (self._trained[places >> 3] >> (places & 7).astype(np.uint8) & 1).astype(bool)
 
-    def _section(self, header: Header, name: str, dtype: str) -> np.ndarray:
-        offset, length = header.sections.get(name, (0, 0))
-        return self._map[offset:offset + length].view(dtype)
+    def _section(self, name: str, dtype: str) -> np.ndarray:
+        """A section of the footer, compared with its checksum; empty if there is none. Raises DamagedIndex."""
+        offset, length, *own = self._sections.get(name, (0, 0))
+        content = self._map[offset:offset + length]
+        if own and xxhash.xxh3_64_intdigest(content) != own[0]:
+            raise DamagedIndex(f"{self.path}: {name} in the footer (bytes {offset} to {offset + length}) does not match its "
+                               f"checksum. {_REMEDY}")
+        return content.view(dtype)
 
     def _find_tokens(self, header: Header, mapped: Mapped | None) -> tuple[int, np.ndarray | ByteArray, Advise]:
         """First byte of the tokens in their file, all of their bytes, and who is told which ones will be read."""
@@ -302,8 +331,13 @@ class Shard:
         return [block for block, (first, last) in spans if first < stop and start < last]
 
     def check_all(self) -> list[str]:
-        """Every damaged granule's message; empty if all tokens are sound."""
+        """The message of every damaged section and granule; empty if all is sound."""
         faults = []
+        for name in self._sections:
+            try:
+                self._section(name, "u1")
+            except DataError as exc:
+                faults.append(str(exc))
         for granule in range(len(self._hashes)):
             try:
                 self._check_granule(granule)
@@ -335,13 +369,13 @@ def _parse_header(path: Path, mapped: np.ndarray) -> Header:
     fixed = _FIXED.unpack(head[:_FIXED.size])
     _, version, itemsize, tokens, documents, granule, file_bytes, tokenizer, n = fixed
     dtypes = {d.itemsize: name for name, d in DTYPES.items()}
-    if version != _VERSION or granule != GRANULE_BYTES or itemsize not in dtypes:
+    if version not in _SECTION or granule != GRANULE_BYTES or itemsize not in dtypes:
         raise DataError(f"{path}: shard version {version} with {granule}-byte granules and {itemsize}-byte tokens; "
-                        f"this officina reads version {_VERSION}, {GRANULE_BYTES}, 1, 2 or 4. Update officina.")
-    sections = {}
+                        f"this officina reads versions up to {_VERSION}, {GRANULE_BYTES}, 1, 2 or 4. Update officina.")
+    sections, line = {}, _SECTION[version]
     for i in range(n):
-        name, offset, length = _SECTION.unpack_from(head, _FIXED.size + i * _SECTION.size)
-        sections[name.rstrip(b"\0").decode()] = (offset, length)
+        name, *span = line.unpack_from(head, _FIXED.size + i * line.size)
+        sections[name.rstrip(b"\0").decode()] = tuple(span)
     return Header(dtypes[itemsize], tokens, documents, file_bytes, tokenizer.hex(), sections)
 
 

@@ -118,7 +118,9 @@ class Stream:
     def meet(self, number: int, blocks: list[int]) -> None:
         """Verify blocks of a shard before a row needs them, on any thread. The row that needs a damaged one says so."""
         try:
-            self.shard(number).read_ahead(blocks)
+            shard = self.shard(number)
+            shard.read_ahead(blocks)
+            _ = shard.ends  # compared with its checksum once
         except DataError:
             return
 

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from data_sets import tokenizer_info, write_tokens
 
 from officina.trainer.data.manifest import fingerprint, open_dataset, write_manifest
@@ -81,13 +83,46 @@ def test_damage_is_found_on_first_touch_and_only_there(large: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["header", "magic", "ends", "hashes", "trailer"])
-def test_damage_of_header_and_footer_is_found_when_opened(large: Path, part: str) -> None:
+def test_damage_of_header_and_footer_is_found_when_they_are_read(large: Path, part: str) -> None:
     path = large / "shards" / "train-00000.dls"
     size = path.stat().st_size
     flip(path, {"header": 40, "magic": 1, "ends": HEADER_BYTES + 230_001 * 4 + 70, "hashes": size - 80,
                 "trailer": size - 3}[part])
     told = {"header": "the header .bytes 0 to 4096. does not match", "magic": "a shard begins with"}
     with pytest.raises(DataError, match=rf"{path}: .*{told.get(part, 'the footer .* does not match')}"):
+        shard = Shard(path)
+        assert part == "ends" and not shard.source_ids.any()  # a section that nobody asks for is not read
+        _ = shard.ends
+    assert part != "ends" or any("document_ends in the footer" in fault for fault in verify(large).faults)
+
+
+def as_version_1(path: Path) -> None:
+    """Write the shard as before its sections had checksums of their own."""
+    content = bytearray(path.read_bytes())
+    fixed, (n,) = 88, struct.unpack_from("<I", content, 80)
+    lines = [struct.unpack_from("<24sQQQ", content, fixed + 48 * i) for i in range(n)]
+    header = bytearray(bytes(content[:fixed]) + b"".join(struct.pack("<24sQQ", *line[:3]) for line in lines))
+    header[8:12] = struct.pack("<I", 1)
+    header = header.ljust(HEADER_BYTES - 8, b"\0")
+    header += struct.pack("<Q", xxhash.xxh3_64_intdigest(header))
+    root = xxhash.xxh3_64(header)
+    for _, offset, length, _ in lines:
+        root.update(content[offset:offset + length])
+    content[:HEADER_BYTES], content[-16:-8] = header, struct.pack("<Q", root.intdigest())
+    path.write_bytes(content)
+
+
+def test_shards_of_version_1_are_read(large: Path) -> None:
+    path = large / "shards" / "train-00000.dls"
+    names = ("ends", "source_ids", "language_ids", "document_ids")
+    now = [getattr(Shard(path), name).tolist() for name in names]
+    as_version_1(path)
+    then = Shard(path)
+    assert path.read_bytes()[8] == 1 and then.check_all() == []
+    assert now[0] == [90_000, 90_001, 190_001, 230_001] and now == [getattr(then, name).tolist() for name in names]
+    assert np.array_equal(then.read(0, 230_001), np.arange(230_001))
+    flip(path, HEADER_BYTES + 230_001 * 4 + 70)
+    with pytest.raises(DataError, match=rf"{path}: the footer .* does not match"):
         Shard(path)
 
 
@@ -105,12 +140,9 @@ def test_files_that_are_no_shards(large: Path, tmp_path: Path) -> None:
     shutil.copy(tmp_path / "other" / "shards" / "train-00000.dls", path)
     with pytest.raises(DataError, match=r"it is a shard of another data set"):
         Shard(path, entry)
-    import struct
-
-    import xxhash
-    newer = whole[:8] + struct.pack("<I", 2) + whole[12:HEADER_BYTES - 8]
+    newer = whole[:8] + struct.pack("<I", 3) + whole[12:HEADER_BYTES - 8]
     path.write_bytes(newer + struct.pack("<Q", xxhash.xxh3_64_intdigest(newer)) + whole[HEADER_BYTES:])
-    with pytest.raises(DataError, match=r"shard version 2 .* reads version 1.*Update officina"):
+    with pytest.raises(DataError, match=r"shard version 3 .* reads versions up to 2.*Update officina"):
         Shard(path)
 
 
