@@ -116,9 +116,10 @@ def _free_ports(n: int) -> list[int]:
 
 
 def _address() -> str:
-    """An IPv4 address of this host that is not a loopback one: the nodes' interface."""
+    """An IPv4 address of this host that is not a loopback one, if it has any: the nodes' interface."""
     shown = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
-    return next(address for address in shown if re.fullmatch(r"[0-9.]+", address) and not address.startswith("127."))
+    own = [address for address in shown if re.fullmatch(r"[0-9.]+", address) and not address.startswith("127.")]
+    return own[0] if own else "127.0.0.1"
 
 
 def _start_munge(root: Path, path: str) -> None:
