@@ -108,6 +108,8 @@ def draw(chart: Chart, width: int, height: int) -> str:
                      f'{escape((chart.tick or chart.number)(value))}</text>')
     about = max(3, width // 130)
     for value in _round_powers(x_low, x_high, about) if chart.x_log else _round_values(x_low, x_high, about):
+        if value % 1:  # there is no half of a step
+            continue
         parts.append(f'<text class="tick" x="{to_x(value):.1f}" y="{height - 7}" text-anchor="middle">{int(value):,}</text>')
     for span in chart.spans:
         a, b = to_x(max(span.start, x_low)), to_x(min(span.stop, x_high))

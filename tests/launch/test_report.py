@@ -350,6 +350,11 @@ def test_a_column_keeps_the_extremes_of_a_long_series():
     assert "nan" not in svg
 
 
+def test_a_run_of_three_steps_has_each_of_them_once_at_its_axis():
+    svg = draw(Chart(label="c", series=[Series(name="s", x=[1, 2, 3], y=[3.0, 2.0, 1.0])], number=str), 800, 300)
+    assert re.findall(r'text-anchor="middle">([\d.,]+)<', svg) == ["1", "2", "3"]
+
+
 @pytest.mark.parametrize("y", [[], [math.nan, math.inf], [0.0, 0.0], [5.0], [1e-300, 1e300], [-3.0, 4.0]])
 @pytest.mark.parametrize(("y_log", "x_log"), [(False, False), (True, True)])
 def test_strange_values_draw_or_leave_out_but_never_fail(y, y_log, x_log):
