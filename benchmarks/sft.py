@@ -31,6 +31,7 @@ from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.chat import PLAIN
 from officina.trainer.data.reader import RowReader
 from officina.trainer.data.tokenizer import EOS, train_tokenizer
+from officina.trainer.errors import EXIT_USER, OfficinaError
 from officina.trainer.metrics import read_metrics
 from officina.trainer.rank_env import RankEnv
 from officina.trainer.run_dir import load_config
@@ -60,8 +61,12 @@ def run(*, blocks: int = 6, steps: int = 1, precisions: tuple[str, ...] = ("fp32
 
 
 def install_trl(folder: Path) -> Path:
-    """TRL in a folder of its own. Raises CalledProcessError with pip's words."""
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, TRL], check=True)
+    """TRL in a folder of its own. Raises OfficinaError where pip cannot bring it."""
+    words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), TRL]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise OfficinaError(f"{TRL}, which officina is measured against, could not be installed: {done.stderr.strip()[-500:]}\n"
+                            "It needs pip's network, or PIP_FIND_LINKS=FOLDER with its wheel.")
     return folder
 
 
@@ -212,7 +217,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--out", type=Path, help="file of the record")
     args = parser.parse_args(argv)
-    found = run(blocks=args.blocks, steps=args.steps, precisions=tuple(args.precision))
+    try:
+        found = run(blocks=args.blocks, steps=args.steps, precisions=tuple(args.precision))
+    except OfficinaError as error:
+        print(f"officina bench sft: {error}", file=sys.stderr)
+        return EXIT_USER
     path = write_record(found, args.out)
     for precision, result in found["results"].items():
         for name, speed in result["tokens_per_s"].items():

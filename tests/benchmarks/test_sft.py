@@ -10,6 +10,7 @@ from officina.benchmarks import sft, table
 from officina.benchmarks.entrants import officina
 from officina.benchmarks.turns import Block, Entrant, race
 from officina.trainer.batch import IGNORE
+from officina.trainer.errors import EXIT_USER
 
 
 def test_a_step_is_every_conversation_once_and_its_loss_that_of_transformers(tmp_path):
@@ -31,6 +32,15 @@ def test_a_step_is_every_conversation_once_and_its_loss_that_of_transformers(tmp
         tokens, trained = tokens + len(ids), trained + int((labels != IGNORE).sum())
     assert (ours["samples"], ours["tokens"], ours["trained_tokens"]) == (sft.SAMPLES, tokens, trained)
     assert ours["loss_nats"] == pytest.approx(loss / trained, rel=1e-6)
+
+
+def test_without_trl_it_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    assert sft.main(["--out", str(tmp_path / "sft.json")]) == EXIT_USER
+    said = capsys.readouterr().err
+    assert "trl==1.16.0, which officina is measured against, could not be installed" in said and "PIP_FIND_LINKS=" in said
+    assert not (tmp_path / "sft.json").exists()
 
 
 WORK = {"samples": 32, "tokens": 6000, "trained_tokens": 3000, "positions": 6144, "loss_nats": 7.6}
