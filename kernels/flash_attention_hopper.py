@@ -97,17 +97,18 @@ def descriptor(x_BHTD: Tensor, rows: int, width: int) -> Any:
     # The stride of an axis of one is never used, but must be a legal one.
     strides = [stride if size > 1 else x_BHTD.shape[-1] for size, stride in zip(x_BHTD.shape, x_BHTD.stride(), strict=True)]
     shape = [1, 1, rows, width]
-    return TensorDescriptor(x_BHTD, list(x_BHTD.shape), [*strides[:-1], 1], shape, _layout(shape, x_BHTD.element_size()))
+    return TensorDescriptor(x_BHTD, list(x_BHTD.shape), [*strides[:-1], 1], shape, _layout(shape))
 
 
 def descriptor_type(dtype: str, rows: int, width: int) -> str:
     """Triton's name of the type of such a descriptor, for compiling without one; `bf16` or `fp16`."""
     shape = [1, 1, rows, width]
-    return f"tensordesc<{dtype}{shape},{_layout(shape, 2)!r}>"
+    return f"tensordesc<{dtype}{shape},{_layout(shape)!r}>"
 
 
-def _layout(shape: list[int], element_bytes: int) -> Any:
-    return gl.NVMMASharedLayout.get_default_for(shape, {2: gl.float16}[element_bytes])
+def _layout(shape: list[int]) -> Any:
+    """Of 16-bit elements in shared memory: swizzled as TMA and wgmma both know it."""
+    return gl.NVMMASharedLayout.get_default_for(shape, gl.float16)
 
 
 @_jit
