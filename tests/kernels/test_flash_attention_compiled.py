@@ -76,6 +76,14 @@ def test_the_hopper_kernel_is_made_of_what_it_is_written_with(head_dim, causal, 
                          cwd=tmp_path, check=True, capture_output=True, text=True).stderr
     # What it says where it waits after every product, or cannot give registers from one warpgroup to another.
     assert "Used" in log and "Potential Performance Loss" not in log, log
+    sass = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-sass", "kernel.cubin"], cwd=tmp_path, check=True,
+                          capture_output=True, text=True).stdout
+    # What follows a change of the number of registers keeps to the new one, and none is kept in memory.
+    first, *parts = re.split(r"USETMAXREG\.\w+\.CTAPOOL (?:UP\d, )?0x", sass)
+    for part in parts:
+        assert max(map(int, re.findall(r"\bR(\d+)\b", part)), default=0) < int(part.split()[0], 16)
+    assert [part.split()[0] for part in parts if "UTMALDG" in part] == ["18"] and "UTMALDG" not in first  # 24 for the loader
+    assert sum("HGMMA" in part for part in parts) == consumers and not re.search(r"\b(LDL|STL)\b", sass)
 
 
 def test_single_rows_heads_queries_and_keys_compile():
