@@ -7,7 +7,10 @@ trip, and some allow a process few maps: there each row is one read, and several
 import errno
 import mmap
 import os
+import resource
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -60,6 +63,15 @@ def reads_by_pread(folder: Path, choice: str) -> bool:
     return choice == "pread" if choice != "auto" else file_system(folder) in READ_BY_PREAD
 
 
+_maps: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
+
+
+def most_maps() -> int:
+    """Files that may be mapped at once: Python keeps each of them open, and half of what may be open is for others."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft // 2
+
+
 class Mapped:
     """A mapped file."""
 
@@ -67,6 +79,7 @@ class Mapped:
         """Raises OSError, or ValueError for an empty file."""
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            _maps.add(self._map)
             self._path, self._key = path, _key(os.fstat(file.fileno()))
         self.bytes = np.frombuffer(self._map, np.uint8)
 
@@ -198,7 +211,9 @@ def _will_need(path: Path, key: tuple[int, int], start: int, stop: int) -> None:
 
 
 def map_file(path: Path) -> Mapped | None:
-    """The mapped file; none where the file system allows no further map. Raises as `Mapped` does."""
+    """The mapped file; none where file system or open files allow no further map. Raises as `Mapped` does."""
+    if len(_maps) >= most_maps():
+        return None
     try:
         return Mapped(path)
     except OSError as exc:

@@ -1,6 +1,7 @@
 """Files are mapped or read by the kind of file system, and either way give the same bytes and find the same damage."""
 
 import errno
+import gc
 import mmap
 import os
 from pathlib import Path
@@ -73,6 +74,21 @@ def test_maps_and_reads_give_the_same(tmp_path: Path, shuffle_block: int, monkey
     monkeypatch.setattr(mmap, "mmap", refuse)  # as WekaFS does after some 600 maps
     for read in ("mmap", "pread"):
         assert digests(make_run({"a": (tmp_path / "a", 1)}, read=read, **how)) == mapped
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tokens(tmp_path / "a", {"train": [100] * 40}, shard_bytes=800)  # 20 shards
+    run = make_run({"a": (tmp_path / "a", 1)}, rows=7)
+    mapped = digests(run, 100)
+    gc.collect()
+    before = len(storage._maps)
+    monkeypatch.setattr(storage, "most_maps", lambda: before + 5)
+    with Loader(run, rank=0, world_size=1, position=0) as loader:
+        assert [loader.next_step().digest for _ in range(100)] == mapped
+        shards = loader._reader.streams["a"]._open.values()
+        n = sum(not shard.pread for shard in shards)
+        assert len(shards) == 20 and n == len(storage._maps) - before
+        assert 5 <= n <= 5 + storage.THREADS  # that may open shards at the same time
 
 
 def test_damage_is_found_by_reads_too(tmp_path: Path) -> None:
