@@ -127,7 +127,7 @@ def _attention(arch: str) -> Iterator[Sweep]:
     tried = [Config(M, N, 4, stages, {"ping_pong": turns}) for M, N, stages, turns in itertools.product(
         (128, 192), (64, 128), (2, 3, 4), (0, 1))]
     for D, causal in itertools.product((64, 128), (True, False)):
-        yield Sweep("attention", "FORWARD_HOPPER", flash_attention_tables.FORWARD_HOPPER, (D, causal, 16), tried,
+        yield Sweep("attention_hopper", "FORWARD_HOPPER", flash_attention_tables.FORWARD_HOPPER, (D, causal, 16), tried,
                     functools.partial(_attention_work, D, causal, "forward", HOPPER))
 
 
@@ -184,7 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     """Sweep, write tune.json and tables.txt. Returns 0, or 2 where there is no GPU or no such kernel."""
     parser = argparse.ArgumentParser(prog="python -m officina.benchmarks.tune", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernel", help="attention, cross_entropy, rms_norm, activations, adamw, rope, symmetric, or all")
+    parser.add_argument("kernel", help="attention, attention_hopper, cross_entropy, rms_norm, activations, adamw, rope, "
+                        "symmetric, or all")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no sweep after this time (default: all)")
     parser.add_argument("--out", type=Path, default=Path("tune-results"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)

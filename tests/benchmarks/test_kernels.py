@@ -106,7 +106,7 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones(capsys, monkeypatch, t
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tune, "arch_of", lambda device: "sm_90")
     assert tune.main(["atention", "--out", str(tmp_path)]) == EXIT_USER
-    assert "there is no table of atention; there are attention, cross_entropy" in capsys.readouterr().err
+    assert "there is no table of atention; there are attention, attention_hopper, cross_entropy" in capsys.readouterr().err
 
 
 # ---- goals ---------------------------------------------------------------------------------------------------------
