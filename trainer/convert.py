@@ -178,7 +178,8 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
 def export_adapter(text: str, folder: Path) -> dict[str, Any]:
     """Write the adapter of a run's checkpoint to `folder` in PEFT's form, in fp32.
 
-    Returns `base` (its name), `init_from` (where it lies, if it is a folder), `hash` (of its weights), `step` and `bytes`.
+    Returns `base` (its name), `init_from` (where it lies, if it is a folder), `hash` (of its weights), `nf4` (was it held in 4
+    bits?), `step` and `bytes`.
     """
     run_dir, step = _which(text)
     run = load_config(run_dir)
@@ -206,7 +207,8 @@ def export_adapter(text: str, folder: Path) -> dict[str, Any]:
     config = peft.peft_config(run.model, run.adapter, chosen, family, base)
     _write_json(folder / peft.CONFIG_FILE, config)  # last: without it the folder is no adapter
     return {"base": base, "init_from": run.init_from if raw and record.get("kind") == "folder" else "",
-            "hash": record.get("hash"), "step": step, "bytes": (folder / peft.WEIGHTS_FILE).stat().st_size}
+            "hash": record.get("hash"), "nf4": run.adapter.base == "nf4", "step": step,
+            "bytes": (folder / peft.WEIGHTS_FILE).stat().st_size}
 
 
 def _tensors(family: Family, model: DecoderConfig,
@@ -339,11 +341,15 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.adapter:
         told = export_adapter(args.checkpoint, Path(args.to))
-        base = told["init_from"] or "BASE"
+        base = repr(told["init_from"] or "BASE")
+        classes = "AutoModelForCausalLM as M"
+        if told["nf4"]:
+            classes, base = f"{classes}, BitsAndBytesConfig as C", f"{base}, quantization_config=C(load_in_4bit=True, " \
+                "bnb_4bit_quant_type='nf4')"
         print(f"{args.to}: adapter of step {told['step']}, {_human(told['bytes'])}, for {told['base'] or 'random weights'}"
               + (f" (weights {told['hash']})" if told["hash"] else "") +
-              f"\n  python -c \"from transformers import AutoModelForCausalLM as M; from peft import PeftModel as P; "
-              f"P.from_pretrained(M.from_pretrained('{base}'), '{args.to}')\"")
+              f"\n  python -c \"from transformers import {classes}; from peft import PeftModel as P; "
+              f"P.from_pretrained(M.from_pretrained({base}), '{args.to}')\"")
         if not told["init_from"]:
             print("  BASE is the folder of what the run started from; of a run: officina convert export RUN --to BASE")
         return 0

@@ -1,6 +1,7 @@
 """Adapters against PEFT: the same logits and gradients, and what is exported loads there and computes the same."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -150,10 +151,11 @@ def our_logits(run_dir, tokens):
     return module(tokens)
 
 
-def test_an_adapter_of_a_base_in_4_bits_computes_the_same_in_peft_beside_bitsandbytes(trained, tmp_path):
+def test_an_adapter_of_a_base_in_4_bits_computes_the_same_in_peft_beside_bitsandbytes(trained, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     run_dir, base = trained("4 bits", "llama", replace(LORA, base="nf4"), hidden_size=64, intermediate_size=128)
-    export_adapter(str(run_dir), tmp_path / "adapter")
+    assert main(["export", str(run_dir), "--to", str(tmp_path / "adapter"), "--adapter"]) == 0
+    exec(re.search(r'python -c "(.*BitsAndBytesConfig.*)"', capsys.readouterr().out)[1], {})
     four = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     load = partial(transformers.AutoModelForCausalLM.from_pretrained, base, dtype=torch.float32, device_map="cpu")
     tokens = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(0))

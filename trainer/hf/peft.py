@@ -106,10 +106,10 @@ def read_adapter(raw: Mapping[str, Any], tensors: Mapping[str, Stored], model: D
     found = {there[name]: stored for name, stored in tensors.items() if name in there}
     layers = [name for name in linears if any(f"{name}.{leaf}" in found for leaf in _LEAVES)]
     whole = [name for name in shapes if name in found]
+    owners, modules = (dict.fromkeys(name.rpartition(".")[0] for name in names) for names in (whole, shapes))
     adapter = LoraConfig(rank=rank, alpha=float(alpha), rslora=bool(rslora), dropout=float(dropout),
-                         targets=_patterns(layers, linears), train=_patterns(
-                             dict.fromkeys(name.rpartition(".")[0] for name in whole),
-                             dict.fromkeys(name.rpartition(".")[0] for name in shapes)))
+                         targets=LoraConfig().targets if layers == list(linears) else _patterns(layers, linears),
+                         train=_patterns(owners, modules))
     chosen = choose(model, adapter)
     wanted = {**chosen.adapter_shapes(rank), **{name: shapes[name] for name in chosen.whole}}
     faults = [f"{name} is no part of this model" for name in sorted(tensors.keys() - there.keys())]
