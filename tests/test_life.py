@@ -14,6 +14,7 @@ from officina.trainer.config import (
     EvalConfig,
     FSDP2Config,
     HSDPConfig,
+    LrScheduleConfig,
     MuonConfig,
     ObjectiveConfig,
     SingleConfig,
@@ -69,6 +70,13 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(pool, data, tmp_pa
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     ours, theirs = states(tmp_path / "parts", 8), states(tmp_path / "whole", 8)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs) and ours.keys() == theirs.keys()
+
+
+def test_a_last_step_without_learning_rate_is_no_fault_of_the_engine(pool, data, tmp_path):
+    """All that is left after the resume is the end of a decay to 0, which changes nothing."""
+    begin(tmp_path / "run", plain_run(data, steps=4, lr_schedule=LrScheduleConfig(warmup_steps=1, min_ratio=0.0)))
+    assert lived(pool, tmp_path / "run", 1, stop_after=3) == EXIT_CONTINUE
+    assert lived(pool, tmp_path / "run", 1) == EXIT_DONE
 
 
 def test_engines_and_ranks_change_at_every_stop(pool, data, tmp_path):

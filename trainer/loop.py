@@ -45,7 +45,8 @@ def train(run_dir: Path, ranks: Ranks) -> int:
         while job.step < run.steps and not stop_votes and not over_votes and not job.quarantine.is_over:
             factor = lr_factor(run.lr_schedule, job.step, run.steps)
             torch.manual_seed(_seed(run.seed, job.step, ranks.rank))  # dropout follows from the step, not from history
-            before = state_hashes(job.trained_state(), slots={PARAM}) if job.unchecked else None
+            # The end of a decay to 0 changes nothing, rightly.
+            before = state_hashes(job.trained_state(), slots={PARAM}) if job.unchecked and factor else None
             job.profiler.step(job.step + 1)
             result = train_step(
                 job.engine, data.micros, device=ranks.device, step_tokens=max(int(step_tokens), 1), lr_factor=factor,
