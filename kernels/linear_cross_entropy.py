@@ -30,8 +30,12 @@ from officina.kernels.cross_entropy import (
 from officina.kernels.dispatch import Impl
 from officina.kernels.ops import define_op, wide_dtype
 
-CHUNK_LOGITS_GPU, CHUNK_LOGITS_CPU = 2**28, 2**23
-"""Logits held at a time by default: 0.5 GiB in bf16 on a GPU (large products), 32 MiB in fp32 on a CPU (its cache)."""
+CHUNK_LOGITS_GPU, CHUNK_LOGITS_CPU = 2**28, 2**20
+"""Logits held at a time by default: 0.5 GiB in bf16 on a GPU (large products), 4 MiB in fp32 on a CPU (its cache; of 16 MiB,
+malloc gives so much back to the system between chunks that new pages took a quarter of the loss's time)."""
+
+CHUNK_TOKENS_CPU = 256
+"""Tokens at least, however large the vocabulary: each chunk reads all weights and adds to all their gradients."""
 
 _ALIGN = 64
 """Rows of the chunk's logits begin at multiples of this many numbers: any vocabulary is read 16 bytes at a time."""
@@ -60,8 +64,7 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z
         raise ValueError(f"linear_cross_entropy: the shard's rows {shard.first} to {shard.first + V} are not among the "
                          f"vocabulary's {shard.size}")
     terms = Terms(z_loss, label_smoothing, softcap)
-    if not chunk_tokens:
-        chunk_tokens = max(1, (CHUNK_LOGITS_GPU if x_ND.is_cuda else CHUNK_LOGITS_CPU) // V)
+    chunk_tokens = chunk_tokens or _chunk_tokens(x_ND, V)
     return _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, terms, shard, chunk_tokens, choose(x_ND, labels_N, impl),
                                      torch.is_grad_enabled())
 
@@ -74,7 +77,7 @@ def linear_token_scores(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, so
     Arguments as in `linear_cross_entropy`; both are 0 where the label is IGNORE.
     """
     N, V = x_ND.shape[0], weight_VD.shape[0]
-    chunk_tokens = chunk_tokens or max(1, (CHUNK_LOGITS_GPU if x_ND.is_cuda else CHUNK_LOGITS_CPU) // V)
+    chunk_tokens = chunk_tokens or _chunk_tokens(x_ND, V)
     impl, terms = choose(x_ND, labels_N, impl), Terms(0.0, 0.0, softcap)
     scores = x_ND.new_empty((2, N), dtype=wide_dtype(x_ND.dtype))
     for start in range(0, N, chunk_tokens):
@@ -90,6 +93,10 @@ def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, labels_N: Te
     """Same contract in plain torch on a whole vocabulary, all logits at once; the oracle for tests and benchmarks."""
     return cross_entropy_reference(x_ND @ weight_VD.T, labels_N, z_loss=z_loss, label_smoothing=label_smoothing,
                                    softcap=softcap).sum()
+
+
+def _chunk_tokens(x_ND: Tensor, V: int) -> int:
+    return max(1, CHUNK_LOGITS_GPU // V) if x_ND.is_cuda else max(CHUNK_TOKENS_CPU, CHUNK_LOGITS_CPU // V)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

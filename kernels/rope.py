@@ -66,10 +66,15 @@ def rope_reference(q_BHTK: Tensor, k_BGTK: Tensor, cos_B1TP: Tensor, sin_B1TP: T
 def _rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     P = cos.shape[-1]
     turned, rest = x_BHTK.to(wide_dtype(x_BHTK.dtype)).split((2 * P, x_BHTK.shape[-1] - 2 * P), dim=-1)
-    a, b = turned.unflatten(-1, (P, 2)).unbind(-1) if interleaved else turned.chunk(2, dim=-1)
-    a, b = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
-    parts = [torch.stack((a, b), dim=-1).flatten(-2)] if interleaved else [a, b]
-    return torch.cat((*parts, rest) if rest.shape[-1] else parts, dim=-1).to(x_BHTK.dtype)
+    # Each feature times cos plus its partner times a signed sin: on a CPU half the time of turning two halves and joining them.
+    if interleaved:
+        partners = turned.unflatten(-1, (P, 2)).flip(-1).flatten(-2)
+        cos, sin = (torch.stack(two, dim=-1).flatten(-2) for two in ((cos, cos), (-sin, sin)))
+    else:
+        partners = turned.roll(P, -1)
+        cos, sin = (torch.cat(two, dim=-1) for two in ((cos, cos), (-sin, sin)))
+    turned = torch.addcmul(turned * cos, partners, sin)
+    return (torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned).to(x_BHTK.dtype)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> None:
