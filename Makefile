@@ -21,7 +21,7 @@ test: venv lint ## everything but the full counts and what needs a GPU
 test-full: venv lint ## also the full counts (hours)
 	$(BIN)/python -m pytest
 
-test-floor: ## the tests on the oldest torch that pyproject.toml allows, in .venv-floor
+test-floor: ## the tests on the oldest torch that pyproject.toml allows, in .venv-floor (8 GB: this torch comes with CUDA)
 	$(PYTHON) -m venv .venv-floor
 	grep -v -e ^torch -e ^triton constraints.txt >.venv-floor/constraints.txt
 	DS_BUILD_OPS=0 .venv-floor/bin/python -m pip install --quiet --constraint .venv-floor/constraints.txt \
