@@ -47,7 +47,8 @@ def peft_config(model: DecoderConfig, adapter: LoraConfig, chosen: Chosen, famil
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": adapter.rank, "lora_alpha": adapter.alpha, "use_rslora": adapter.rslora, "lora_dropout": adapter.dropout,
-        "target_modules": _shortest(chosen.linears, linear_layers(model), family), "modules_to_save": list(whole) or None,
+        "target_modules": _shortest(_modules(chosen.linears, family), _modules(linear_layers(model), family)),
+        "modules_to_save": list(whole) or None,
         # Both ends of a tied model are one matrix; without this PEFT gives the copy it trains to one end only.
         "ensure_weight_tying": model.tie_embeddings and "embed.weight" in chosen.whole,
         "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
@@ -58,12 +59,15 @@ def _module(parameter: str, family: Family) -> str:
     return family.their_name(parameter).rpartition(".")[0]
 
 
-def _shortest(chosen: Iterable[str], there: Iterable[str], family: Family) -> list[str]:
-    """Last names (`q_proj`) where they say what is meant, since PEFT takes a name as an end; else the names in full."""
-    named = [_module(f"{name}.weight", family) for name in chosen]
-    ends = dict.fromkeys(name.rpartition(".")[2] for name in named)
-    matched = {other for name in there if (other := _module(f"{name}.weight", family)).rpartition(".")[2] in ends}
-    return list(ends) if matched == set(named) else named
+def _modules(layers: Iterable[str], family: Family) -> list[str]:
+    return [_module(f"{name}.weight", family) for name in layers]
+
+
+def _shortest(chosen: Iterable[str], there: Iterable[str]) -> list[str]:
+    """Last names (`q_proj`) where they say what is meant, since a name stands for all that end with it; else names in full."""
+    chosen = list(chosen)
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in chosen)
+    return list(ends) if {name for name in there if name.rpartition(".")[2] in ends} == set(chosen) else chosen
 
 
 # ---- in ------------------------------------------------------------------------------------------------------------
@@ -108,8 +112,8 @@ def read_adapter(raw: Mapping[str, Any], tensors: Mapping[str, Stored], model: D
     whole = [name for name in shapes if name in found]
     owners, modules = (dict.fromkeys(name.rpartition(".")[0] for name in names) for names in (whole, shapes))
     adapter = LoraConfig(rank=rank, alpha=float(alpha), rslora=bool(rslora), dropout=float(dropout),
-                         targets=LoraConfig().targets if layers == list(linears) else _patterns(layers, linears),
-                         train=_patterns(owners, modules))
+                         targets=LoraConfig().targets if layers == list(linears) else _shortest(layers, linears),
+                         train=_shortest(owners, modules))
     chosen = choose(model, adapter)
     wanted = {**chosen.adapter_shapes(rank), **{name: shapes[name] for name in chosen.whole}}
     faults = [f"{name} is no part of this model" for name in sorted(tensors.keys() - there.keys())]
@@ -142,10 +146,3 @@ def read_bytes(stored: Stored) -> bytes:
     with open(stored.file, "rb") as file:
         file.seek(stored.offset)
         return file.read(stored.bytes)
-
-
-def _patterns(chosen: Iterable[str], there: Iterable[str]) -> list[str]:
-    """Last names (`q`) where they say what is meant, else the names in full."""
-    chosen = list(chosen)
-    ends = dict.fromkeys(name.rpartition(".")[2] for name in chosen)
-    return list(ends) if {name for name in there if name.rpartition(".")[2] in ends} == set(chosen) else chosen
