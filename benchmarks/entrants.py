@@ -7,6 +7,7 @@ reads them as in any run, the others find the first ones in memory and go round 
 import os
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from officina.benchmarks.turns import Turns
 from officina.trainer import assemble
 from officina.trainer.batch import Batch
 from officina.trainer.config import DecoderConfig, RunConfig
-from officina.trainer.data.loader import Loader
+from officina.trainer.data.loader import Loader, StepData
 from officina.trainer.loop import train
 from officina.trainer.model.build import build_model
 from officina.trainer.parallel.engine import Engine, resolve_precision
@@ -35,16 +36,33 @@ BATCHES_IN_MEMORY = 8
 
 
 # ---- officina ------------------------------------------------------------------------------------------------------
-def officina(turns: Turns, env: RankEnv, *, run_dir: Path) -> None:
+def officina(turns: Turns, env: RankEnv, *, run_dir: Path, in_memory: bool = False) -> None:
     """`loop.train` as it is, loader, metrics, ledger and all; the blocks' borders come in where a profiler would.
 
+    in_memory: without its loader, the first steps' batches again and again; its ledger tells of data that was not read.
     Its facts: `engine_s`, the time spent within forward_backward and step. What the loop adds is the rest of the block.
     """
     run = load_config(run_dir)
     ranks = start_ranks(env, device=run.device, threads=run.threads)
     with (mock.patch.object(assemble, "Profiler", lambda *_, **__: _Borders(turns)),
-          mock.patch.object(assemble, "build_engine", lambda parts: _Timed(build_engine(parts), turns))):
+          mock.patch.object(assemble, "build_engine", lambda parts: _Timed(build_engine(parts), turns)),
+          mock.patch.object(assemble, "Loader", _InMemory if in_memory else Loader)):
         train(run_dir, ranks)
+
+
+class _InMemory(Loader):
+    """Reads the first steps and gives them in turn from then on; its thread waits for room and reads no more."""
+
+    def next_step(self) -> StepData:
+        self._kept: list[StepData] = getattr(self, "_kept", [])
+        if len(self._kept) < BATCHES_IN_MEMORY:
+            self._kept.append(super().next_step())
+            return self._kept[-1]
+        step = self._kept.pop(0)
+        self._kept.append(step)
+        first = self._position
+        self._position += step.stop_sample - step.first_sample
+        return replace(step, first_sample=first, stop_sample=self._position, wait_s=0.0)
 
 
 build_engine = assemble.build_engine

@@ -11,6 +11,7 @@ from officina.benchmarks.entrants import hf_trainer, llama_config, officina, pla
 from officina.benchmarks.turns import Entrant, race
 from officina.benchmarks.workload import synthetic_dataset, write_run
 from officina.configs.compose import compose
+from officina.trainer.data.ledger import read_ledger
 from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.verify import verify
 
@@ -43,6 +44,17 @@ def test_the_plain_loop_trains_what_officina_trains(data, tmp_path, how, engine,
     else:  # a plain rank knows its own rows only
         assert 0.4 < found["plain"][0].facts["losses"][-1] / ours[-1] < 0.6
     assert len(ours) == 8 and 0 < found["officina"][0].facts["engine_s"] < found["officina"][0].seconds
+
+
+def test_officina_with_data_in_memory_trains_the_first_steps_rows_again_and_again(data, tmp_path):
+    found = {}
+    for name, in_memory in (("reads", False), ("keeps", True)):
+        path = write_run([*WORDS, "optim.lr=1e-30", f"data.sources.s.path={data}"], tmp_path / name)
+        race({name: Entrant(partial(officina, run_dir=path, in_memory=in_memory))}, blocks=1, steps=20, lead=0, warmup=0)
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        found[name] = [line["loss_nats"] for line in lines if "event" not in line]
+        assert [entry.step for entry in read_ledger(path)[0]] == list(range(1, 21))
+    assert found["keeps"][:8] == found["reads"][:8] and found["keeps"][8:16] == found["reads"][:8] != found["reads"][8:16]
 
 
 def test_transformers_trains_the_same_model(data, tmp_path):
