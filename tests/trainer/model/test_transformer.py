@@ -13,10 +13,11 @@ from helpers import filled, random_config, small
 
 from officina.kernels import attention as kernel
 from officina.trainer.batch import IGNORE
-from officina.trainer.config import RopeConfig
+from officina.trainer.config import RopeConfig, RunConfig, SingleConfig
 from officina.trainer.model.build import build_transformer
 from officina.trainer.model.layers import RMSNorm
 from officina.trainer.model.rope import rope_frequencies
+from officina.trainer.parallel.blocks import prepare_blocks
 
 CONFIGS = [random_config(random.Random(seed)) for seed in range(14)]
 IDS = range(len(CONFIGS))
@@ -175,12 +176,10 @@ def test_blocks_compile_once_per_kind_of_layer(recompute):
         return graph.forward
 
     torch._dynamo.reset()
+    if recompute:
+        prepare_blocks(module.blocks, RunConfig(engine=SingleConfig(recompute="full"), model=module.config))
     for block in module.blocks:
         block.compile(backend=count, fullgraph=True)
-    if recompute:
-        plain = [block.forward for block in module.blocks]
-        for block, forward in zip(module.blocks, plain, strict=True):
-            block.forward = lambda *a, f=forward, **k: torch.utils.checkpoint.checkpoint(f, *a, use_reentrant=False, **k)
     got = module(tokens, **arguments)
     torch.testing.assert_close(got, want, atol=0, rtol=1e-6)
     for a, b in zip(torch.autograd.grad(got, list(module.parameters())), grads, strict=True):
