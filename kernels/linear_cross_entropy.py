@@ -63,10 +63,10 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z
     if shard and not 0 <= shard.first <= shard.size - V:
         raise ValueError(f"linear_cross_entropy: the shard's rows {shard.first} to {shard.first + V} are not among the "
                          f"vocabulary's {shard.size}")
-    terms = Terms(z_loss, label_smoothing, softcap)
+    Terms(z_loss, label_smoothing, softcap)  # raises; numbers are handed on, since torch 2.9 would compile its checks
     chunk_tokens = chunk_tokens or _chunk_tokens(x_ND, V)
-    return _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, terms, shard, chunk_tokens, choose(x_ND, labels_N, impl),
-                                     torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, z_loss, label_smoothing, softcap, shard, chunk_tokens,
+                                     choose(x_ND, labels_N, impl), torch.is_grad_enabled())
 
 
 @torch.no_grad()
@@ -101,14 +101,14 @@ def _chunk_tokens(x_ND: Tensor, V: int) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, terms: Terms, shard: VocabShard | None,
-                chunk_tokens: int, impl: str, grad_enabled: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, label_smoothing: float, softcap: float,
+                shard: VocabShard | None, chunk_tokens: int, impl: str, grad_enabled: bool) -> Tensor:
         want_dx, want_dweight = (need and grad_enabled for need in ctx.needs_input_grad[:2])
         if torch.compiler.is_compiling() and shard is None:  # one node of the graph, however many chunks
             loss, dx, dweight = torch.ops.officina.linear_cross_entropy(
-                x, weight, labels, terms.z_loss, terms.label_smoothing, terms.softcap, chunk_tokens, impl, want_dx,
-                want_dweight)
+                x, weight, labels, z_loss, label_smoothing, softcap, chunk_tokens, impl, want_dx, want_dweight)
         else:  # plain, so that counters of operations and memory see what there is
+            terms = Terms(z_loss, label_smoothing, softcap)
             loss, dx, dweight = _forward(x, weight, labels, terms, shard, chunk_tokens, impl, want_dx, want_dweight)
         ctx.save_for_backward(dx, dweight)
         ctx.wanted, ctx.dtypes = (want_dx, want_dweight), (x.dtype, weight.dtype)
@@ -121,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # pass: a product in fp32 first would be as large as the sum of the chunks once more.
         dx, dweight = (torch.mul(d, dloss, out=torch.empty_like(d, dtype=dtype)) if wanted else None
                        for d, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True))
-        return dx, dweight, None, None, None, None, None, None
+        return dx, dweight, *[None] * 8
 
 
 def _implementation(x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, label_smoothing: float, softcap: float,
