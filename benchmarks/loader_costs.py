@@ -69,12 +69,14 @@ def cold(folder: Path, repeats: int) -> dict[str, Any]:
     """Bytes per second from files that are not in memory: shuffled by blocks of rows and by rows, and as plain readers do.
 
     The plain readers: the files from first byte to last, 8 MiB a read; and rows of 16 KiB in a random order, by as many threads
-    as the loader has, each row once. Shares are of what such a reader did next before.
+    as the loader has, each row once. Shares are of what such a reader did next before. Batches are of tokens and labels; once
+    also with positions and documents, seven times the bytes that are read, where the processor is slower than the disk.
     """
     if not folder.exists():
         write_cold(folder)
     words = {"in order": ["in order"], "rows at random": ["at random"]}
     words |= {f"shuffle_block={block}, {read}": [str(block), read] for block in (256, 1) for read in ("mmap", "pread")}
+    words["shuffle_block=256, mmap, with documents"] = ["256", "mmap", "documents"]
     found = interleaved({name: lambda say=say: fresh("cold", folder, *say)["bytes_per_s"] for name, say in words.items()},
                         repeats, warmup=0)
     return {name: {"bytes_per_s": summary(values), "share": _share(values, found["in order"]),
@@ -119,14 +121,14 @@ def _is_in_memory(descriptor: int, page: bytearray, place: int) -> bool:
         return False
 
 
-def _cold(folder: Path, how: str, read: str = "") -> dict[str, float]:
+def _cold(folder: Path, how: str, read: str = "", documents: str = "") -> dict[str, float]:
     files = sorted((folder / "shards").iterdir())
     forget(files)
     if how in ("in order", "at random"):
         begun = time.perf_counter()
         n_bytes = _read_in_order(files) if how == "in order" else _read_at_random(files)
         return {"bytes_per_s": n_bytes / (time.perf_counter() - begun)}
-    loader_run = make_run({"cold": folder}, rows=COLD_ROWS, shuffle_block=int(how), read=read)
+    loader_run = make_run({"cold": folder}, rows=COLD_ROWS, shuffle_block=int(how), read=read, mask_documents=bool(documents))
     begun = time.perf_counter()
     with Loader(loader_run, rank=0, world_size=1, position=0) as loader:
         steps = loader._reader.rows["cold"] // COLD_ROWS
