@@ -105,7 +105,7 @@ def test_an_adapter_is_evaluated_merged(pool, trained: Path, tmp_path) -> None:
     """The same loss as in the loop, which computes with the adapter beside its frozen weights."""
     run = load_config(trained)
     run = replace(run, name="lora", init_from=f"{trained}@3", adapter=LoraConfig(rank=4, alpha=10, train=["norm"]),
-                  optim=replace(run.optim, lr=3e-2))
+                  optim=replace(run.optim, lr=1e-2))
     begin(tmp_path / "lora", run)
     pool.run(1, "tests.lives:live", str(tmp_path / "lora"))
     [in_the_loop], [before] = read_metrics(tmp_path / "lora").evals, read_metrics(trained).evals

@@ -256,7 +256,7 @@ def test_a_damaged_footer_stops_the_consumer_with_its_file(tmp_path: Path) -> No
     content[HEADER_BYTES + 4000 + 32] ^= 1  # sections begin at multiples of 64
     shard.write_bytes(content)
     with Loader(make_run({"a": (tmp_path / "a", 1)}), rank=0, world_size=1, position=0) as loader:
-        with pytest.raises(DataError, match=rf"{shard}: the footer .* does not match its checksum"):
+        with pytest.raises(DataError, match=rf"{shard}: document_ends in the footer .* does not match its checksum"):
             loader.next_step()
         with pytest.raises(RuntimeError, match=r"closed"):
             loader.next_step()
