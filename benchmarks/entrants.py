@@ -53,8 +53,11 @@ def officina(turns: Turns, env: RankEnv, *, run_dir: Path, in_memory: bool = Fal
 class _InMemory(Loader):
     """Reads the first steps and gives them in turn from then on; its thread waits for room and reads no more."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kept: list[StepData] = []
+
     def next_step(self) -> StepData:
-        self._kept: list[StepData] = getattr(self, "_kept", [])
         if len(self._kept) < BATCHES_IN_MEMORY:
             self._kept.append(super().next_step())
             return self._kept[-1]

@@ -42,6 +42,15 @@ def expected(case: Case) -> Trace:
     return reference(replace(case, engine="single", splits=1, recompute="none", compile=False, fault=""))
 
 
+def bf16_trace(pool, ranks: int, case: Case, *, norms_within: float) -> Trace:
+    """A bf16 case, whose losses may be off fp32 by twice what one plain bf16 process is off, in the mean over the steps."""
+    exact, plain, found = expected(replace(case, precision="fp32")), expected(case), trace(pool, ranks, case)
+    allowed = np.abs(np.subtract(plain.losses, exact.losses)).mean()
+    assert np.abs(np.subtract(found.losses, exact.losses)).mean() <= 2 * allowed
+    assert np.abs(np.divide(found.norms, exact.norms) - 1).mean() <= norms_within
+    return found
+
+
 @pytest.mark.parametrize(("engine", "ranks", "splits", "packed", "rows"), SAMPLE)
 def test_engine_conforms(pool, engine, ranks, splits, packed, rows):
     case = Case(engine, splits=splits, packed=packed, rows=rows)
@@ -105,11 +114,7 @@ def test_bf16_is_as_good_as_one_bf16_process(pool, engine, ranks):
     A low rate, because at 1e-3 two right bf16 runs come as far apart (one norm by 16 %) as a wrong one would.
     """
     case = Case(engine, precision="bf16", steps=20, optim=replace(ADAMW, lr=1e-4))
-    exact, plain = expected(replace(case, precision="fp32")), expected(case)
-    found = trace(pool, ranks, case)
-    allowed = np.abs(np.subtract(plain.losses, exact.losses)).mean()
-    assert np.abs(np.subtract(found.losses, exact.losses)).mean() <= 2 * allowed
-    assert np.abs(np.divide(found.norms, exact.norms) - 1).mean() <= 1e-3
+    found = bf16_trace(pool, ranks, case, norms_within=1e-3)
     assert {values.dtype for values in found.state.values()} == {np.dtype("float64")}
     masters = found.state["blocks.0.mlp.up.weight", "param"].astype(np.float32)
     assert (masters.view(np.uint32) & 0xFFFF).any(), "master weights have no more digits than bf16"

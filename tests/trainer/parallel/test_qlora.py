@@ -12,7 +12,7 @@ from officina.trainer.model.nf4 import pairs, unpack
 from officina.trainer.state import PARAM
 from tests.trainer.parallel.cases import ADAMW, Case, Trace, distance, reference
 from tests.trainer.parallel.test_adapters import memory_of, train_seeded, trained_names  # noqa: F401
-from tests.trainer.parallel.test_conformance import expected, trace
+from tests.trainer.parallel.test_conformance import bf16_trace, expected, trace
 
 QLORA = LoraConfig(rank=4, alpha=8, targets=["*.q", "*.v", "*.down"], base="nf4")
 MORE = LoraConfig(rank=4, alpha=16, rslora=True, train=["embed", "*norm", "blocks.1.attn.o"], base="nf4",
@@ -68,11 +68,7 @@ def test_the_base_as_it_is_would_be_noticed():
 @pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp2", 2), pytest.param("zero3", 2, marks=pytest.mark.slow)])
 def test_in_bf16_it_is_as_good_as_one_bf16_process(pool, engine, ranks):
     case = Case(engine, adapter=MORE, precision="bf16", steps=10, optim=replace(ADAMW, lr=3e-4))
-    exact, plain = expected(replace(case, precision="fp32")), expected(case)
-    found = trace(pool, ranks, case)
-    allowed = np.abs(np.subtract(plain.losses, exact.losses)).mean()
-    assert np.abs(np.subtract(found.losses, exact.losses)).mean() <= 2 * allowed
-    assert np.abs(np.divide(found.norms, exact.norms) - 1).mean() <= 2e-3
+    bf16_trace(pool, ranks, case, norms_within=2e-3)
 
 
 @pytest.mark.slow
