@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # `make gpu`: the gpu-marked tests, then benchmarks/gpu.py, in under 9 minutes on a machine with one GPU.
 # Records and logs go to $OUT (default: gpu-results). --tiny tries the whole script out on a CPU; its figures mean nothing.
+# Other words are a command to run in place of tests and benchmarks, such as: benchmarks/gpu.sh python3 -m officina.benchmarks.tune all
 #
 # It needs a Python with torch for this GPU, not an installation: .venv if it is there, else python3 (or PYTHON=...).
 # Packages that this Python lacks are taken from wheels in .whl/, for nodes without network. To fill it elsewhere, for
@@ -47,9 +48,14 @@ if [[ ${#tiny[@]} -eq 0 ]] && ! "$python" -c 'import sys, torch; sys.exit(not to
     exit 2
 fi
 
+if [[ ${#tiny[@]} -eq 0 && $# -gt 0 ]]; then
+    "$@" ; exit
+fi
+
 status=0
 [[ ${#tiny[@]} -gt 0 ]] && export OFFICINA_GPU_TESTS_ON=cpu OMP_NUM_THREADS=1
 tests=("$python" -m pytest -m gpu -q -p no:cacheprovider --durations 10)
+"$python" -c "import xdist" 2> /dev/null && tests+=(--numprocesses "${TESTS_AT_ONCE:-6}")  # compiling takes most of the time
 hopper=tests/gpu/test_flash_attention_hopper.py
 timeout "${TESTS_S:-180}" "${tests[@]}" tests/gpu --ignore "$hopper" 2>&1 | tee "$out/tests.log" || status=1
 # By itself: its warps wait for each other, so a fault may be a program without end. Measured only if it passes.

@@ -1,7 +1,8 @@
 """Time and peak memory of functions that do the same on one device, called in turn.
 
 On a GPU each call is timed by events of its own, and before it the L2 cache is emptied: a training step does not find its
-inputs there either. The host runs ahead meanwhile, so that launching is not what is measured.
+inputs there either. The device idles first for as long as the host takes to queue a turn's calls, so that launching is not
+what is measured.
 """
 
 import statistics
@@ -16,6 +17,12 @@ ROUNDS = 5
 """Turns of each entrant, so that a slow moment of the machine meets all of them."""
 _L2_BYTES = 2**28
 """More than the L2 cache of any accelerator."""
+_LEAD_S = 0.03
+"""The longest head start that the host gets: more than it takes to fill the queue of launches."""
+_EVENTS_S = 50e-6
+"""What the host needs for a call besides the work: events, the cache, restoring inputs."""
+_CLOCK_HZ = 2e9
+"""At least the clock of a device, whose cycles are what it can be told to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,7 @@ class Timing:
 def measure(entrants: Mapping[str, Work], device: torch.device, *, round_s: float = 0.03) -> dict[str, Timing | str]:
     """Each entrant's timing, or the last line of its error: one that cannot do a case does not keep the others from it."""
     found: dict[str, Timing | str] = {}
-    ready: dict[str, tuple[Work, int, int | None]] = {}
+    ready: dict[str, tuple[Work, int, float, int | None]] = {}
     for name, work in entrants.items():
         try:
             ready[name] = (work, *_prepare(work, device, round_s))
@@ -50,11 +57,11 @@ def measure(entrants: Mapping[str, Work], device: torch.device, *, round_s: floa
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     for turn in range(ROUNDS):
         for name in list(ready)[::-1 if turn % 2 else 1]:
-            work, calls, _ = ready[name]
-            seconds[name] += _time(work, device, calls)
+            work, calls, lead_s, _ = ready[name]
+            seconds[name] += _time(work, device, calls, lead_s)
     for name, values in seconds.items():
         p20, p80 = statistics.quantiles(values, n=5)[::3]
-        found[name] = Timing(statistics.median(values), p20, p80, len(values), ready[name][2])
+        found[name] = Timing(statistics.median(values), p20, p80, len(values), ready[name][3])
     return {name: found[name] for name in entrants}
 
 
@@ -63,26 +70,29 @@ def failure(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _prepare(work: Work, device: torch.device, round_s: float) -> tuple[int, int | None]:
-    """Compile, warm up, and measure the memory of a call; calls a round and bytes."""
+def _prepare(work: Work, device: torch.device, round_s: float) -> tuple[int, float, int | None]:
+    """Compile, warm up, and measure a call; calls a turn, seconds that the host takes to queue them, and bytes of a call."""
     _time(work, device, 1)
-    peak = None
+    host_s, peak = 0.0, None
     if device.type == "cuda":
         if work.before:
             work.before()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before, began = torch.cuda.memory_allocated(), time.perf_counter()
         work.run()
+        host_s = _EVENTS_S + time.perf_counter() - began
         peak = torch.cuda.max_memory_allocated() - before
-    return max(2, min(100, int(round_s / max(_time(work, device, 2)[1], 1e-6)))), peak
+    calls = max(2, min(100, int(round_s / max(_time(work, device, 2, min(_LEAD_S, 2 * host_s))[1], 1e-6))))
+    return calls, min(_LEAD_S, calls * host_s), peak
 
 
-def _time(work: Work, device: torch.device, calls: int) -> list[float]:
+def _time(work: Work, device: torch.device, calls: int, lead_s: float = 0.0) -> list[float]:
     if device.type != "cuda":
         return [_time_on_host(work) for _ in range(calls)]
     flush = torch.empty(_L2_BYTES, dtype=torch.int8, device=device)
     events = []
+    torch.cuda._sleep(int(lead_s * _CLOCK_HZ))
     for _ in range(calls):
         if work.before:
             work.before()

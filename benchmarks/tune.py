@@ -11,10 +11,13 @@ found. Then: run tests/kernels (no configuration may spill), write a line into k
 import argparse
 import functools
 import itertools
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,8 @@ from officina.trainer.errors import EXIT_DONE, EXIT_USER
 
 GAIN = 0.02
 """A configuration that is faster by less than this does not displace the present one: that is noise."""
+_PART = 4
+"""Configurations that a process compiles at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,32 @@ class Sweep:
 def sweeps(arch: str) -> list[Sweep]:
     """All of them, for shapes of training."""
     return [*_attention(arch), *_cross_entropy(8192, 131_072, torch.bfloat16), *_norm(), *_elementwise(), *_symmetric(arch)]
+
+
+def compile_ahead(chosen: Sequence[Sweep], device: torch.device, processes: int) -> None:
+    """Fill Triton's cache with what the sweeps will measure, several configurations at once: one process takes minutes.
+
+    Each is run once, so that it is compiled for what the launch passes. What fails does so again where it is measured.
+    """
+    parts = [(device, sweep.kernel, sweep.table_name, sweep.key, first)
+             for sweep in chosen for first in range(0, len(sweep.candidates), _PART)]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for part in [pool.submit(_compile, *part) for part in parts]:
+            if part.exception():
+                print(f"tune: {part.exception()}", file=sys.stderr)
+
+
+def _compile(device: torch.device, kernel: str, table_name: str, key: Hashable, first: int) -> None:
+    """Run _PART candidates of a sweep, from the `first` on."""
+    arch = arch_of(device)
+    [sweep] = [s for s in sweeps(arch) if (s.kernel, s.table_name, s.key) == (kernel, table_name, key)]
+    work = sweep.build(device)
+    for config in sweep.candidates[first:first + _PART]:
+        with _stands(sweep.table, arch, sweep.key, config), suppress(Exception):
+            if work.before:
+                work.before()
+            work.run()
+            torch.cuda.synchronize()
 
 
 def tune(sweep: Sweep, device: torch.device, *, round_s: float = 0.03) -> dict[str, Any]:
@@ -112,14 +143,15 @@ def _text(config: Config) -> str:
 # ---- what is tried -------------------------------------------------------------------------------------------------
 def _attention(arch: str) -> Iterator[Sweep]:
     extras = [{"waves_per_eu": n} for n in (1, 2, 3)] if is_amd(arch) else [{}]
-    stages = (1,) if is_amd(arch) else (1, 2, 3)  # AMD's compiler spills at two
-    tiles = (32, 64, 128)
-    tried = [Config(*values, extra) for *values, extra in itertools.product(tiles, tiles, (4, 8), stages, extras)]
     tables = (("FORWARD", "forward", OURS), ("BACKWARD_FUSED", "backward", OURS),
               ("BACKWARD_KEYS", "backward", DETERMINISTIC), ("BACKWARD_QUERIES", "backward", DETERMINISTIC))
-    for D, causal, (name, phase, entrant) in itertools.product((64, 128), (True, False), tables):
+    for (name, phase, entrant), D, causal in itertools.product(tables, (64, 128), (True, False)):
         if name == "BACKWARD_FUSED" and not adds_atomically(arch):
             continue
+        stages = (1,) if is_amd(arch) else (2, 3, 4) if name == "FORWARD" else (1, 2, 3)  # AMD's compiler spills at two
+        own, other = (64, 128), (32, 64, 128)  # rows that a program keeps, and those that it visits
+        m, n = (other, own) if name in ("BACKWARD_FUSED", "BACKWARD_KEYS") else (own, other)
+        tried = [Config(*values, extra) for *values, extra in itertools.product(m, n, (4, 8), stages, extras)]
         yield Sweep("attention", name, getattr(flash_attention_tables, name), (D, causal, 16), tried,
                     functools.partial(_attention_work, D, causal, phase, entrant))
     if arch not in flash_attention_tables.FORWARD_HOPPER:
@@ -184,8 +216,10 @@ def main(argv: list[str] | None = None) -> int:
     """Sweep, write tune.json and tables.txt. Returns 0, or 2 where there is no GPU or no such kernel."""
     parser = argparse.ArgumentParser(prog="python -m officina.benchmarks.tune", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernel", help="attention, attention_hopper, cross_entropy, rms_norm, activations, adamw, rope, "
-                        "symmetric, or all")
+    parser.add_argument("kernels", nargs="+", metavar="KERNEL", help="attention, attention_hopper, cross_entropy, rms_norm, "
+                        "activations, adamw, rope, symmetric, or all")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile at once, with "
+                        "up to 8 GB of the GPU's memory each (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no sweep after this time (default: all)")
     parser.add_argument("--out", type=Path, default=Path("tune-results"), help="folder (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -194,12 +228,14 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USER
     device = torch.device("cuda", torch.cuda.current_device())
     every = sweeps(arch_of(device))
-    chosen = [sweep for sweep in every if args.kernel in ("all", sweep.kernel)]
+    chosen = [sweep for sweep in every if {"all", sweep.kernel} & set(args.kernels)]
     if not chosen:
-        print(f"officina: there is no table of {args.kernel}; there are {', '.join(dict.fromkeys(s.kernel for s in every))}",
-              file=sys.stderr)
+        print(f"officina: there is no table of {', '.join(args.kernels)}; there are "
+              f"{', '.join(dict.fromkeys(s.kernel for s in every))}", file=sys.stderr)
         return EXIT_USER
-    write(chosen, device, args.out, args.seconds)
+    began = time.monotonic()
+    compile_ahead(chosen, device, args.processes)
+    write(chosen, device, args.out, args.seconds - (time.monotonic() - began))
     return EXIT_DONE
 
 
