@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from officina.kernels import flash_attention_hopper as hopper
+from officina.kernels import flash_attention_hopper_backward as hopper_backward
 from officina.kernels import flash_attention_triton as kernels
 from officina.kernels.dispatch import log_once
 from officina.kernels.flash_attention_tables import (
     BACKWARD_FUSED,
     BACKWARD_KEYS,
+    BACKWARD_KEYS_HOPPER,
+    BACKWARD_PATH,
     BACKWARD_QUERIES,
+    BACKWARD_QUERIES_HOPPER,
     FORWARD,
     FORWARD_HOPPER,
     FORWARD_PATH,
@@ -51,10 +55,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Te
 
 def forward_path(q: Tensor, k: Tensor, causal: bool) -> str:
     """`hopper` or `portable`: what FORWARD_PATH says, or the portable kernel for what the other cannot do, said once."""
+    return _path(FORWARD_PATH, hopper.why_not_hopper, q, k, causal)
+
+
+def backward_path(q: Tensor, k: Tensor, causal: bool) -> str:
+    """The same by BACKWARD_PATH."""
+    return _path(BACKWARD_PATH, hopper_backward.why_not_hopper, q, k, causal)
+
+
+def _path(paths: Mapping[tuple[str, int, bool], str], why_not: Callable[..., str | None], q: Tensor, k: Tensor,
+          causal: bool) -> str:
     arch = arch_of(q.device)
     head_width, *_ = key_of(q.shape[-1], causal, 16)
-    path = FORWARD_PATH.get((arch, head_width, causal), "portable")
-    if path == "hopper" and (why := hopper.why_not_hopper(arch, q.shape[-1], k.shape[2], q.dtype)):
+    path = paths.get((arch, head_width, causal), "portable")
+    if path == "hopper" and (why := why_not(arch, q.shape[-1], k.shape[2], q.dtype)):
         log_once(f"flash_attention: the portable kernel in place of the one for Hopper: {why}")
         return "portable"
     return path
@@ -67,11 +81,15 @@ def _forward_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s
     q, k, v = map(hopper.loadable, (q, k, v))
     key = key_of(D, causal, 16)
     config = look_up("flash_attention_forward_hopper", FORWARD_HOPPER, "sm_90", key)
-    tiles = [hopper.descriptor(x, rows, key[0])
-             for x, rows in zip((q, k, v, out), hopper.tile_rows(config).values(), strict=True)]
+    tiles = _descriptors((q, k, v, out), hopper.tile_rows(config), key[0])
     _run(hopper.forward_kernel, B * H * -(-T // config.block_m), config, "sm_90", *tiles, lse, spans, B, H, H // G, T, S,
          _wave(S, k) * (H // G), window or T + S, *_units(scale, softcap), CAUSAL=causal, SOFTCAP=softcap > 0,
          **hopper.constants(config))
+
+
+def _descriptors(tensors: Sequence[Tensor], tile_rows: Mapping[str, int], width: int) -> list[Any]:
+    return [hopper.descriptor(x, rows, width) if x.dim() == 4 else hopper_backward.numbers_descriptor(x, rows)
+            for x, rows in zip(tensors, tile_rows.values(), strict=True)]
 
 
 def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor,
@@ -84,11 +102,16 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Ten
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    q, k, v, out, dout = map(_rows, (q, k, v, out, dout))
+    arch = arch_of(q.device)
+    out, rows = _rows(out), _rows(dout)
     delta = torch.empty_like(lse)
+    _run(kernels.delta_kernel, B * H * -(-T // DELTA.block_m), DELTA, arch, out, rows, dlse, lse, delta,
+         *_strides(out, rows), *((0, 0, 0) if dlse is None else dlse.stride()), H, T, M=DELTA.block_m, **_widths(D))
+    if backward_path(q, k, causal) == "hopper":
+        _backward_hopper(dout, lse, delta, q, k, v, dq, dk, dv, spans, causal, scale, window, softcap)
+        return
+    q, k, v, dout = *map(_rows, (q, k, v)), rows
     arch, split = _configure("backward_queries", BACKWARD_QUERIES, q, causal)
-    _run(kernels.delta_kernel, B * H * -(-T // DELTA.block_m), DELTA, arch, out, dout, dlse, lse, delta,
-         *_strides(out, dout), *((0, 0, 0) if dlse is None else dlse.stride()), H, T, M=DELTA.block_m, **_widths(D))
     switches = {"GROUP": H // G, "CAUSAL": causal, "SOFTCAP": softcap > 0, **_widths(D)}
     numbers = window or T + S, *_units(scale, softcap), scale
     fused = not deterministic and adds_atomically(arch)
@@ -103,6 +126,24 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Ten
     _run(kernels.backward_queries_kernel, B * H * -(-T // split.block_m), split, arch, q, k, v, dout, lse, delta, dq, spans,
          *_strides(q, k, v, dout, dq), B, H, T, S, _wave(S, k) * (H // G), *numbers,
          M=split.block_m, N=split.block_n, **switches)
+
+
+def _backward_hopper(dout: Tensor, lse: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor,
+                     dv: Tensor, spans: Tensor | None, causal: bool, scale: float, window: int, softcap: float) -> None:
+    B, H, T, D = q.shape
+    G, S = k.shape[1:3]
+    q, k, v, dout = map(hopper.loadable, (q, k, v, dout))
+    key = key_of(D, causal, 16)
+    lengths, numbers = (B, H, H // G, T, S), (window or T + S, *_units(scale, softcap), scale)
+    switches = {"CAUSAL": causal, "SOFTCAP": softcap > 0}
+    config = look_up("flash_attention_backward_keys_hopper", BACKWARD_KEYS_HOPPER, "sm_90", key)
+    tiles = _descriptors((k, v, q, dout, lse, delta, dk, dv), hopper_backward.keys_tiles(config), key[0])
+    _run(hopper_backward.keys_kernel, B * G * -(-S // config.block_n), config, "sm_90", *tiles, spans, *lengths,
+         max(1, _wave(T, q) // (H // G)), *numbers, **switches, **hopper_backward.constants(config))
+    config = look_up("flash_attention_backward_queries_hopper", BACKWARD_QUERIES_HOPPER, "sm_90", key)
+    tiles = _descriptors((q, dout, k, v, dq), hopper_backward.queries_tiles(config), key[0])
+    _run(hopper_backward.queries_kernel, B * H * -(-T // config.block_m), config, "sm_90", *tiles, lse, delta, spans, *lengths,
+         _wave(S, k) * (H // G), *numbers, **switches, **hopper_backward.constants(config))
 
 
 def adds_atomically(arch: str) -> bool:
@@ -139,21 +180,29 @@ def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes
                      for parameter in kernel.arg_names}
         switches = "".join((" causal" * triangle, " packed" * packed, " softcap" * softcap)) if table else ""
         yield f"{name} {dtype} head_dim={head_dim}{switches}", kernel, arguments, config
-    for dtype, head_dim, triangle in itertools.product(dtypes, head_dims, causal):
-        if dtype == "fp32" or hopper.why_not_hopper(arch, head_dim, 1, torch.bfloat16):
+    there = hopper_backward
+    by_tma = (("forward_hopper", hopper, hopper.forward_kernel, FORWARD_HOPPER, hopper.tile_rows),
+              ("backward_keys_hopper", there, there.keys_kernel, BACKWARD_KEYS_HOPPER, there.keys_tiles),
+              ("backward_queries_hopper", there, there.queries_kernel, BACKWARD_QUERIES_HOPPER, there.queries_tiles))
+    for (name, module, kernel, table, tile_rows), dtype, head_dim, triangle in itertools.product(
+            by_tma, dtypes, head_dims, causal):
+        if dtype == "fp32" or module.why_not_hopper(arch, head_dim, 1, torch.bfloat16):
             continue
         key = key_of(head_dim, triangle, 16)
-        config = look_up("flash_attention_forward_hopper", FORWARD_HOPPER, arch, key)
-        types = {"lse": "*fp32", "spans": "*i32" if packed else None, "scale": "fp32", "cap": "fp32",
-                 "CAUSAL": triangle, "SOFTCAP": softcap, **hopper.constants(config),
-                 **{name: hopper.descriptor_type(dtype, rows, key[0]) for name, rows in hopper.tile_rows(config).items()}}
+        config = look_up(f"flash_attention_{name}", table, arch, key)
+        types = {**dict.fromkeys(("lse", "delta"), "*fp32"), **dict.fromkeys(("scale", "cap", "dscale"), "fp32"),
+                 "spans": "*i32" if packed else None, "CAUSAL": triangle, "SOFTCAP": softcap, **module.constants(config)}
+        for tile, rows in tile_rows(config).items():
+            numbers = tile in ("lse_desc", "delta_desc")
+            types[tile] = hopper_backward.numbers_type(rows) if numbers else hopper.descriptor_type(dtype, rows, key[0])
         switches = "".join((" causal" * triangle, " packed" * packed, " softcap" * softcap))
-        yield (f"forward_hopper {dtype} head_dim={head_dim}{switches}", hopper.forward_kernel,
-               {name: types.get(name, "i32") for name in hopper.forward_kernel.arg_names}, config)
+        yield (f"{name} {dtype} head_dim={head_dim}{switches}", kernel,
+               {parameter: types.get(parameter, "i32") for parameter in kernel.arg_names}, config)
 
 
 def _run(kernel: Any, programs: int, config: Config, arch: str, *arguments: Any, **constants: Any) -> None:
-    with torch.cuda.device_of(next(x for x in arguments if isinstance(x, Tensor))):
+    tensors = (getattr(x, "base", x) for x in arguments)  # of a descriptor, what it describes
+    with torch.cuda.device_of(next(x for x in tensors if isinstance(x, Tensor))):
         kernel[(programs,)](*arguments, **constants, **config.options(arch))
 
 

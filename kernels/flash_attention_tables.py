@@ -62,6 +62,19 @@ FORWARD_PATH: dict[tuple[str, int, bool], str] = {
 `hopper` is written here once a GPU's record shows it right (tests/gpu) and faster (`officina, hopper` in the benchmark of the
 kernels), with a line in NOTES.md. It has run on no GPU yet."""
 
+BACKWARD_KEYS_HOPPER: Table = {"sm_90": dict(_both({64: Config(64, 128, 4, 3), 128: Config(64, 128, 4, 3)}))}
+"""dk and dv by flash_attention_hopper_backward.py: two groups of block_n / 2 keys with four warps each, num_stages (2 or more)
+buffers of block_m queries and as many of their gradients."""
+
+BACKWARD_QUERIES_HOPPER: Table = {"sm_90": dict(_both({64: Config(128, 128, 4, 3), 128: Config(128, 128, 4, 2)}))}
+"""dq by the same: two groups of block_m / 2 queries, num_stages (2 or more) buffers of block_n keys and as many of values."""
+
+BACKWARD_PATH: dict[tuple[str, int, bool], str] = {
+    ("sm_90", 64, True): "portable", ("sm_90", 64, False): "portable",
+    ("sm_90", 128, True): "portable", ("sm_90", 128, False): "portable"}
+"""FORWARD_PATH for the backward pass: `portable` as `deterministic` says, `hopper` the two kernels of
+flash_attention_hopper_backward.py, which are deterministic, whatever it says."""
+
 BACKWARD_FUSED: Table = _table(
     sm_80={64: Config(32, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     sm_90={64: Config(64, 128, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},

@@ -186,6 +186,10 @@ class _Shared:
         self.values.copy_(value)
         cell.filled = cell.unfenced = True
 
+    def load(self, layout: Any) -> Tensor:
+        assert self.cell.filled and not self.cell.copies, "read before it is filled"
+        return self.values.clone()
+
 
 class _Product:
     """A product that was begun."""
@@ -279,6 +283,11 @@ def _language(machine: _Machine, program: int) -> dict[str, Any]:
         machine.begin(multiply, lambda: begun is next(x for x in task.products if x.value is None))  # one after the other
         return begun
 
+    def product_init(value: Tensor) -> _Product:
+        done = _Product(None)
+        done.value = value
+        return done
+
     def product_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
         task = machine.me
         done = task.products[:len(task.products) - outstanding] if outstanding else task.products
@@ -307,16 +316,18 @@ def _language(machine: _Machine, program: int) -> dict[str, Any]:
         return choose
 
     gl = SimpleNamespace(
-        int64=torch.int64, float32=torch.float32, static_range=range, program_id=lambda axis: program, load=load, store=store,
-        cast=lambda x, dtype: x, cdiv=lambda a, b: -(-a // b), minimum=extreme(min, torch.minimum),
-        maximum=extreme(max, torch.maximum), abs=torch.abs, exp2=torch.exp2, log2=torch.log2, expand_dims=torch.unsqueeze,
+        int64=torch.int64, float32=torch.float32, static_range=range, range=lambda a, b, disable_licm: range(a, b),
+        program_id=lambda axis: program, load=load, store=store, cast=lambda x, dtype: x, cdiv=lambda a, b: -(-a // b),
+        minimum=extreme(min, torch.minimum), maximum=extreme(max, torch.maximum),
+        abs=torch.abs, exp2=torch.exp2, log2=torch.log2, expand_dims=torch.unsqueeze,
         where=lambda c, a, b: torch.where(c, a, b) if isinstance(c, Tensor) else a if c else b,
         max=lambda x, dim: x.amax(dim), sum=lambda x, dim: x.sum(dim), arange=lambda a, b, layout: torch.arange(a, b),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         convert_layout=lambda x, layout, assert_trivial: x, allocate_shared_memory=allocate, warp_specialize=specialize,
         **dict.fromkeys(("SliceLayout", "NVMMADistributedLayout", "DotOperandLayout"), lambda *_: None))
-    return {"gl": gl, "tl": gl, "warpgroup_mma": product, "warpgroup_mma_wait": product_wait, "fence_async_shared": fence,
+    return {"gl": gl, "tl": gl, "fence_async_shared": fence,
+            "warpgroup_mma": product, "warpgroup_mma_init": product_init, "warpgroup_mma_wait": product_wait,
             "mbarrier": SimpleNamespace(init=init, arrive=arrive, wait=wait, MBarrierLayout=lambda: None,
                                         expect=lambda bar, n: arrive(bar, n_bytes=n)),
             "tma": SimpleNamespace(async_copy_global_to_shared=load_tile, async_copy_shared_to_global=store_tile,

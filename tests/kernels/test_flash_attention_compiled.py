@@ -51,20 +51,28 @@ def test_common_configurations_do_not_spill_and_only_the_fused_backward_adds_ato
     check(arch, head_dims=(head_dim,), causal=(True,))
 
 
+HOPPER = [(name, head_dim) for name in ("forward_hopper", "backward_keys_hopper", "backward_queries_hopper")
+          for head_dim in ((64, 128, 256) if name == "forward_hopper" else (64, 128))]
+
+
 @pytest.mark.skipif(why_not_hopper("sm_90", 64, 1, torch.bfloat16) is not None, reason="made for another triton")
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_the_hopper_kernel_is_made_of_what_it_is_written_with(head_dim, causal, tmp_path):
+@pytest.mark.parametrize("name,head_dim", HOPPER)
+def test_the_hopper_kernels_are_made_of_what_they_are_written_with(name, head_dim, causal, tmp_path):
     [(_, kernel, arguments, config)] = [case for case in compilations("sm_90", head_dims=(head_dim,), causal=(causal,))
-                                        if case[0].startswith("forward_hopper")]
+                                        if case[0].startswith(name)]
     usage = compile_for(kernel, arguments, config, "sm_90")
     assert usage.spill_bytes == 0 and usage.shared_bytes <= SHARED_BYTES["sm_90"]
-    consumers = config.block_m // 64
+    consumers = 2 if name.startswith("backward") else config.block_m // 64
     assert usage.registers * (consumers + 1) * 128 <= 65_536
     ptx = usage.assembly
     loads = len(re.findall(r"cp\.async\.bulk\.tensor\.4d\.shared::cluster\.global[\w.:]*mbarrier::complete_tx::bytes", ptx))
-    assert loads == (consumers + 2) * head_dim // 64  # queries of each, keys, values; 64 features a copy
-    assert len(re.findall(r"cp\.async\.bulk\.tensor\.4d\.global\.shared", ptx)) >= consumers
+    kept = 1 if name == "forward_hopper" else 2  # tiles of each consumer; two that pass by; 64 features a copy
+    assert loads == (kept * consumers + 2) * head_dim // 64
+    numbers = len(re.findall(r"cp\.async\.bulk\.tensor\.1d\.shared::cluster\.global[\w.:]*mbarrier::complete_tx::bytes", ptx))
+    assert numbers == (2 if name == "backward_keys_hopper" else 0)  # lse and delta
+    stores = len(re.findall(r"cp\.async\.bulk\.tensor\.4d\.global\.shared", ptx))
+    assert stores >= (2 if name == "backward_keys_hopper" else 1) * consumers
     for instruction in ("wgmma.mma_async.sync.aligned", "mbarrier.try_wait", "mbarrier.arrive.expect_tx", "fence.proxy.async",
                         "wgmma.wait_group.sync.aligned 1"):
         assert instruction in ptx, instruction
