@@ -17,12 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from officina.benchmarks.kernel_timing import Work
+from officina.kernels import flash_attention_hopper, flash_attention_hopper_backward
 from officina.kernels.activations import swiglu, swiglu_reference
 from officina.kernels.adamw import adamw_step_
 from officina.kernels.cross_entropy import cross_entropy, cross_entropy_
 from officina.kernels.flash_attention import flash_attention, flash_attention_reference
-from officina.kernels.flash_attention_hopper import why_not_hopper
-from officina.kernels.flash_attention_tables import FORWARD_PATH, key_of
+from officina.kernels.flash_attention_tables import BACKWARD_PATH, FORWARD_PATH, key_of
 from officina.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from officina.kernels.masks import dense_mask, document_spans
 from officina.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
@@ -124,12 +124,16 @@ def build_attention(B: int, H: int, T: int, D: int, causal: bool, device: torch.
     def ours(q: Tensor, k: Tensor, v: Tensor, deterministic: bool = False) -> Tensor:
         return flash_attention(q, k, v, causal=causal, spans_B2S=spans, deterministic=deterministic, impl=_impl(kernels))[0]
 
-    def hopper(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """By flash_attention_hopper.py, whether it is the path that ships or not; gradients by the same kernels."""
-        if why := why_not_hopper(arch_of(device), D, T, q.dtype):
-            raise ValueError(why)
-        with mock.patch.dict(FORWARD_PATH, {("sm_90", key_of(D, causal, 16)[0], causal): "hopper"}):
-            return ours(q, k, v)
+    def by_hopper(work: Work) -> Work:
+        """By the kernels for Hopper, forward and backward, whether they are the path that ships or not."""
+        def run() -> Any:
+            module = flash_attention_hopper if phase == "forward" else flash_attention_hopper_backward
+            if why := module.why_not_hopper(arch_of(device), D, T, q.dtype):
+                raise ValueError(why)
+            path = {("sm_90", key_of(D, causal, 16)[0], causal): "hopper"}
+            with mock.patch.dict(FORWARD_PATH, path), mock.patch.dict(BACKWARD_PATH, path):
+                return work.run()
+        return Work(run, work.before)
 
     def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if B * H * T * T > EAGER_SCORES:
@@ -140,9 +144,7 @@ def build_attention(B: int, H: int, T: int, D: int, causal: bool, device: torch.
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-    entrants: dict[str, Callable[..., Tensor]] = {OURS: ours}
-    if phase != "backward":
-        entrants[HOPPER] = hopper
+    entrants: dict[str, Callable[..., Tensor]] = {OURS: ours, HOPPER: ours}
     if phase != "forward":
         entrants[DETERMINISTIC] = functools.partial(ours, deterministic=True)
     if not lengths:
@@ -150,7 +152,8 @@ def build_attention(B: int, H: int, T: int, D: int, causal: bool, device: torch.
                      CUDNN: functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION)}
     if device.type == "cuda":
         entrants[FLEX] = _flex(T, causal, documents, device)
-    return _phase(entrants | {PLAIN: eager}, (q, k, v), phase)
+    found = _phase(entrants | {PLAIN: eager}, (q, k, v), phase)
+    return found | {HOPPER: by_hopper(found[HOPPER])}
 
 
 def _flex(T: int, causal: bool, documents: Tensor | None, device: torch.device) -> Callable[..., Tensor]:

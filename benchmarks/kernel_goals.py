@@ -40,6 +40,9 @@ GOALS: tuple[Goal, ...] = (
     Goal("attention", "head 128, full, T 8192", "backward", "TFLOP/s", 350, 500),
     Goal("attention", "head 128, causal, T 8192", "backward", "TFLOP/s", 310, 470),
     Goal("attention", "head 64, full, T 8192", "backward", "TFLOP/s", 315, 420),
+    Goal("attention", "head 128, full, T 8192", "backward", "TFLOP/s", 350, 500, entrant=HOPPER),
+    Goal("attention", "head 128, causal, T 8192", "backward", "TFLOP/s", 310, 470, entrant=HOPPER),
+    Goal("attention", "head 64, full, T 8192", "backward", "TFLOP/s", 315, 420, entrant=HOPPER),
     Goal("attention", "head 128, full, T 8192", "backward", "times the speed of", 0.7, 0.85, DETERMINISTIC, OURS),
     Goal("attention", _PACKED, "forward", "times the rate of", 0.85, 0.95, against=_DENSE),
     *(Goal(kernel, _NORM, phase, "TB/s", *values) for kernel in ("RMSNorm", "add + RMSNorm")

@@ -156,11 +156,14 @@ def _attention(arch: str) -> Iterator[Sweep]:
                     functools.partial(_attention_work, D, causal, phase, entrant))
     if arch not in flash_attention_tables.FORWARD_HOPPER:
         return
-    tried = [Config(M, N, 4, stages, {"ping_pong": turns}) for M, N, stages, turns in itertools.product(
-        (128, 192), (64, 128), (2, 3, 4), (0, 1))]
-    for D, causal in itertools.product((64, 128), (True, False)):
-        yield Sweep("attention_hopper", "FORWARD_HOPPER", flash_attention_tables.FORWARD_HOPPER, (D, causal, 16), tried,
-                    functools.partial(_attention_work, D, causal, "forward", HOPPER))
+    stages = (2, 3, 4)
+    tried = {"FORWARD_HOPPER": [Config(M, N, 4, n, {"ping_pong": turns}) for M, N, n, turns in itertools.product(
+                 (128, 192), (64, 128), stages, (0, 1))],
+             "BACKWARD_KEYS_HOPPER": [Config(M, 128, 4, n) for M, n in itertools.product((32, 64), stages)],
+             "BACKWARD_QUERIES_HOPPER": [Config(128, N, 4, n) for N, n in itertools.product((64, 128), stages)]}
+    for name, D, causal in itertools.product(tried, (64, 128), (True, False)):
+        yield Sweep("attention_hopper", name, getattr(flash_attention_tables, name), (D, causal, 16), tried[name],
+                    functools.partial(_attention_work, D, causal, name.split("_")[0].lower(), HOPPER))
 
 
 def _attention_work(D: int, causal: bool, phase: str, entrant: str, device: torch.device) -> Work:

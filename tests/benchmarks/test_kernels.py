@@ -229,7 +229,8 @@ def test_every_sweep_names_an_entry_of_a_table(arch):
         assert sweep.key in {**sweep.table.get(SAFE, {}), **sweep.table.get(arch, {})}, (sweep.kernel, sweep.key)
         assert all(config.num_stages == 1 for config in sweep.candidates) or arch == "sm_90"
     names = [sweep.table_name for sweep in tune.sweeps(arch)]
-    assert names.count("FORWARD_HOPPER") == (4 if arch == "sm_90" else 0)
+    for name in ("FORWARD_HOPPER", "BACKWARD_KEYS_HOPPER", "BACKWARD_QUERIES_HOPPER"):
+        assert names.count(name) == (4 if arch == "sm_90" else 0)
 
 
 # ---- the list of benchmarks ----------------------------------------------------------------------------------------

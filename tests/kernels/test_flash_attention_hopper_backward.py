@@ -367,3 +367,9 @@ def test_what_is_launched_is_what_the_compile_test_compiles(head_dim, causal, pa
         aligned = {names[place] for (place,), value in attributes.items() if ["tt.divisibility", 16] in value}
         assert aligned == {name for name, value in arguments.items() if isinstance(value, str) and value.startswith("*")}
         assert (options.num_warps, options.maxnreg) == (4, None)
+
+
+def test_the_operator_keeps_torch_s_rules():
+    inputs = [x.requires_grad_() for x in qkv(T=20, D=64, dtype=BF16)]
+    with emulated():
+        torch.library.opcheck(torch.ops.officina.flash_attention.default, (*inputs, None, True, 0.125, 0, 0.0, False))
