@@ -1,6 +1,6 @@
 """The benchmarks that need one GPU, in the time that is given, the most telling ones first; called by gpu.sh.
 
-    python -m officina.benchmarks.gpu --out DIR [--seconds 400] [--tiny]
+    python -m officina.benchmarks.gpu --out DIR [--seconds 400] [--only STAGE ...] [--tiny]
 
 Two named experiments, each beside a plain PyTorch loop with SDPA on the same GPU: `h200_1b8` (1.82B, the shape and
 batch of the published JUPITER figures) and `h200_8b` (Llama-3 8B, that of KempnerForge's); then fine-tuning of the 8B,
@@ -59,6 +59,8 @@ class Session:
     tiny: bool
     without: list[str] = field(default_factory=list)
     """Entrants that the benchmark of the kernels leaves out."""
+    only: list[str] = field(default_factory=list)
+    """Stages to do; none: all."""
     ceiling: float = 0.0
     """FLOP/s of the best matrix product measured here."""
     results: dict[str, Any] = field(default_factory=dict)
@@ -70,9 +72,11 @@ class Session:
 
     def stage(self, name: str, need_s: float, work: Callable[[], dict[str, Any]]) -> None:
         """Do `work` if about `need_s` seconds are left; keep its result, or why there is none."""
+        if self.only and name not in self.only:
+            return
         began = time.monotonic()
         try:
-            if not self.tiny and self.left_s < need_s:
+            if not (self.tiny or self.only) and self.left_s < need_s:
                 raise NoTime(f"{self.left_s:.0f} s left, it needs about {need_s:.0f}")
             self.results[name] = work()
         except NoTime as reason:
@@ -242,6 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json")
     parser.add_argument("--seconds", type=float, default=400.0, help="time for all of it (default: %(default)s)")
     parser.add_argument("--without", nargs="+", default=[], metavar="ENTRANT", help="left out of the kernels' benchmark")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="such as matmul 'h200_8b plain'; however "
+                        "little time is left")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU, to try this program out; the "
                         "record says so and is no measurement")
     args = parser.parse_args(argv)
@@ -250,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="officina-gpu-") as scratch:
-        session = Session(Path(scratch), args.out, time.monotonic() + args.seconds, args.tiny, args.without)
+        session = Session(Path(scratch), args.out, time.monotonic() + args.seconds, args.tiny, args.without, args.only)
         few = 1 if args.tiny else None
         session.stage("matmul", 10, lambda: matmul_ceiling(session))
         session.stage("h200_1b8", 130, lambda: against_plain(session, "h200_1b8", steps=few or 8))
@@ -261,6 +267,7 @@ def main(argv: list[str] | None = None) -> int:
             session, "h200_8b", OURS, "engine.recompute=selective", "batch.micro_rows=2", steps=few or 3))
         for name in ("h200_8b_lora", "h200_8b_sft"):
             session.stage(name, 90, partial(alone, session, name, OURS, steps=1))
+        session.stage("h200_1b8 alone", 60, lambda: alone(session, "h200_1b8", OURS, steps=few or 6))
         session.stage("h200_1b8 packed", 50, lambda: alone(session, "h200_1b8", OURS, "data=packed", steps=few or 6))
         session.stage("data", 50, lambda: against_memory(session, steps=few or 20))
         session.stage("start", 25, lambda: start(session))

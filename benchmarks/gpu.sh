@@ -53,16 +53,17 @@ if [[ ${#tiny[@]} -eq 0 && $# -gt 0 ]]; then
 fi
 
 status=0
-[[ ${#tiny[@]} -gt 0 ]] && export OFFICINA_GPU_TESTS_ON=cpu OMP_NUM_THREADS=1
-tests=("$python" -m pytest -m gpu -q -p no:cacheprovider --durations 10)
-"$python" -c "import xdist" 2> /dev/null && tests+=(--numprocesses "${TESTS_AT_ONCE:-6}")  # compiling takes most of the time
+[[ ${#tiny[@]} -gt 0 ]] && export OFFICINA_GPU_TESTS_ON=cpu
+export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1  # compiling takes most of the time: many tests at once, a thread each
+tests=("$python" -m pytest -m gpu -v --tb short -p no:cacheprovider --durations 10)
+"$python" -c "import xdist" 2> /dev/null && tests+=(--numprocesses "${TESTS_AT_ONCE:-$(nproc)}")
 hopper=(tests/gpu/test_flash_attention_hopper*.py)
-timeout "${TESTS_S:-180}" "${tests[@]}" tests/gpu "${hopper[@]/#/--ignore=}" 2>&1 | tee "$out/tests.log" || status=1
+timeout -k 5 "${TESTS_S:-180}" "${tests[@]}" tests/gpu "${hopper[@]/#/--ignore=}" 2>&1 | tee "$out/tests.log" || status=1
 # By themselves: their warps wait for each other, so a fault may be a program without end. Measured only if they pass.
 without=()
 timeout -k 5 "${HOPPER_TESTS_S:-150}" "${tests[@]}" "${hopper[@]}" 2>&1 | tee "$out/tests_hopper.log" || {
     status=1 ; without=(--without "officina, hopper"); }
-unset OFFICINA_GPU_TESTS_ON OMP_NUM_THREADS CUBLAS_WORKSPACE_CONFIG
+unset OFFICINA_GPU_TESTS_ON OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS CUBLAS_WORKSPACE_CONFIG
 left_s=$((total_s - (SECONDS - began)))
 timeout "$((left_s + 5))" "$python" -m officina.benchmarks.gpu --out "$out" --seconds "$((left_s - 15))" "${without[@]}" "${tiny[@]}" 2>&1 |
     tee "$out/benchmarks.log" || status=1

@@ -60,6 +60,11 @@ GOALS: tuple[Goal, ...] = (
 )
 
 
+def goal_phases(kernel: str, shape: str) -> set[str]:
+    """Phases that a goal is set for."""
+    return {goal.phase for goal in GOALS if (goal.kernel, goal.shape) == (kernel, shape) or goal.against == shape}
+
+
 def judged(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each goal with what the record's cases say of it: `found` and `met`, None where it was not measured."""
     out = []

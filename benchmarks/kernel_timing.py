@@ -5,9 +5,12 @@ inputs there either. The device idles first for as long as the host takes to que
 what is measured.
 """
 
+import multiprocessing
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +68,18 @@ def measure(entrants: Mapping[str, Work], device: torch.device, *, round_s: floa
     return {name: found[name] for name in entrants}
 
 
-def failure(error: Exception) -> str:
+def compile_ahead(jobs: Sequence[Callable[[], Any]], processes: int) -> None:
+    """Do picklable jobs in several processes, so that Triton's cache holds what will be measured: one process takes minutes.
+
+    What fails does so again where it is measured.
+    """
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for job in [pool.submit(job) for job in jobs]:
+            if job.exception():
+                print(f"compile ahead: {failure(job.exception())}", file=sys.stderr)
+
+
+def failure(error: BaseException) -> str:
     """The first line of an error."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 

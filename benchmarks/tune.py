@@ -11,12 +11,10 @@ found. Then: run tests/kernels (no configuration may spill), write a line into k
 import argparse
 import functools
 import itertools
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +33,7 @@ from officina.benchmarks.kernel_cases import (
     build_swiglu,
     build_symmetric,
 )
-from officina.benchmarks.kernel_timing import Timing, Work, measure
+from officina.benchmarks.kernel_timing import Timing, Work, compile_ahead, measure
 from officina.benchmarks.record import record, write_record
 from officina.kernels import activations, adamw, cross_entropy, flash_attention_tables, rms_norm, rope, symmetric
 from officina.kernels.flash_attention_launch import adds_atomically
@@ -64,24 +62,12 @@ class Sweep:
 
 def sweeps(arch: str) -> list[Sweep]:
     """All of them, for shapes of training."""
-    return [*_attention(arch), *_cross_entropy(8192, 131_072, torch.bfloat16), *_norm(), *_elementwise(), *_symmetric(arch)]
-
-
-def compile_ahead(chosen: Sequence[Sweep], device: torch.device, processes: int) -> None:
-    """Fill Triton's cache with what the sweeps will measure, several configurations at once: one process takes minutes.
-
-    Each is run once, so that it is compiled for what the launch passes. What fails does so again where it is measured.
-    """
-    parts = [(device, sweep.kernel, sweep.table_name, sweep.key, first)
-             for sweep in chosen for first in range(0, len(sweep.candidates), _PART)]
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for part in [pool.submit(_compile, *part) for part in parts]:
-            if part.exception():
-                print(f"tune: {part.exception()}", file=sys.stderr)
+    return [*_attention(arch), *_cross_entropy(arch, 8192, 131_072, torch.bfloat16), *_norm(arch), *_elementwise(),
+            *_symmetric(arch)]
 
 
 def _compile(device: torch.device, kernel: str, table_name: str, key: Hashable, first: int) -> None:
-    """Run _PART candidates of a sweep, from the `first` on."""
+    """Run _PART candidates of a sweep once, from the `first` on: so they are compiled for what the launch passes."""
     arch = arch_of(device)
     [sweep] = [s for s in sweeps(arch) if (s.kernel, s.table_name, s.key) == (kernel, table_name, key)]
     work = sweep.build(device)
@@ -156,11 +142,10 @@ def _attention(arch: str) -> Iterator[Sweep]:
                     functools.partial(_attention_work, D, causal, phase, entrant))
     if arch not in flash_attention_tables.FORWARD_HOPPER:
         return
-    stages = (2, 3, 4)
-    tried = {"FORWARD_HOPPER": [Config(M, N, 4, n, {"ping_pong": turns}) for M, N, n, turns in itertools.product(
-                 (128, 192), (64, 128), stages, (0, 1))],
-             "BACKWARD_KEYS_HOPPER": [Config(M, 128, 4, n) for M, n in itertools.product((32, 64), stages)],
-             "BACKWARD_QUERIES_HOPPER": [Config(128, N, 4, n) for N, n in itertools.product((64, 128), stages)]}
+    tried = {"FORWARD_HOPPER": [Config(M, N, 4, n, {"ping_pong": turns}) for M, N, n, turns in (
+                 (128, 128, 2, 1), (128, 128, 3, 1), (128, 128, 2, 0), (128, 64, 3, 1), (192, 128, 2, 1), (192, 64, 3, 1))],
+             "BACKWARD_KEYS_HOPPER": [Config(M, 128, 4, n) for M, n in ((64, 2), (64, 3), (64, 4), (32, 3))],
+             "BACKWARD_QUERIES_HOPPER": [Config(128, N, 4, n) for N, n in itertools.product((64, 128), (2, 3))]}
     for name, D, causal in itertools.product(tried, (64, 128), (True, False)):
         yield Sweep("attention_hopper", name, getattr(flash_attention_tables, name), (D, causal, 16), tried[name],
                     functools.partial(_attention_work, D, causal, name.split("_")[0].lower(), HOPPER))
@@ -170,10 +155,12 @@ def _attention_work(D: int, causal: bool, phase: str, entrant: str, device: torc
     return build_attention(2, 2048 // D, 8192, D, causal, device, phase, True)[entrant]
 
 
-def _cross_entropy(N: int, V: int, dtype: torch.dtype) -> Iterator[Sweep]:
-    tried = [Config(m, n, warps, 1)
-             for m, n, warps in itertools.product((1, 2, 4, 8), (4096, 8192, 16_384, 32_768), (8, 16, 32))]
-    for name in ("sums", "gradient", "loss_and_gradient"):
+def _cross_entropy(arch: str, N: int, V: int, dtype: torch.dtype) -> Iterator[Sweep]:
+    tiles = ((4096, 8), (4096, 16), (8192, 8), (8192, 16), (8192, 32), (16_384, 16), (16_384, 32), (32_768, 32))
+    for name, programs, shapes in (("sums", (2, 4), tiles[:4]), ("gradient", (2, 4), tiles[:4]),
+                                   ("loss_and_gradient", (1, 2), tiles)):
+        tried = [Config(m, *shape, stages) for m, shape, stages in itertools.product(
+            programs, shapes, (1,) if is_amd(arch) else (1, 3, 4))]
         yield Sweep("cross_entropy", "CONFIGS", cross_entropy.CONFIGS, name, tried,
                     functools.partial(_cross_entropy_work, N, V, dtype, name))
 
@@ -190,11 +177,14 @@ def _cross_entropy_work(N: int, V: int, dtype: torch.dtype, name: str, device: t
     return Work(lambda: ops.cross_entropy_gradient(fresh, labels, sums, sums, 0, 0.0))
 
 
-def _norm() -> Iterator[Sweep]:
-    for width in (2048, 4096, 8192, 16_384):
-        tried = [Config(m, width, warps, 1) for m, warps in itertools.product((1, 2, 4), (2, 4, 8, 16))]
+def _norm(arch: str) -> Iterator[Sweep]:
+    tried = {"FORWARD": [(m, warps, 1, {}) for m, warps in itertools.product((1, 2, 4), (4, 8, 16))],
+             "BACKWARD": [(1, warps, 1, {}) for warps in (4, 8, 16)] if is_amd(arch) else [
+                 (1, warps, stages, {"programs": n}) for warps, stages, n in itertools.product((4, 8), (1, 2, 3), (2, 4))]}
+    for width in (2048, 4096, 8192):
         for name, phase in (("FORWARD", "forward"), ("BACKWARD", "backward")):
-            yield Sweep("rms_norm", name, getattr(rms_norm, name), width, tried,
+            yield Sweep("rms_norm", name, getattr(rms_norm, name), width,
+                        [Config(m, width, warps, stages, extra) for m, warps, stages, extra in tried[name]],
                         lambda device, width=width, phase=phase: build_norm(8192, width, device, phase, True)[OURS])
 
 
@@ -209,8 +199,9 @@ def _elementwise() -> Iterator[Sweep]:
 
 
 def _symmetric(arch: str) -> Iterator[Sweep]:
-    stages = (1,) if is_amd(arch) else (2, 3, 4)
-    tried = [Config(*values) for values in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), stages)]
+    tried = [Config(*values) for values in (
+        itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (1,)) if is_amd(arch) else
+        (*itertools.product((128,), (32, 64), (4, 8), (3, 4)), (128, 128, 8, 2), (256, 64, 8, 3), (256, 64, 16, 3)))]
     yield Sweep("symmetric", "TABLE", symmetric.TABLE, torch.bfloat16, tried,
                 lambda device: build_symmetric(4096, 4096, device, "forward", True)[OURS])
 
@@ -237,7 +228,8 @@ def main(argv: list[str] | None = None) -> int:
               f"{', '.join(dict.fromkeys(s.kernel for s in every))}", file=sys.stderr)
         return EXIT_USER
     began = time.monotonic()
-    compile_ahead(chosen, device, args.processes)
+    compile_ahead([functools.partial(_compile, device, sweep.kernel, sweep.table_name, sweep.key, first)
+                   for sweep in chosen for first in range(0, len(sweep.candidates), _PART)], args.processes)
     write(chosen, device, args.out, args.seconds - (time.monotonic() - began))
     return EXIT_DONE
 

@@ -257,7 +257,7 @@ def compilations(arch: str, dtype: str = "bf16", softcap: float = 0.0) -> Iterat
         values = {"logits": f"*{dtype}", "out": f"*{dtype}", "labels": "*i64", "sums": "*fp32", "slopes": "*fp32",
                   "losses": "*fp32", "N": "i32", "V": "i32:16", "first": "i32", "stride": "i64:16", "out_stride": "i64:16",
                   "Z_LOSS": 1e-4, "SMOOTHING": 0.1, "SOFTCAP": softcap, "WIDE": tl.float32, "BLOCK": config.block_n,
-                  "LANES": config.num_warps}
+                  "LANES": config.num_warps, "STAGES": config.num_stages}
         yield f"cross-entropy, {name}", kernel, {key: values[key] for key in kernel.arg_names}, config
 
 
@@ -270,7 +270,7 @@ def _launch(name: str, kernel: Any, logits_NV: Tensor, *arguments: Any, **consta
     programs = min(N, multiprocessors(logits_NV.device) * config.block_m)
     with torch.cuda.device_of(logits_NV):
         kernel[(programs,)](logits_NV, *arguments, WIDE=wide_type(logits_NV.dtype), BLOCK=config.block_n,
-                            LANES=config.num_warps, **constants, **config.options(arch))
+                            LANES=config.num_warps, STAGES=config.num_stages, **constants, **config.options(arch))
 
 
 def _sums(logits_NV: Tensor, labels_N: Tensor, first: int, softcap: float) -> Tensor:

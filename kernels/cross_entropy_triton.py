@@ -27,7 +27,8 @@ def _columns(start, BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 
 @jit
-def _sums_of_row(row, column, V, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+def _sums_of_row(row, column, V, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+                 STAGES: tl.constexpr):
     """lse, z[column] (0 if the column is not here) and the sum of z of one row, in one reading."""
     here = (column >= 0) & (column < V)
     target = tl.load(row + tl.where(here, column, 0)).to(WIDE)
@@ -37,7 +38,7 @@ def _sums_of_row(row, column, V, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, BLOC
     top = tl.full([LANES], -float("inf"), WIDE)  # maximum and exponentials in base 2
     mass = tl.zeros([LANES], WIDE)
     total = tl.zeros([LANES], WIDE)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         columns = _columns(start, BLOCK, LANES)
         inside = columns < V
         z = tl.load(row + columns, mask=inside, other=-float("inf")).to(WIDE)
@@ -57,10 +58,10 @@ def _sums_of_row(row, column, V, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, BLOC
 
 @jit
 def _gradient_of_row(row, out, column, V, lse, dlse, dtarget, dtotal, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
-                     BLOCK: tl.constexpr, LANES: tl.constexpr):
+                     BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr):
     """out = (dlse exp(z - lse) + dtarget [v = column] + dtotal) dz/dlogits; out may be row."""
     shift = tl.where(lse == -float("inf"), 0.0, lse) * _LOG2E
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         columns = _columns(start, BLOCK, LANES)
         inside = columns < V
         z = tl.load(row + columns, mask=inside, other=0.0).to(WIDE)
@@ -82,13 +83,13 @@ def _zero_row(out, V, BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 @jit
 def sums_kernel(logits, labels, sums, N, V, first, stride, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
-                BLOCK: tl.constexpr, LANES: tl.constexpr):
+                BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr):
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         label = tl.load(labels + n)
         lse, target, total = tl.zeros([], WIDE), tl.zeros([], WIDE), tl.zeros([], WIDE)
         if label != _IGNORE:  # a token without a loss is not read
             row = logits + tl.cast(n, tl.int64) * stride
-            lse, target, total = _sums_of_row(row, label - first, V, SOFTCAP, WIDE, BLOCK, LANES)
+            lse, target, total = _sums_of_row(row, label - first, V, SOFTCAP, WIDE, BLOCK, LANES, STAGES)
         tl.store(sums + n, lse)
         tl.store(sums + N + n, target)
         tl.store(sums + 2 * N + n, total)
@@ -96,7 +97,7 @@ def sums_kernel(logits, labels, sums, N, V, first, stride, SOFTCAP: tl.constexpr
 
 @jit
 def gradient_kernel(logits, labels, sums, slopes, out, N, V, first, stride, out_stride, SOFTCAP: tl.constexpr,
-                    WIDE: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+                    WIDE: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr):
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         label = tl.load(labels + n)
         row = logits + tl.cast(n, tl.int64) * stride
@@ -105,12 +106,13 @@ def gradient_kernel(logits, labels, sums, slopes, out, N, V, first, stride, out_
             _zero_row(row_out, V, BLOCK, LANES)
         else:
             _gradient_of_row(row, row_out, label - first, V, tl.load(sums + n), tl.load(slopes + n), tl.load(slopes + N + n),
-                             tl.load(slopes + 2 * N + n), SOFTCAP, WIDE, BLOCK, LANES)
+                             tl.load(slopes + 2 * N + n), SOFTCAP, WIDE, BLOCK, LANES, STAGES)
 
 
 @jit
 def loss_and_gradient_kernel(logits, labels, losses, N, V, stride, Z_LOSS: tl.constexpr, SMOOTHING: tl.constexpr,
-                             SOFTCAP: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+                             SOFTCAP: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+                             STAGES: tl.constexpr):
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         label = tl.load(labels + n)
         row = logits + tl.cast(n, tl.int64) * stride
@@ -118,12 +120,12 @@ def loss_and_gradient_kernel(logits, labels, losses, N, V, stride, Z_LOSS: tl.co
         if label == _IGNORE:
             _zero_row(row, V, BLOCK, LANES)
         else:
-            lse, target, total = _sums_of_row(row, label, V, SOFTCAP, WIDE, BLOCK, LANES)
+            lse, target, total = _sums_of_row(row, label, V, SOFTCAP, WIDE, BLOCK, LANES, STAGES)
             uniform = SMOOTHING / tl.cast(V, WIDE)
             loss = lse - (1 - SMOOTHING) * target + Z_LOSS * lse * lse
             if SMOOTHING > 0:  # else 0 x -inf where a row of the vocabulary is switched off
                 loss -= uniform * total
             loss = tl.where((label >= 0) & (label < V), loss, float("nan"))
             _gradient_of_row(row, row, label, V, lse, 1 + 2 * Z_LOSS * lse, SMOOTHING - 1.0, -uniform, SOFTCAP, WIDE,
-                             BLOCK, LANES)
+                             BLOCK, LANES, STAGES)
         tl.store(losses + n, loss)

@@ -34,6 +34,10 @@ CHUNK_LOGITS_GPU, CHUNK_LOGITS_CPU = 2**28, 2**20
 """Logits held at a time by default: 0.5 GiB in bf16 on a GPU (large products), 4 MiB in fp32 on a CPU (its cache; of 16 MiB,
 malloc gives so much back to the system between chunks that new pages took a quarter of the loss's time)."""
 
+NARROW_CHUNKS = 2
+"""Chunks at most whose bf16 products are added up in bf16: one rounding more of W's gradient, half of fp32's memory.
+On a GPU 2^30 logits, 1 GiB at a time, are cut into no more. Further chunks would each round the sum: fp32."""
+
 CHUNK_TOKENS_CPU = 256
 """Tokens at least, however large the vocabulary: each chunk reads all weights and adds to all their gradients."""
 
@@ -96,7 +100,11 @@ def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, labels_N: Te
 
 
 def _chunk_tokens(x_ND: Tensor, V: int) -> int:
-    return max(1, CHUNK_LOGITS_GPU // V) if x_ND.is_cuda else max(CHUNK_TOKENS_CPU, CHUNK_LOGITS_CPU // V)
+    if not x_ND.is_cuda:
+        return max(CHUNK_TOKENS_CPU, CHUNK_LOGITS_CPU // V)
+    N = x_ND.shape[0]
+    few = CHUNK_LOGITS_GPU < N * V <= 2 * NARROW_CHUNKS * CHUNK_LOGITS_GPU and x_ND.dtype == torch.bfloat16
+    return -(-N // NARROW_CHUNKS) if few else max(1, CHUNK_LOGITS_GPU // V)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -129,17 +137,17 @@ def _implementation(x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, la
     return _forward(x, weight, labels, Terms(z_loss, label_smoothing, softcap), None, chunk_tokens, impl, want_dx, want_dweight)
 
 
-def _results(x: Tensor, weight: Tensor, want_dx: bool, want_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its gradient in x (x's dtype) and in weight (at least fp32); empty where it is not wanted."""
-    # Chunks are added up in fp32: in bf16 each addition would round the sum once more.
+def _results(x: Tensor, weight: Tensor, chunk_tokens: int, want_dx: bool, want_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, its gradient in x (x's dtype) and in weight (bf16, or at least fp32); empty where it is not wanted."""
     wide = wide_dtype(x.dtype)
+    narrow = x.dtype == weight.dtype == torch.bfloat16 and x.shape[0] <= NARROW_CHUNKS * chunk_tokens
     return (x.new_zeros((), dtype=wide), x.new_empty(x.shape if want_dx else 0),
-            weight.new_zeros(weight.shape if want_dweight else 0, dtype=wide))
+            weight.new_zeros(weight.shape if want_dweight else 0, dtype=x.dtype if narrow else wide))
 
 
 def _forward(x: Tensor, weight: Tensor, labels: Tensor, terms: Terms, shard: VocabShard | None, chunk_tokens: int, impl: str,
              want_dx: bool, want_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    loss, dx, dweight = _results(x, weight, want_dx, want_dweight)
+    loss, dx, dweight = _results(x, weight, chunk_tokens, want_dx, want_dweight)
     V, N = weight.shape[0], x.shape[0]
     width = -(-V // _ALIGN) * _ALIGN if impl == "triton" else V
     held = x.new_empty(min(chunk_tokens, N), width)
@@ -192,4 +200,4 @@ def _adds_wide(device: torch.device, wide: torch.dtype, narrow: torch.dtype) -> 
 
 define_op("linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, float z_loss, float label_smoothing, float softcap, "
           "SymInt chunk_tokens, str impl, bool want_dx, bool want_dweight) -> (Tensor, Tensor, Tensor)", _implementation,
-          lambda x, weight, *rest: _results(x, weight, *rest[-2:]))
+          lambda x, weight, *rest: _results(x, weight, rest[-4], *rest[-2:]))

@@ -122,14 +122,14 @@ def rms_norm_forward_kernel(x, residual, weight, y, s, rstd, x_stride, residual_
 @jit
 def rms_norm_backward_kernel(dy, ds, s, weight, rstd, dx, dweight, s_stride, N, D, ZERO_CENTRED: tl.constexpr,
                              CAST_FIRST: tl.constexpr, RELOAD: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-                             WIDTH: tl.constexpr):
+                             WIDTH: tl.constexpr, STAGES: tl.constexpr):
     """Program p takes tiles p, p + programs, ...; `dweight` has a row for each program."""
     program = tl.program_id(0)
     column = tl.arange(0, WIDTH)[None, :]
     dtype = s.dtype.element_ty
     FIRST: tl.constexpr = "evict_last" if RELOAD else ""
     total = tl.zeros((ROWS, WIDTH), WIDE)
-    for tile in range(program, tl.cdiv(N, ROWS), tl.num_programs(0)):
+    for tile in tl.range(program, tl.cdiv(N, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         mask = (row < N) & (column < D)
         scale = tl.load(rstd + row, mask=row < N, other=0)
@@ -183,7 +183,7 @@ def compilations(arch: str, widths: Iterable[int] = (128, 4096, 16_384)) -> Iter
                 "eps": "fp32", "x_stride": "i32:16", "residual_stride": "i32:16"}, forward
             yield f"{name}, backward", rms_norm_backward_kernel, tile | {
                 "dy": "*bf16", "ds": residual, "s": "*bf16", "weight": "*bf16", "rstd": "*fp32", "dx": "*bf16",
-                "dweight": "*fp32", "s_stride": "i32:16", "RELOAD": D > RELOAD_WIDTH}, backward
+                "dweight": "*fp32", "s_stride": "i32:16", "RELOAD": D > RELOAD_WIDTH, "STAGES": backward.num_stages}, backward
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centred: bool,
@@ -208,13 +208,14 @@ def _backward(dy: Tensor | None, ds: Tensor | None, s: Tensor, weight: Tensor, r
     s = s if s.stride(1) == 1 else s.contiguous()
     arch = arch_of(s.device)
     config = config_for(BACKWARD, D, arch)
-    programs = min(triton.cdiv(N, config.block_m), _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(s.device))
+    programs = min(triton.cdiv(N, config.block_m),
+                   config.extra.get("programs", _PROGRAMS_PER_MULTIPROCESSOR) * multiprocessors(s.device))
     dx = s.new_empty(s.shape)
     dweight = s.new_empty(programs, D, dtype=rstd.dtype)
     if N:
         rms_norm_backward_kernel[(programs,)](
             dy, ds, s, weight.to(s.dtype), rstd, dx, dweight, s.stride(0), N, D, zero_centred, cast_first,
-            D > RELOAD_WIDTH, wide_type(s.dtype), config.block_m, config.block_n, **config.options(arch))
+            D > RELOAD_WIDTH, wide_type(s.dtype), config.block_m, config.block_n, config.num_stages, **config.options(arch))
     return dx, dweight.sum(0).to(weight.dtype)
 
 

@@ -13,7 +13,8 @@ from officina.trainer.model.shapes import NF4_BLOCK, nf4_row_bytes
 from officina.trainer.model.targets import choose, trained_count
 
 _LOSS_CHUNK = 2**28
-"""Logits that exist at a time: `CHUNK_LOGITS_GPU` of kernels/linear_cross_entropy.py, which needs torch to be imported."""
+"""Logits that exist at a time: `CHUNK_LOGITS_GPU` of kernels/linear_cross_entropy.py, which needs torch to be imported. In bf16
+four times as many are done in two chunks, added up in bf16."""
 _BUCKET = 500_000_000
 """DeepSpeed's default reduce_bucket_size, and half its stage3_max_live_parameters, in elements (runtime/zero/config.py)."""
 _UNPACKING = 6
@@ -145,12 +146,15 @@ def _activations(run: RunConfig, a: int) -> float:
 
 
 def _logits(run: RunConfig, tokens: int, size: _Bytes) -> float:
-    """A chunk of the logits, what the last norm keeps, its gradient, and a trained head's in fp32, which the loss makes."""
+    """A chunk of the logits, what the last norm keeps, its gradient, and a trained head's as the loss makes it."""
     model = run.model
     head = "embed.weight" if model.tie_embeddings else "head.weight"
     trains_head = run.adapter.kind == "none" or head in choose(model, run.adapter).whole
-    chunk = min(tokens * model.vocab_size, _LOSS_CHUNK) * size.compute
-    return chunk + 3 * tokens * model.d_model * size.compute + model.vocab_size * model.d_model * 4 * trains_head
+    logits = tokens * model.vocab_size
+    few = size.compute == 2 and logits <= 4 * _LOSS_CHUNK
+    chunk = max(min(logits, _LOSS_CHUNK), logits / 2 if few else 0) * size.compute
+    gradient = 2 if few else 4
+    return chunk + 3 * tokens * model.d_model * size.compute + model.vocab_size * model.d_model * gradient * trains_head
 
 
 def checkpoint_bytes(run: RunConfig) -> int:

@@ -178,7 +178,7 @@ def tune_in_the_interpreter(out):
     """The real kernels, for the three launches of the cross-entropy; in a process with Triton's interpreter."""
     from pathlib import Path
 
-    for sweep in tune._cross_entropy(3, 100, torch.float16):
+    for sweep in tune._cross_entropy("sm_90", 3, 100, torch.float16):
         found = tune.tune(tune.Sweep(sweep.kernel, sweep.table_name, sweep.table, sweep.key, [
             Config(1, 64, 4, 1), Config(1, 128, 4, 1), Config(1, 100, 4, 1)], sweep.build), CPU, round_s=0)
         assert list(found["measured"]) == ["Config(1, 64, 4, 1)", "Config(1, 128, 4, 1)", "Config(1, 100, 4, 1)"]

@@ -47,8 +47,9 @@ def test_one_token_and_one_row_of_the_vocabulary(cuda):
     """The compiler takes a 1 for a constant."""
     logits, labels = torch.ones(1, 1, device=cuda, requires_grad=True), torch.zeros(1, dtype=torch.int64, device=cuda)
     losses = cross_entropy(logits, labels, impl="triton")
-    assert losses.item() == torch.autograd.grad(losses.sum(), logits)[0].item() == 0
-    assert cross_entropy_(logits.detach(), labels, impl="triton").item() == 0
+    # log and exp of a GPU are approximate: not quite 0.
+    assert abs(losses.item()) < 1e-6 and abs(torch.autograd.grad(losses.sum(), logits)[0].item()) < 1e-6
+    assert abs(cross_entropy_(logits.detach(), labels, impl="triton").item()) < 1e-6
 
 
 def test_more_logits_than_32_bits_can_count(cuda):

@@ -1,5 +1,7 @@
 """The chunked projection and loss against its plain-torch reference."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -168,12 +170,22 @@ def test_bf16_gradient_is_scaled_in_fp32():
         assert abs(ratio - 1) < 5e-4
 
 
-def test_bf16_sums_chunks_in_fp32():
+def test_bf16_sums_more_than_two_chunks_in_fp32():
     x, weight, labels = inputs(N=512, dtype=torch.bfloat16)
     exact = torch.autograd.grad(linear_cross_entropy_reference(x.double(), weight.double(), labels), weight)[0]
     errors = [(torch.autograd.grad(linear_cross_entropy(x, weight, labels, chunk_tokens=c), weight)[0].double()
-               - exact).norm() for c in (512, 2)]
-    assert errors[1] < 1.5 * errors[0]
+               - exact).norm() for c in (512, 256, 2)]
+    assert max(errors[1:]) < 1.5 * errors[0]
+    sums = [module._results(x, weight, c, True, True)[2].dtype for c in (512, 256, 255)]
+    assert sums == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+def test_up_to_two_to_the_30_logits_are_two_chunks_on_a_gpu():
+    def chunk(N, V, dtype=torch.bfloat16):
+        return module._chunk_tokens(SimpleNamespace(is_cuda=True, shape=(N, 8), dtype=dtype), V)
+
+    assert chunk(8192, 131_072) == 4096 and chunk(8193, 131_072) == chunk(8192, 131_072, torch.float32) == 2048
+    assert chunk(2048, 131_072) == 2048 and chunk(2049, 131_072) == 1025
 
 
 def test_without_labels_the_sum_is_zero_and_so_are_all_gradients():

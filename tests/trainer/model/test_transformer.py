@@ -199,7 +199,7 @@ def test_flex_attention_goes_into_compiled_blocks_whole(monkeypatch, recwarn):
         block.compile(backend="eager", fullgraph=True)
     with torch.no_grad():
         got, want = (module(tokens, documents_BT=documents) for module in modules)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)  # up to 1.1e-5 off, as the processor sums; a mask is wrong by 1
     assert not [w for w in recwarn if "Dynamo" in str(w.message)]
 
 
