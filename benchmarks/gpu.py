@@ -57,8 +57,6 @@ class Session:
     out: Path
     deadline: float
     tiny: bool
-    without: list[str] = field(default_factory=list)
-    """Entrants that the benchmark of the kernels leaves out."""
     only: list[str] = field(default_factory=list)
     """Stages to do; none: all."""
     ceiling: float = 0.0
@@ -204,7 +202,6 @@ def start(session: Session) -> dict[str, Any]:
 def kernels(session: Session) -> dict[str, Any]:
     """The kernels at the shapes that have goals: kernels.json and kernels.html beside our record; here what was found."""
     words = ["--tiny"] if session.tiny else ["--goals", "--seconds", f"{min(70.0, session.left_s - 20):.0f}"]
-    words += ["--without", *session.without] if session.without else []
     path = session.out / "kernels.json"
     done = subprocess.run([sys.executable, "-m", "officina.benchmarks.kernels", *words, "--out", str(path)],
                           stdin=subprocess.DEVNULL, timeout=max(60.0, session.left_s))
@@ -245,7 +242,6 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json")
     parser.add_argument("--seconds", type=float, default=400.0, help="time for all of it (default: %(default)s)")
-    parser.add_argument("--without", nargs="+", default=[], metavar="ENTRANT", help="left out of the kernels' benchmark")
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="such as matmul 'h200_8b plain'; however "
                         "little time is left")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU, to try this program out; the "
@@ -256,15 +252,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="officina-gpu-") as scratch:
-        session = Session(Path(scratch), args.out, time.monotonic() + args.seconds, args.tiny, args.without, args.only)
+        session = Session(Path(scratch), args.out, time.monotonic() + args.seconds, args.tiny, args.only)
         few = 1 if args.tiny else None
         session.stage("matmul", 10, lambda: matmul_ceiling(session))
         session.stage("h200_1b8", 130, lambda: against_plain(session, "h200_1b8", steps=few or 8))
         session.stage("kernels", 90, lambda: kernels(session))
         session.stage("h200_8b", 100, lambda: alone(session, "h200_8b", OURS, steps=few or 3))
         session.stage("h200_8b plain", 80, lambda: alone(session, "h200_8b", PLAIN, steps=few or 3))
-        session.stage("h200_8b selective", 90, lambda: alone(
-            session, "h200_8b", OURS, "engine.recompute=selective", "batch.micro_rows=2", steps=few or 3))
+        session.stage("h200_8b nothing recomputed", 90, lambda: alone(
+            session, "h200_8b", OURS, "engine.recompute=none", "batch.micro_rows=2", steps=few or 3))
         for name in ("h200_8b_lora", "h200_8b_sft"):
             session.stage(name, 90, partial(alone, session, name, OURS, steps=1))
         session.stage("h200_1b8 alone", 60, lambda: alone(session, "h200_1b8", OURS, steps=few or 6))

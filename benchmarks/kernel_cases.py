@@ -31,7 +31,7 @@ from officina.kernels.symmetric import symmetric_product, symmetric_product_refe
 from officina.kernels.tables import arch_of
 
 OURS, PLAIN, COMPILED, LIGER = "officina", "eager torch", "torch.compile", "Liger"
-DETERMINISTIC, IN_PLACE, HOPPER = "officina, deterministic", "officina, in place", "officina, hopper"
+PORTABLE, DETERMINISTIC, IN_PLACE = "officina, portable", "officina, portable, deterministic", "officina, in place"
 FLEX, FLASH, CUDNN = "FlexAttention", "SDPA flash", "SDPA cuDNN"
 SLOW_STARTERS = {COMPILED, FLEX}
 """Entrants that compile for seconds to minutes; left out where the time is short."""
@@ -114,7 +114,8 @@ def _document_lengths(tokens: int, mean: int) -> list[int]:
 
 
 def build_attention(B: int, H: int, T: int, D: int, causal: bool, device: torch.device, phase: str, kernels: bool,
-                     lengths: Sequence[int] = ()) -> dict[str, Work]:
+                    lengths: Sequence[int] = (), path: str = "") -> dict[str, Work]:
+    """path: `hopper` or `portable` for OURS in place of what ships."""
     q, k, v = (_random(device, B, H, T, D).requires_grad_() for _ in range(3))
     spans = documents = None
     if lengths:
@@ -124,14 +125,14 @@ def build_attention(B: int, H: int, T: int, D: int, causal: bool, device: torch.
     def ours(q: Tensor, k: Tensor, v: Tensor, deterministic: bool = False) -> Tensor:
         return flash_attention(q, k, v, causal=causal, spans_B2S=spans, deterministic=deterministic, impl=_impl(kernels))[0]
 
-    def by_hopper(work: Work) -> Work:
-        """By the kernels for Hopper, forward and backward, whether they are the path that ships or not."""
+    def by(path: str, work: Work) -> Work:
+        """Forward and backward by the kernels of one path."""
         def run() -> Any:
             module = flash_attention_hopper if phase == "forward" else flash_attention_hopper_backward
-            if why := module.why_not_hopper(arch_of(device), D, T, q.dtype):
+            if path == "hopper" and (why := module.why_not_hopper(arch_of(device), D, T, q.dtype)):
                 raise ValueError(why)
-            path = {("sm_90", key_of(D, causal, 16)[0], causal): "hopper"}
-            with mock.patch.dict(FORWARD_PATH, path), mock.patch.dict(BACKWARD_PATH, path):
+            table = {(arch_of(device), key_of(D, causal, 16)[0], causal): path}
+            with mock.patch.dict(FORWARD_PATH, table), mock.patch.dict(BACKWARD_PATH, table):
                 return work.run()
         return Work(run, work.before)
 
@@ -144,7 +145,7 @@ def build_attention(B: int, H: int, T: int, D: int, causal: bool, device: torch.
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-    entrants: dict[str, Callable[..., Tensor]] = {OURS: ours, HOPPER: ours}
+    entrants: dict[str, Callable[..., Tensor]] = {OURS: ours, PORTABLE: ours}
     if phase != "forward":
         entrants[DETERMINISTIC] = functools.partial(ours, deterministic=True)
     if not lengths:
@@ -153,7 +154,8 @@ def build_attention(B: int, H: int, T: int, D: int, causal: bool, device: torch.
     if device.type == "cuda":
         entrants[FLEX] = _flex(T, causal, documents, device)
     found = _phase(entrants | {PLAIN: eager}, (q, k, v), phase)
-    return found | {HOPPER: by_hopper(found[HOPPER])}
+    paths = {OURS: path, PORTABLE: "portable", DETERMINISTIC: "portable"}
+    return {name: by(paths[name], work) if paths.get(name) else work for name, work in found.items()}
 
 
 def _flex(T: int, causal: bool, documents: Tensor | None, device: torch.device) -> Callable[..., Tensor]:
@@ -349,7 +351,8 @@ class _Backward:
     def __call__(self) -> Sequence[Tensor]:
         if not self.outputs:
             self.outputs = _listed(self.run(*self.inputs))
-            self.upper = [torch.randn_like(y) for y in self.outputs]
+            generator = torch.Generator(self.outputs[0].device).manual_seed(1)  # the same for all entrants
+            self.upper = [torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype) for y in self.outputs]
         return torch.autograd.grad(self.outputs, self.leaves, self.upper, retain_graph=True)
 
 

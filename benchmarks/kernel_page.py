@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from officina.benchmarks.kernel_cases import COMPILED, CUDNN, DETERMINISTIC, FLASH, FLEX, HOPPER, IN_PLACE, LIGER, OURS, PLAIN
+from officina.benchmarks.kernel_cases import COMPILED, CUDNN, DETERMINISTIC, FLASH, FLEX, IN_PLACE, LIGER, OURS, PLAIN, PORTABLE
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c;background:#fff}
@@ -15,7 +15,7 @@ td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}td:first
 .plots{display:flex;flex-wrap:wrap;gap:1rem}.plots svg{width:22rem;height:auto}.met{color:#17643a}.missed{color:#a32020}
 .tiny{background:#fff3cd;padding:.7rem 1rem}
 """
-_COLOURS = {OURS: "#c2410c", IN_PLACE: "#f59e0b", DETERMINISTIC: "#f59e0b", HOPPER: "#be185d", PLAIN: "#9ca3af",
+_COLOURS = {OURS: "#c2410c", IN_PLACE: "#f59e0b", DETERMINISTIC: "#f59e0b", PORTABLE: "#be185d", PLAIN: "#9ca3af",
             COMPILED: "#2563eb",
             LIGER: "#7c3aed", FLEX: "#2563eb", FLASH: "#0f766e", CUDNN: "#15803d"}
 

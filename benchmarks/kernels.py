@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from officina.benchmarks.kernel_cases import HOPPER, OURS, PLAIN, SLOW_STARTERS, Case, Floor, cases
+from officina.benchmarks.kernel_cases import OURS, PLAIN, SLOW_STARTERS, Case, Floor, cases
 from officina.benchmarks.kernel_goals import goal_phases, judged
 from officina.benchmarks.kernel_page import write_page
 from officina.benchmarks.kernel_timing import (
@@ -94,10 +94,8 @@ def _phase(case: Case, phase: str, floor: Floor, ceilings: dict[str, float], dev
         return found | {"failed": failure(error)}
     for name, timing in measure(entrants, device, round_s=round_s).items():
         found["entrants"][name] = {"failed": timing} if isinstance(timing, str) else _figures(timing, floor, floor_s)
-    if phase == "forward":
-        found["difference"] = _difference(OURS, entrants, found["entrants"])
-        if HOPPER in entrants:
-            found["entrants"][HOPPER]["difference"] = _difference(HOPPER, entrants, found["entrants"])
+    if phase in ("forward", "backward"):
+        found["difference"] = _difference(entrants, found["entrants"])
     return found
 
 
@@ -106,13 +104,13 @@ def _figures(timing: Timing, floor: Floor, floor_s: float) -> dict[str, Any]:
                              "of_floor": floor_s / timing.median_s}
 
 
-def _difference(who: str, entrants: dict[str, Work], found: dict[str, Any]) -> dict[str, Any] | None:
-    """|ours - theirs| / |theirs| of the outputs, theirs being eager torch's where it could: a fast kernel may be wrong."""
-    others = [name for name in (PLAIN, *entrants) if name not in (OURS, HOPPER) and "median_s" in found.get(name, {})]
-    if not others or "median_s" not in found.get(who, {}):
+def _difference(entrants: dict[str, Work], found: dict[str, Any]) -> dict[str, Any] | None:
+    """|ours - theirs| / |theirs| of outputs or gradients, theirs being eager torch's if it ran: speed proves nothing right."""
+    others = [name for name in (PLAIN, *entrants) if not name.startswith(OURS) and "median_s" in found.get(name, {})]
+    if not others or "median_s" not in found.get(OURS, {}):
         return None
     with torch.no_grad():
-        ours, theirs = (_flat(entrants[name].run()) for name in (who, others[0]))
+        ours, theirs = (_flat(entrants[name].run()) for name in (OURS, others[0]))
     return {"from": others[0], "relative": ((ours - theirs).norm() / theirs.norm()).item()}
 
 
@@ -136,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--goals", action="store_true", help="only the shapes that a goal is set for, without baselines that "
                         "compile for long")
     parser.add_argument("--only", nargs="+", metavar="KERNEL", help="only these kernels, such as attention")
-    parser.add_argument("--without", nargs="+", default=[], metavar="ENTRANT", help="leave out, such as 'officina, hopper'")
+    parser.add_argument("--without", nargs="+", default=[], metavar="ENTRANT", help="leave out, such as 'officina, portable'")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile at once, with "
                         "up to 8 GB of the GPU's memory each (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after this time (default: all)")

@@ -24,8 +24,8 @@ import torch
 
 from officina.benchmarks.kernel_cases import (
     DETERMINISTIC,
-    HOPPER,
     OURS,
+    PORTABLE,
     build_adamw,
     build_attention,
     build_norm,
@@ -129,7 +129,7 @@ def _text(config: Config) -> str:
 # ---- what is tried -------------------------------------------------------------------------------------------------
 def _attention(arch: str) -> Iterator[Sweep]:
     extras = [{"waves_per_eu": n} for n in (1, 2, 3)] if is_amd(arch) else [{}]
-    tables = (("FORWARD", "forward", OURS), ("BACKWARD_FUSED", "backward", OURS),
+    tables = (("FORWARD", "forward", PORTABLE), ("BACKWARD_FUSED", "backward", PORTABLE),
               ("BACKWARD_KEYS", "backward", DETERMINISTIC), ("BACKWARD_QUERIES", "backward", DETERMINISTIC))
     for (name, phase, entrant), D, causal in itertools.product(tables, (64, 128), (True, False)):
         if name == "BACKWARD_FUSED" and not adds_atomically(arch):
@@ -148,11 +148,11 @@ def _attention(arch: str) -> Iterator[Sweep]:
              "BACKWARD_QUERIES_HOPPER": [Config(128, N, 4, n) for N, n in itertools.product((64, 128), (2, 3))]}
     for name, D, causal in itertools.product(tried, (64, 128), (True, False)):
         yield Sweep("attention_hopper", name, getattr(flash_attention_tables, name), (D, causal, 16), tried[name],
-                    functools.partial(_attention_work, D, causal, name.split("_")[0].lower(), HOPPER))
+                    functools.partial(_attention_work, D, causal, name.split("_")[0].lower(), OURS))
 
 
 def _attention_work(D: int, causal: bool, phase: str, entrant: str, device: torch.device) -> Work:
-    return build_attention(2, 2048 // D, 8192, D, causal, device, phase, True)[entrant]
+    return build_attention(2, 2048 // D, 8192, D, causal, device, phase, True, path="hopper")[entrant]
 
 
 def _cross_entropy(arch: str, N: int, V: int, dtype: torch.dtype) -> Iterator[Sweep]:
@@ -201,7 +201,7 @@ def _elementwise() -> Iterator[Sweep]:
 def _symmetric(arch: str) -> Iterator[Sweep]:
     tried = [Config(*values) for values in (
         itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (1,)) if is_amd(arch) else
-        (*itertools.product((128,), (32, 64), (4, 8), (3, 4)), (128, 128, 8, 2), (256, 64, 8, 3), (256, 64, 16, 3)))]
+        (*itertools.product((128,), (32, 64), (4, 8), (3, 4)), (128, 128, 8, 2), (256, 64, 8, 3)))]
     yield Sweep("symmetric", "TABLE", symmetric.TABLE, torch.bfloat16, tried,
                 lambda device: build_symmetric(4096, 4096, device, "forward", True)[OURS])
 

@@ -58,7 +58,8 @@ STRIDE_ELEMENTS, STRIDE_LIMIT_BYTES = 8, 2**40
 
 
 def _jit(function: Any) -> Any:
-    return function if gluon is None else gluon.jit(function, do_not_specialize=("B", "H", "group", "T", "S", "wave", "window"))
+    lengths = ("B", "H", "group", "T", "S", "distance", "wave", "window")
+    return function if gluon is None else gluon.jit(function, do_not_specialize=lengths)
 
 
 def why_not_hopper(arch: str, head_dim: int, n_keys: int, dtype: torch.dtype) -> str | None:

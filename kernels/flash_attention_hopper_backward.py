@@ -26,6 +26,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from officina.kernels import flash_attention_hopper as hopper
@@ -47,6 +48,8 @@ if hopper.gluon is not None:
         warpgroup_mma_wait,
     )
 
+ALIGNED = 4
+"""fp32 numbers in 16 bytes."""
 MAX_HEAD_DIM = 128
 """dk and dv of wider heads do not fit into a consumer's registers."""
 
@@ -79,6 +82,11 @@ def queries_tiles(config: Config) -> dict[str, int]:
     return {"q_desc": kept, "dout_desc": kept, "k_desc": passing, "v_desc": passing, "dq_desc": kept}
 
 
+def spaced(x_BHT: Tensor) -> Tensor:
+    """x with rows that each begin at a multiple of 16 bytes: a copy by TMA that begins elsewhere is an illegal instruction."""
+    return F.pad(x_BHT, (0, -x_BHT.shape[-1] % ALIGNED)) if x_BHT.shape[-1] % ALIGNED else x_BHT
+
+
 def numbers_descriptor(x: Tensor, rows: int) -> Any:
     """For copies of `rows` fp32 numbers of a contiguous tensor, taken as one row. What lies beyond its end is read as 0."""
     return TensorDescriptor(x.view(-1), [x.numel()], [1], [rows], _numbers_layout(rows))
@@ -108,8 +116,8 @@ def _visited(j, span, heads):
 
 @_jit
 def _load(work, NUMBERS: gl.constexpr, STAGES: gl.constexpr):
-    """The loader. NUMBERS: lse and delta of the rows pass by too, `rows` from head to head."""
-    descs, tiles, barriers, place, passing_place, heads, rows, n, span = work
+    """The loader. NUMBERS: lse and delta of the rows pass by too, `distance` from head to head."""
+    descs, tiles, barriers, place, passing_place, heads, distance, n, span = work
     kept_a_desc, kept_b_desc, a_desc, b_desc, lse_desc, delta_desc = descs
     kept_a, kept_b, a, b, lse, delta = tiles
     kept_full, a_full, b_full, empty = barriers
@@ -133,7 +141,7 @@ def _load(work, NUMBERS: gl.constexpr, STAGES: gl.constexpr):
         mbarrier.expect(a_full.index(stage), a_bytes)
         tma.async_copy_global_to_shared(a_desc, [batch, passing_head + other, start, 0], a_full.index(stage), a.index(stage))
         if NUMBERS:
-            number = first_number + other * rows + start
+            number = first_number + other * distance + start
             tma.async_copy_global_to_shared(lse_desc, [number], a_full.index(stage), lse.index(stage))
         mbarrier.expect(b_full.index(stage), b_bytes)
         tma.async_copy_global_to_shared(b_desc, [batch, passing_head + other, start, 0], b_full.index(stage), b.index(stage))
@@ -268,10 +276,13 @@ def _keys_gradients(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.c
 
 
 @_jit
-def keys_kernel(k_desc, v_desc, q_desc, dout_desc, lse_desc, delta_desc, dk_desc, dv_desc, spans, B, H, group, T, S, wave,
-                window, scale, cap, dscale, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr, STAGES: gl.constexpr,
+def keys_kernel(k_desc, v_desc, q_desc, dout_desc, lse_desc, delta_desc, dk_desc, dv_desc, spans, B, H, group, T, S, distance,
+                wave, window, scale, cap, dscale, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr, STAGES: gl.constexpr,
                 REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr):
-    """dk and dv of a tile of keys, over all queries of all heads that share it; what stands beyond S is not written."""
+    """dk and dv of a tile of keys, over all queries of all heads that share it; what stands beyond S is not written.
+
+    distance: from the lse and delta of one head to those of the next, a multiple of ALIGNED.
+    """
     CONSUMERS: gl.constexpr = 2
     M: gl.constexpr = q_desc.block_type.shape[2]
     N: gl.constexpr = CONSUMERS * k_desc.block_type.shape[2]
@@ -296,7 +307,7 @@ def keys_kernel(k_desc, v_desc, q_desc, dout_desc, lse_desc, delta_desc, dk_desc
     first_head = g * group
     work = (dk_desc, dv_desc, spans, tiles, barriers, b, g, group, key, n, span, T, S, window, scale, cap, dscale)
     load = ((k_desc, v_desc, q_desc, dout_desc, lse_desc, delta_desc), tiles, barriers, (b, g, key),
-            (first_head, (b * H + first_head) * T), group, T, n, span)
+            (first_head, (b * H + first_head) * distance), group, distance, n, span)
     gl.warp_specialize([(_keys_gradients, (work, 0, CAUSAL, SOFTCAP, STAGES)),
                         (_keys_gradients, (work, 1, CAUSAL, SOFTCAP, STAGES)),
                         (_load, (load, True, STAGES))], [4, 1], [REGISTERS, LOADER_REGISTERS])

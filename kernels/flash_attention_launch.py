@@ -137,9 +137,10 @@ def _backward_hopper(dout: Tensor, lse: Tensor, delta: Tensor, q: Tensor, k: Ten
     lengths, numbers = (B, H, H // G, T, S), (window or T + S, *_units(scale, softcap), scale)
     switches = {"CAUSAL": causal, "SOFTCAP": softcap > 0}
     config = look_up("flash_attention_backward_keys_hopper", BACKWARD_KEYS_HOPPER, "sm_90", key)
-    tiles = _descriptors((k, v, q, dout, lse, delta, dk, dv), hopper_backward.keys_tiles(config), key[0])
+    spaced = [hopper_backward.spaced(x) for x in (lse, delta)]
+    tiles = _descriptors((k, v, q, dout, *spaced, dk, dv), hopper_backward.keys_tiles(config), key[0])
     _run(hopper_backward.keys_kernel, B * G * -(-S // config.block_n), config, "sm_90", *tiles, spans, *lengths,
-         max(1, _wave(T, q) // (H // G)), *numbers, **switches, **hopper_backward.constants(config))
+         spaced[0].shape[-1], max(1, _wave(T, q) // (H // G)), *numbers, **switches, **hopper_backward.constants(config))
     config = look_up("flash_attention_backward_queries_hopper", BACKWARD_QUERIES_HOPPER, "sm_90", key)
     tiles = _descriptors((q, dout, k, v, dq), hopper_backward.queries_tiles(config), key[0])
     _run(hopper_backward.queries_kernel, B * H * -(-T // config.block_m), config, "sm_90", *tiles, lse, delta, spans, *lengths,

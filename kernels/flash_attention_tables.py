@@ -53,14 +53,14 @@ FORWARD_HOPPER: Table = {"sm_90": dict(_both({
 keys and as many of values."""
 
 FORWARD_PATH: dict[tuple[str, int, bool], str] = {
-    ("sm_90", 64, True): "portable", ("sm_90", 64, False): "portable",
-    ("sm_90", 128, True): "portable", ("sm_90", 128, False): "portable",
+    ("sm_90", 64, True): "hopper", ("sm_90", 64, False): "hopper",
+    ("sm_90", 128, True): "hopper", ("sm_90", 128, False): "hopper",
     ("sm_90", 256, True): "portable", ("sm_90", 256, False): "portable"}
 """What ships: architecture, head width of the tables, causal -> `portable` (flash_attention_triton.py) or `hopper`
 (flash_attention_hopper.py); portable where nothing stands.
 
-`hopper` is written here once a GPU's record shows it right (tests/gpu) and faster (`officina, hopper` in the benchmark of the
-kernels), with a line in NOTES.md. It has run on no GPU yet."""
+`hopper` is written here once a GPU shows it right (tests/gpu) and faster (`officina bench kernels`), with a line in NOTES.md;
+heads wider than 128 are not measured yet."""
 
 BACKWARD_KEYS_HOPPER: Table = {"sm_90": dict(_both({64: Config(64, 128, 4, 3), 128: Config(64, 128, 4, 3)}))}
 """dk and dv by flash_attention_hopper_backward.py: two groups of block_n / 2 keys with four warps each, num_stages (2 or more)
@@ -70,8 +70,8 @@ BACKWARD_QUERIES_HOPPER: Table = {"sm_90": dict(_both({64: Config(128, 128, 4, 3
 """dq by the same: two groups of block_m / 2 queries, num_stages (2 or more) buffers of block_n keys and as many of values."""
 
 BACKWARD_PATH: dict[tuple[str, int, bool], str] = {
-    ("sm_90", 64, True): "portable", ("sm_90", 64, False): "portable",
-    ("sm_90", 128, True): "portable", ("sm_90", 128, False): "portable"}
+    ("sm_90", 64, True): "hopper", ("sm_90", 64, False): "hopper",
+    ("sm_90", 128, True): "hopper", ("sm_90", 128, False): "hopper"}
 """FORWARD_PATH for the backward pass: `portable` as `deterministic` says, `hopper` the two kernels of
 flash_attention_hopper_backward.py, which are deterministic, whatever it says."""
 

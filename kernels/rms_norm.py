@@ -163,6 +163,7 @@ def _configs(lanes: int, most_threads: int) -> dict[int, Config]:
 LANES = {"sm_80": 32, "sm_90": 32, "gfx90a": 64, "gfx942": 64, SAFE: 64}
 FORWARD = {arch: _configs(lanes, 1024) for arch, lanes in LANES.items()}
 BACKWARD = {arch: _configs(lanes, 512) for arch, lanes in LANES.items()}  # holds more than 64 numbers a thread
+BACKWARD["sm_90"] |= {2048: Config(1, 2048, 4, 3, {"programs": 2}), 4096: Config(1, 4096, 8, 3, {"programs": 2})}  # measured
 
 
 def config_for(table: Table, D: int, arch: str) -> Config:

@@ -97,7 +97,7 @@ def _configs(half: Config, fp32: Config) -> dict[torch.dtype, Config]:
 
 
 _SMALL = Config(64, 32, 4, 1)
-TABLE = {"sm_80": _configs(Config(128, 32, 8, 3), _SMALL), "sm_90": _configs(Config(128, 64, 8, 3), _SMALL),
+TABLE = {"sm_80": _configs(Config(128, 32, 8, 3), _SMALL), "sm_90": _configs(Config(128, 64, 8, 4), _SMALL),
          "gfx90a": _configs(Config(128, 32, 8, 1), _SMALL), "gfx942": _configs(Config(128, 32, 8, 1), _SMALL),
          SAFE: _configs(_SMALL, _SMALL), INTERPRETER: _configs(*2 * (Config(32, 16, 4, 1),))}
 

@@ -159,6 +159,7 @@ class _Descriptor:
     def tile(self, place: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """Where a tile lies in the tensor, and that part within the tile."""
         assert all(type(at) is int and at >= 0 for at in place), f"coordinates {place}"
+        assert place[-1] * self.tensor.element_size() % 16 == 0, f"column {place[-1]} does not begin at a multiple of 16 bytes"
         ends = [min(at + n, size) for at, n, size in zip(place, self.block_type.shape, self.tensor.shape, strict=True)]
         lengths = [max(0, end - at) for at, end in zip(place, ends, strict=True)]
         return tuple(slice(at, at + n) for at, n in zip(place, lengths, strict=True)), tuple(slice(0, n) for n in lengths)
