@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -31,7 +31,7 @@ from officina.trainer.errors import DataError
 Decode = Callable[[bytes], dict[str, torch.Tensor]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepData:
     """What one rank reads for one optimizer step, and what the ledger says of it."""
 
@@ -100,7 +100,11 @@ class Loader:
         self._ahead = ReadAhead(self._reader, run.batch.rows, run.batch.rows_of_rank(rank, world_size))
         self._earlier: dict[str, bytes] = {}  # what a checkpoint keeps of sources that no longer give rows
         self._stopping = threading.Event()
-        self._ready: queue.Queue[StepData | BaseException] = queue.Queue(run.data.prefetch_batches)
+        # Bounded by a second queue: both are C, where queue.Queue costs as much as a small batch.
+        self._ready: queue.SimpleQueue[StepData | BaseException] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(run.data.prefetch_batches):
+            self._room.put(None)
         self._thread: threading.Thread | None = None
 
     def next_step(self) -> StepData:
@@ -115,8 +119,10 @@ class Loader:
         if isinstance(found, BaseException):
             self.close()
             raise found
+        self._room.put(None)
         self._position = found.stop_sample
-        return replace(found, wait_s=time.perf_counter() - begun)
+        found.wait_s = time.perf_counter() - begun
+        return found
 
     def state(self, position: int | None = None) -> dict[str, Any]:
         """What a checkpoint keeps: the position of the next sample, and what makes its meaning.
@@ -148,11 +154,9 @@ class Loader:
     def close(self) -> None:
         """Stop reading ahead and wait for the threads to end."""
         self._stopping.set()
-        while self._thread is not None and self._thread.is_alive():
-            try:
-                self._ready.get_nowait()  # a thread waiting for room sees the event only after it
-            except queue.Empty:
-                self._thread.join(timeout=0.01)
+        self._room.put(None)  # a thread that waits for room sees the event only after it
+        if self._thread is not None:
+            self._thread.join()
         self._ahead.close()
 
     def __enter__(self) -> "Loader":
@@ -164,7 +168,10 @@ class Loader:
     def _read_ahead(self) -> None:
         position = self._position
         try:
-            while not self._stopping.is_set():
+            while True:
+                self._room.get()
+                if self._stopping.is_set():
+                    return
                 step = self._read_step(position)
                 self._ready.put(step)
                 position = step.stop_sample

@@ -75,17 +75,20 @@ class RowReader:
         places = self.order.place(samples) if places is None else places
         if not len(samples):  # fewer rows than ranks: no row, but all that rows have
             return next(iter(self.streams.values())).gather(places.row, self.seq_len, borders=self._borders)
-        dtypes = [DTYPES[s.dataset.manifest.dtype] for s in self.streams.values()]
         numbers = np.unique(places.source) if len(self.streams) > 1 else places.source[:1]
+        if len(numbers) == 1:
+            part = self._stream(numbers[0]).gather(places.row, self.seq_len, borders=self._borders)
+            part.digest = _digest(part.tokens, samples)
+            part.lost_of = {self.order.names[numbers[0]]: part.lost} if part.lost else {}
+            return part
         parts, digest, lost_of = [], 0, {}
         for number in numbers:
             here = np.flatnonzero(places.source == number)
             part = self._stream(number).gather(places.row[here], self.seq_len, borders=self._borders)
             digest += _digest(part.tokens, samples[here])
             lost_of |= {self.order.names[number]: part.lost} if part.lost else {}
-            if len(numbers) == 1:
-                return replace(part, digest=digest % DIGEST_MODULUS, lost_of=lost_of)
             parts.append((here, part))
+        dtypes = [DTYPES[s.dataset.manifest.dtype] for s in self.streams.values()]
         tokens = np.empty((len(samples), self.seq_len + 1), np.result_type(*dtypes))
         removed = trained = filled = None
         for here, part in parts:

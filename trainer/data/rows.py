@@ -7,7 +7,7 @@ import numpy as np
 from officina.trainer.data.shards import Lost
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Rows:
     """Tokens of some samples. n rows, T = seq_len."""
 

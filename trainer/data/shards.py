@@ -140,7 +140,8 @@ class Shard:
         self._hashes = self._section("granule_xxh3", "<u8")
         for name in header.sections if remote is not None else ():  # it came as a whole, and is asked for again if damaged
             self._section(name, "u1")
-        self._checked = np.zeros(len(self._hashes), bool)
+        self._flags = bytearray(len(self._hashes))  # the same memory, for single questions
+        self._checked = np.frombuffer(self._flags, bool)
         self.replaced: dict[int, bytes] = {}
         """Right bytes of blocks that the map does not hold; see `accept`."""
         self.lost: frozenset[int] = frozenset()
@@ -212,6 +213,12 @@ class Shard:
             return 0, mapped.bytes, mapped.will_need
         file = FileArray(self.path)
         return 0, file, file.will_need
+
+    def is_checked(self, starts: list[int], length: int) -> bool:
+        """Are the granules under the `length` tokens from each of `starts` known to be sound? May say no where they are."""
+        size, flags = self.data.itemsize, self._flags
+        return length * size <= GRANULE_BYTES and all(
+            flags[start * size // GRANULE_BYTES] and flags[((start + length) * size - 1) // GRANULE_BYTES] for start in starts)
 
     def check(self, starts: np.ndarray, stops: np.ndarray) -> None:
         """Verify the granules under the token ranges [starts, stops), (n,) int64 each; each granule is read once."""

@@ -48,6 +48,7 @@ class Stream:
                             "Name one of these as data.split or data.validation_split.")
         self.token_starts = np.cumsum([0, *(e.tokens for e in self.entries)])
         """(shards + 1,) offset of each shard's first token in the stream."""
+        self._bounds: list[int] = self.token_starts.tolist()
         self.document_starts = np.cumsum([0, *(e.documents for e in self.entries)])
         self._open: dict[int, Shard] = {}
         self._opening: dict[int, Lock] = {}
@@ -193,26 +194,34 @@ class Stream:
             return self._gather_planned(self.plan, rows, seq_len)
         out = self._buffers.take((len(rows), seq_len + 1), DTYPES[self.dataset.manifest.dtype])
         starts = rows * seq_len
-        first = np.searchsorted(self.token_starts, starts, side="right") - 1
-        last = np.searchsorted(self.token_starts, starts + seq_len, side="right") - 1
-        by_shard: dict[int, list[int]] = {}
+        by_shard: dict[int, tuple[list[int], list[int]]] = {}  # numbers of rows, and where in the shard they begin
         over: list[int] = []
-        for i, (a, b) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
-            (by_shard.setdefault(a, []) if a == b else over).append(i)
+        touched: set[int] = set()
+        bounds = self._bounds
+        for i, start in enumerate(starts.tolist()):  # in Python: of a few rows numpy's calls cost more than the copies
+            number = bisect_right(bounds, start) - 1
+            if start + seq_len < bounds[number + 1]:
+                here, inside = by_shard.setdefault(number, ([], []))
+                here.append(i)
+                inside.append(start - bounds[number])
+            else:
+                over.append(i)
+                touched.update(range(number, bisect_right(bounds, start + seq_len)))
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        for number, places in by_shard.items():
-            here = np.asarray(places)
-            inside = starts[here] - self.token_starts[number]
-            shard = self._check(number, inside, inside + seq_len + 1)
-            _copy_rows(shard, inside.tolist(), out, places)
+        for number, (here, inside) in by_shard.items():
+            shard = self._open.get(number)
+            if shard is None or not shard.is_checked(inside, seq_len + 1):
+                begins = np.asarray(inside)
+                shard = self._check(number, begins, begins + seq_len + 1)
+            _copy_rows(shard, inside, out, here)
             if borders:
-                row, column = _borders(shard.ends, inside, seq_len)
-                found.append((here[row], column))
+                row, column = _borders(shard.ends, np.asarray(inside), seq_len)
+                found.append((np.asarray(here)[row], column))
         for i in over:
             found.append(self._copy_over_shards(i, int(starts[i]), out))
         removed = self._blanked(out, starts)
         lost: Lost = {}
-        touched = {*by_shard, *(number for i in over for number in range(first[i], last[i] + 1))}
+        touched.update(by_shard)
         if any(self._open[number].replaced or self._open[number].lost for number in touched):
             removed, lost, around = self._amended(out, starts, removed)
             found += around
