@@ -309,6 +309,7 @@ python3 {supervise.__file__} {tmp_path}/run-$SLURM_ARRAY_TASK_ID -- srun bash -c
     assert {a["job"] for a in first.attempts()} == {f"{array}_0"} and {a["job"] for a in last.attempts()} == {f"{array}_1"}
 
 
+@pytest.mark.slow  # test_site_doubles moves one by the user's commands; here its numbers are compared too
 def test_run_moves_to_another_site_account_and_path(jobs, data, tmp_path, whole):
     """Stopped on one Slurm; the directory and its data, copied elsewhere, go on as other ranks and engine on another one."""
     job = jobs.submit("--account=EHPC-1", held="1:4", supervise_with=())
