@@ -165,6 +165,7 @@ MUTANTS = {
         "b_desc.block_type.nbytes\n"
         "    for"),
     "lse of another head": ("other * distance + start", "start"),
+    "numbers that lie closer than they were spaced": ("(b * H + first_head) * distance", "(b * H + first_head) * T"),
     "queries of another head": ("[batch, passing_head + other, start, 0], a_full", "[batch, passing_head, start, 0], a_full"),
     "gradients of another head": ("[batch, passing_head + other, start, 0], b_full", "[batch, passing_head, start, 0], b_full"),
     "keys of another consumer": (
@@ -265,7 +266,7 @@ def test_the_emulator_finds_each_fault(name):
     def fails(seed):
         with emulated(kernels=SimpleNamespace(**names), seed=seed):
             try:
-                compare(qkv(B=2, H=4, G=2, T=60, D=64, dtype=BF16))
+                compare(qkv(B=2, H=4, G=2, T=62, D=64, dtype=BF16))
                 compare(qkv(T=91, S=30, D=64, dtype=BF16), causal=False)
                 compare(qkv(T=30, S=91, D=64, dtype=BF16), causal=False, softcap=2.0)
                 compare(qkv(T=10, S=90, D=64, dtype=BF16), window=5)

@@ -105,6 +105,8 @@ class _Blocks:
 
     def work(self, steps: list[PlannedStep], first: int) -> list[Task]:
         """What to read for `steps`, numbered from `first` on; in the order in which they need it."""
+        if not self._forgotten and self._met.all():
+            return []
         source, row = (np.concatenate([getattr(step.places, name) for step in steps]) for name in ("source", "row"))
         shard, start, stop, step = self._ranges(source, row, np.repeat(np.arange(first, first + len(steps)),
                                                                        [len(step.own) for step in steps]))
