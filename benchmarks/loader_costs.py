@@ -105,9 +105,13 @@ def forget(files: list[Path]) -> None:
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         places = range(0, path.stat().st_size - len(page), 1 << 20)
-        kept = sum(_is_in_memory(descriptor, page, place) for place in places)
+        for _ in range(10):  # what a process that has ended asked for may still be on its way
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            kept = sum(_is_in_memory(descriptor, page, place) for place in places)
+            if kept <= len(places) * IN_MEMORY:
+                break
+            time.sleep(0.2)
         os.close(descriptor)
         if kept > len(places) * IN_MEMORY:
             raise RuntimeError(f"{path}: {kept} of {len(places)} pages stay in memory: another process holds them, or the file "
