@@ -1,6 +1,6 @@
 """The pages of docs/sites, from the profiles: python -m officina.launch.site_pages docs/sites"""
 
-import sys
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,15 +122,17 @@ def _line(cells: tuple[str, ...]) -> str:
 
 
 def write(folder: Path) -> None:
-    """Write every page, and remove those of sites that are gone."""
+    """Write every page, and remove those made before of sites that are gone."""
     folder.mkdir(parents=True, exist_ok=True)
     made = pages()
     for path in folder.glob("*.md"):
-        if path.name not in made:
+        if path.name not in made and path.read_text(encoding="utf-8").startswith(_MADE):
             path.unlink()
     for name, text in made.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    write(parser.parse_args().folder)

@@ -154,10 +154,11 @@ def test_the_pages_are_as_the_profiles():
         "make them anew: python -m officina.launch.site_pages docs/sites"
 
 
-def test_writing_pages_removes_those_of_sites_that_are_gone(tmp_path):
-    (tmp_path / "gone.md").write_text("x")
+def test_writing_pages_removes_those_of_sites_that_are_gone_and_nothing_else(tmp_path):
+    (tmp_path / "gone.md").write_text(site_pages.pages()["lumi-g.md"])
+    (tmp_path / "mine.md").write_text("x")
     site_pages.write(tmp_path)
-    assert {path.name for path in tmp_path.iterdir() if path.suffix == ".md"} == set(site_pages.pages())
+    assert {path.name for path in tmp_path.iterdir() if path.suffix == ".md"} == {"mine.md", *site_pages.pages()}
     page = (tmp_path / "lumi-g.md").read_text()
     for part in ("# LUMI-G", "`site=lumi`", "| `standard-g` |", "max_time=2d", "**? unverified**", "lumig.md", "2024-10-15"):
         assert part in page, part
