@@ -38,7 +38,8 @@ ENVIRONMENTS = {
 HOLDS = {
     "officina, rows": "u32 rows, with a digest", "officina": "i64 tokens, labels and positions, i32 documents",
     "officina, no documents": "i64 tokens and labels", "litdata": "i32 rows", "mosaicml-streaming": "u32 rows",
-    "datasets": "i32 rows", "grain": "u32 rows", "megatron-core": "i64 tokens, labels and positions, f32 loss mask",
+    "datasets": "i32 rows", "grain": "u32 rows", "grain, documents": "i64 tokens, labels and positions, i32 documents",
+    "megatron-core": "i64 tokens, labels and positions, f32 loss mask",
     "megatron-core, documents": "the same, by documents"}
 SCRIPT = Path(__file__).with_name("loader_anchors.py")
 QUIET = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}

@@ -166,22 +166,42 @@ def prepare_grain(folder: Path, out: Path) -> None:
     writer.close()
 
 
-def grain(folder: Path, out: Path, workers: int) -> Iterator[int]:
-    """uint32 rows, by its Dataset interface; prefetch is by threads."""
+def grain(folder: Path, out: Path, workers: int, documents: bool = False) -> Iterator[int]:
+    """uint32 rows, by its Dataset interface; prefetch is by threads. `documents`: what the model needs, by a map of ours."""
     import grain
 
     source = grain.sources.ArrayRecordDataSource(str(out / "data.array_record"))
     data = grain.MapDataset.source(source).shuffle(SEED).repeat().map(lambda record: np.frombuffer(record, np.uint32))
+    if documents:
+        data = data.map(_fields)
     data = data.batch(BATCH)
     if workers:
         batches: Any = data.to_iter_dataset()
     else:
         batches = (data[i] for i in range(1 << 62))
-    return (batch.size // ROW * SEQ_LEN for batch in batches)
+    return ((batch["tokens"].size if documents else batch.size // ROW * SEQ_LEN) for batch in batches)
+
+
+def grain_documents(folder: Path, out: Path, workers: int) -> Iterator[int]:
+    """As `grain`, with documents."""
+    return grain(folder, out, workers, documents=True)
+
+
+def _fields(row: np.ndarray) -> dict[str, np.ndarray]:
+    """Tokens, labels, documents and positions of a row, whose documents end with EOD; no label crosses a border."""
+    labels = row[1:].astype(np.int64)
+    ends = np.flatnonzero(row[:-1] == EOD)
+    labels[ends] = -100
+    borders = np.concatenate(([0], ends + 1, [SEQ_LEN]))
+    lengths = np.diff(borders)
+    return {"tokens": row[:-1].astype(np.int64), "labels": labels,
+            "documents": np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+            "positions": np.arange(SEQ_LEN) - np.repeat(borders[:-1], lengths)}
 
 
 ANCHORS = {"litdata": (prepare_litdata, litdata), "mosaicml-streaming": (prepare_mosaicml, mosaicml),
            "datasets": (prepare_datasets, datasets), "grain": (prepare_grain, grain),
+           "grain, documents": (prepare_grain, grain_documents),
            "megatron-core": (prepare_megatron, megatron), "megatron-core, documents": (prepare_megatron, megatron_documents)}
 
 

@@ -1,5 +1,6 @@
-"""Fixtures that many tests share."""
+"""Fixtures that many tests share, and the order of files."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,23 @@ for folder in (ROOT, ROOT / "tests"):  # helpers are imported as `tests.name` (s
 from tests.distributed import RankPool  # noqa: E402
 
 pytest_plugins = ["slurm"]
+
+LONGEST = ("trainer/parallel/test_conformance.py", "launch/test_job_life.py", "trainer/parallel/test_resume.py", "test_life.py",
+           "trainer/parallel/test_adapters.py", "launch/test_site_doubles.py", "kernels/test_model_with_kernels.py",
+           "kernels/test_flash_attention_compiled.py")
+"""Files that take minutes, longest first: two processes take files whole, and the last should be short."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {str(ROOT / "tests" / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))
+
+
+def pytest_configure():
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many as there are cores: two threads each would wait for each other
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -124,6 +124,7 @@ def serve(rank: int, descriptor: int) -> None:
         except BaseException:
             answer = False, traceback.format_exc()
         gc.collect()
+        gc.freeze()  # what is left, half a million objects of torch and DeepSpeed, stays: the next collection passes it over
         pipe.send(answer)
 
 

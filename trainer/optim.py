@@ -5,11 +5,13 @@ Works on whole tensors and on FSDP2's DTensors alike; DeepSpeed takes only the g
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from officina.kernels.dispatch import Impl
+from officina.kernels.adamw import adamw_step_
+from officina.kernels.dispatch import Impl, why_not_triton
 from officina.trainer.config import AdamWConfig, MuonConfig
 from officina.trainer.muon import Muon, Split
 from officina.trainer.state import EXP_AVG, EXP_AVG_SQ, MOMENTUM
@@ -71,13 +73,18 @@ def new_adamw_state(tensor: Tensor, steps: int = 0) -> dict[str, Tensor]:
 
 
 class Optimizer:
-    """AdamW, and Muon where the configuration asks for it. State exists from the beginning, so memory does not grow later."""
+    """AdamW, and Muon where the configuration asks for it. State exists from the beginning, so memory does not grow later.
+
+    fp32 parameters where Triton kernels run are updated by `adamw_step_`, all others by torch's fused AdamW.
+    """
 
     def __init__(self, config: AdamWConfig, groups: Groups, params: Mapping[str, nn.Parameter], split: Split,
                  impl: Impl = "auto") -> None:
         self._params = {name: params[name] for name in (*groups.decayed, *groups.plain)}
         self._adamw = new_adamw(config, groups, params) if self._params else None
-        self._lr = config.lr
+        self._lr, self._local = config.lr, split.local
+        self._by_kernel = impl != "reference" and all(
+            p.dtype == torch.float32 and p.is_contiguous() and why_not_triton(p) is None for p in self._params.values())
         self._muon = None
         if isinstance(config, MuonConfig):
             self._muon = Muon(config, {name: params[name] for name in groups.muon}, split, impl)
@@ -85,6 +92,7 @@ class Optimizer:
 
     def reset(self, steps: int) -> None:
         """Zero moments, and the bias correction as after `steps` steps."""
+        self._steps = steps
         for parameter in self._params.values():
             self._adamw.state[parameter] = new_adamw_state(parameter.detach(), steps)
         if self._muon:
@@ -95,9 +103,25 @@ class Optimizer:
         if self._adamw:
             for group in self._adamw.param_groups:
                 group["lr"] = self._lr * lr_factor
-            self._adamw.step()
+                if self._by_kernel:
+                    self._step_by_kernel(group)
+            if not self._by_kernel:
+                self._adamw.step()
+            self._steps += 1
         if self._muon:
             self._muon.step(lr_factor)
+
+    @torch.no_grad()
+    def _step_by_kernel(self, group: Mapping[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        states = [self._adamw.state[p] for p in params]
+        columns = params, (p.grad for p in params), (s[EXP_AVG] for s in states), (s[EXP_AVG_SQ] for s in states)
+        tensors = [[self._local(tensor) for tensor in column] for column in columns]
+        step = torch.full((), float(self._steps), device=tensors[0][0].device)  # a launch; a copy would wait
+        adamw_step_(*tensors, step, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+                    weight_decay=group["weight_decay"], impl="triton")
 
     def slots(self, name: str) -> Iterable[tuple[str, Tensor]]:
         """(slot, this rank's part) of the state of a parameter; nothing where another rank holds it or it is frozen."""

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from officina.trainer.config import DecoderConfig, RunConfig
+from officina.trainer.config import AdamWConfig, DecoderConfig, RunConfig
 from officina.trainer.model.build import build_model
+from officina.trainer.muon import Split
+from officina.trainer.optim import Optimizer, group_parameters
 from officina.trainer.state import PARAM
 from tests.distributed import RankPool
 from tests.kernels.interpreter import ENVIRONMENT
@@ -21,24 +23,26 @@ OTHER = replace(MODEL, n_layers=2, mlp="xielu", qk_norm="full", norm_placement="
 
 
 def train(model: DecoderConfig, steps: int) -> Trace:
-    """With torch's AdamW, on packed random documents. Runs in the interpreter's process."""
-    built = build_model(RunConfig(model=model))
+    """On packed random documents. Runs in the interpreter's process."""
+    run = RunConfig(model=model, optim=AdamWConfig(lr=3e-3, eps=1e-6))
+    built = build_model(run)
     module = built.module.to_empty(device="cpu")
     for name, parameter in module.named_parameters():
         parameter.data.copy_(built.source.read(name, PARAM, 0, parameter.numel()).view(parameter.shape))
-    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, eps=1e-6)
+    optimizer = Optimizer(run.optim, group_parameters(module, module.blocks, run.optim), dict(module.named_parameters()),
+                          Split(), model.kernels)
     generator = torch.Generator().manual_seed(0)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     losses, norms = [], []
     for _ in range(steps):
         tokens = torch.randint(0, 9, (1, 8), generator=generator).cumsum(1) % 31
-        optimizer.zero_grad()
+        module.zero_grad()
         loss = module(tokens[:, :-1], labels_BT=tokens[:, 1:], documents_BT=(positions == 0).cumsum(1).int(),
                       positions_BT=positions) / 7
         loss.backward()
         losses.append(loss.item())
         norms.append(torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0).item())
-        optimizer.step()
+        optimizer.step(1.0)
     state = {(name, PARAM): p.detach().double().numpy().reshape(-1) for name, p in module.named_parameters()}
     return Trace(losses, norms, [True] * steps, state, steps)
 
@@ -58,12 +62,15 @@ def interpreted_ranks():
     ranks.close()
 
 
-@pytest.mark.parametrize("engine,model,steps", [
-    ("fsdp2", replace(MODEL, n_layers=1), 1), ("zero3", replace(MODEL, n_layers=1), 1),
-    *(pytest.param(engine, model, 20, marks=pytest.mark.slow) for engine in ("ddp", "fsdp2", "zero2", "zero3")
-      for model in (MODEL, OTHER))])
-def test_two_ranks_with_kernels_are_one_process_in_plain_torch(interpreted_ranks, engine, model, steps):
-    case = Case(engine, model=replace(model, **KERNELS), steps=steps, rows=2, splits=1)
+SMALL = replace(TINY, vocab_size=259)
+
+
+@pytest.mark.parametrize("engine,model,steps,seq_len", [
+    ("fsdp2", SMALL, 50, 8), ("ddp", SMALL, 4, 8), ("zero2", SMALL, 4, 8), ("zero3", SMALL, 4, 8),
+    *(pytest.param(engine, model, steps, seq_len, marks=pytest.mark.slow) for engine in ("ddp", "fsdp2", "zero2", "zero3")
+      for model, steps, seq_len in ((SMALL, 50, 8), (MODEL, 20, 32), (OTHER, 20, 32)))])
+def test_two_ranks_with_kernels_are_one_process_in_plain_torch(interpreted_ranks, engine, model, steps, seq_len):
+    case = Case(engine, model=replace(model, **KERNELS), steps=steps, rows=2, splits=1, seq_len=seq_len)
     found = join(interpreted_ranks.run(2, "tests.trainer.parallel.cases:train", case, timeout_s=3600))
     away = distance(reference(replace(case, engine="single", model=replace(model, **PLAIN))), found)
     assert away.within(), away

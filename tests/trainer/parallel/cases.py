@@ -66,6 +66,7 @@ class Case:
     """dpo: rows of two preference pairs; see `global_batch`."""
     packed: bool = True
     rows: int = ROWS
+    seq_len: int = SEQ_LEN
     splits: int = 2
     """Micro-batches per step and rank."""
     steps: int = 20
@@ -86,7 +87,7 @@ class Case:
         engine = replace(ENGINES[self.engine], recompute=self.recompute, compile=self.compile)
         return RunConfig(engine=engine, model=self.model, adapter=self.adapter, optim=self.optim,
                          objective=ObjectiveConfig(kind=self.objective, beta=0.5),
-                         batch=BatchConfig(global_tokens=self.rows * SEQ_LEN, seq_len=SEQ_LEN))
+                         batch=BatchConfig(global_tokens=self.rows * self.seq_len, seq_len=self.seq_len))
 
 
 @dataclass(frozen=True)
@@ -107,24 +108,24 @@ def global_batch(step: int, case: Case) -> dict[str, Tensor]:
 
     The tokens follow a rule (sums of the last two, mostly) so that there is something to learn and gradients have a size.
     """
-    random = np.random.default_rng(1000 + step)
-    tokens = random.integers(0, 259, (case.rows, SEQ_LEN + 1))
-    for t in range(2, SEQ_LEN + 1):
+    random, T = np.random.default_rng(1000 + step), case.seq_len
+    tokens = random.integers(0, 259, (case.rows, T + 1))
+    for t in range(2, T + 1):
         follows = random.random(case.rows) < 0.7
         tokens[follows, t] = (tokens[follows, t - 1] + tokens[follows, t - 2]) % 17
     if case.objective == "dpo":
         return _pairs(random, tokens)
     labels = tokens[:, 1:].copy()
-    lengths = random.integers(3, SEQ_LEN + 1, case.rows)
+    lengths = random.integers(3, T + 1, case.rows)
     lengths[random.random(case.rows) < 0.25] = 0
-    lengths[0] = SEQ_LEN
-    labels[np.arange(SEQ_LEN) >= lengths[:, None]] = IGNORE
+    lengths[0] = T
+    labels[np.arange(T) >= lengths[:, None]] = IGNORE
     fields = {"tokens": tokens[:, :-1].copy(), "labels": labels}
     if case.packed:
-        begins = random.random((case.rows, SEQ_LEN)) < 0.1
+        begins = random.random((case.rows, T)) < 0.1
         begins[:, 0] = True
         fields["documents"] = begins.cumsum(1).astype(np.int32)
-        at = np.arange(SEQ_LEN)
+        at = np.arange(T)
         fields["positions"] = at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)
         labels[:, :-1][begins[:, 1:]] = IGNORE  # no label across a border
     return {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in fields.items()}
