@@ -32,7 +32,7 @@ from officina.kernels.tables import arch_of
 
 OURS, PLAIN, COMPILED, LIGER = "officina", "eager torch", "torch.compile", "Liger"
 PORTABLE, DETERMINISTIC, IN_PLACE = "officina, portable", "officina, portable, deterministic", "officina, in place"
-FLEX, FLASH, CUDNN = "FlexAttention", "SDPA flash", "SDPA cuDNN"
+FLEX, FLASH, CUDNN, VARLEN = "FlexAttention", "SDPA flash", "SDPA cuDNN", "torch varlen_attn"
 SLOW_STARTERS = {COMPILED, FLEX}
 """Entrants that compile for seconds to minutes; left out where the time is short."""
 
@@ -89,13 +89,17 @@ def _attention(tiny: bool) -> Iterator[Case]:
 
 
 def _documents(tiny: bool) -> Iterator[Case]:
-    """32k tokens in documents of 2k on average, causal; operations are counted on what is not masked."""
-    T, mean = (128, 16) if tiny else (32_768, 2_048)
-    H, D = (2, 16) if tiny else (16, 128)
+    """32k tokens in documents of 2k on average; operations are counted on what is not masked."""
+    T, mean, width = (128, 16, 32) if tiny else (32_768, 2_048, 2_048)
     lengths = _document_lengths(T, mean)
-    flops = sum(4 * H * n * n * D / 2 for n in lengths)
-    yield Case("attention", f"head {D}, causal documents, T {T}", _attention_floors(flops, 2 * H * T * D),
-               functools.partial(build_attention, 1, H, T, D, True, lengths=lengths), True, {"lengths": lengths})
+    for D in (16,) if tiny else (64, 128):
+        for causal in (True, False):
+            H = width // D
+            flops = sum(4 * H * n * n * D for n in lengths) / (2 if causal else 1)
+            yield Case("attention", f"head {D}, {'causal' if causal else 'full'} documents, T {T}",
+                       _attention_floors(flops, 2 * H * T * D),
+                       functools.partial(build_attention, 1, H, T, D, causal, lengths=lengths), D != 64 and causal,
+                       {"lengths": lengths})
 
 
 def _attention_floors(flops: float, tensor_bytes: int) -> dict[str, Floor]:
@@ -151,20 +155,33 @@ def build_attention(B: int, H: int, T: int, D: int, causal: bool, device: torch.
     if not lengths:
         entrants |= {FLASH: functools.partial(sdpa, SDPBackend.FLASH_ATTENTION),
                      CUDNN: functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION)}
+    elif device.type == "cuda":
+        ends = torch.tensor([0, *lengths]).cumsum(0).int().to(device)
+        entrants[VARLEN] = functools.partial(_varlen, ends, max(lengths), causal)
     if device.type == "cuda":
-        entrants[FLEX] = _flex(T, causal, documents, device)
+        entrants[FLEX] = flex(T, causal, documents, device)
     found = _phase(entrants | {PLAIN: eager}, (q, k, v), phase)
     paths = {OURS: path, PORTABLE: "portable", DETERMINISTIC: "portable"}
     return {name: by(paths[name], work) if paths.get(name) else work for name, work in found.items()}
 
 
-def _flex(T: int, causal: bool, documents: Tensor | None, device: torch.device) -> Callable[..., Tensor]:
+def _varlen(ends: Tensor, longest: int, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # torch 2.10 and newer
+
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, H, D)
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0) if causal else (-1, -1))
+    return out.transpose(0, 1)[None]
+
+
+def flex(T: int, causal: bool, documents: Tensor | None, device: torch.device) -> Callable[..., Tensor]:
+    """FlexAttention, compiled when it is first called; documents (1, T) are told apart by their numbers."""
     def sees(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = j <= i
+        seen = j <= i if causal else j == j
         return seen if documents is None else seen & (documents[b, i] == documents[b, j])
 
     run = torch.compile(flex_attention, dynamic=False)
-    mask = functools.cache(lambda: torch.compile(create_block_mask)(sees, None, None, T, T, device=device) if causal else None)
+    mask = functools.cache(lambda: torch.compile(create_block_mask)(sees, None, None, T, T, device=device)
+                           if causal or documents is not None else None)
     return lambda q, k, v: run(q, k, v, block_mask=mask())
 
 
@@ -186,14 +203,14 @@ def _row_floors(forward: int, backward: int) -> dict[str, Floor]:
 def build_norm(N: int, D: int, device: torch.device, phase: str, kernels: bool) -> dict[str, Work]:
     x, weight = _random(device, N, D).requires_grad_(), _random(device, D).requires_grad_()
     return _phase({OURS: functools.partial(rms_norm, impl=_impl(kernels)), PLAIN: rms_norm_reference,
-                   COMPILED: _compiled(rms_norm_reference), "F.rms_norm": lambda x, w: F.rms_norm(x, (D,), w, 1e-6),
+                   COMPILED: compiled(rms_norm_reference), "F.rms_norm": lambda x, w: F.rms_norm(x, (D,), w, 1e-6),
                    LIGER: _liger("liger_rms_norm", lambda f, x, w: f(x, w, 1e-6, in_place=False))}, (x, weight), phase)
 
 
 def _build_add_norm(N: int, D: int, device: torch.device, phase: str, kernels: bool) -> dict[str, Work]:
     x, residual, weight = (_random(device, *shape).requires_grad_() for shape in ((N, D), (N, D), (D,)))
     return _phase({OURS: functools.partial(add_rms_norm, impl=_impl(kernels)), PLAIN: add_rms_norm_reference,
-                   COMPILED: _compiled(add_rms_norm_reference),
+                   COMPILED: compiled(add_rms_norm_reference),
                    LIGER: _liger("liger_fused_add_rms_norm", lambda f, x, r, w: f(x, r, w, 1e-6, in_place=False))},
                   (x, residual, weight), phase)
 
@@ -217,7 +234,7 @@ def build_rope(T: int, H: int, K: int, device: torch.device, phase: str, kernels
         return lambda q, k: run(q.transpose(1, 2), k.transpose(1, 2), cos[:, None], sin[:, None])
 
     return _phase({OURS: turned(functools.partial(rope, impl=_impl(kernels))), PLAIN: turned(rope_reference),
-                   COMPILED: _compiled(turned(rope_reference)),
+                   COMPILED: compiled(turned(rope_reference)),
                    LIGER: _liger("liger_rope", lambda f, q, k: f(q.transpose(1, 2), k.transpose(1, 2), *wide))}, (q, k), phase)
 
 
@@ -232,7 +249,7 @@ def _swiglu(tiny: bool) -> Iterator[Case]:
 def build_swiglu(N: int, width: int, device: torch.device, phase: str, kernels: bool) -> dict[str, Work]:
     gate, up = (_random(device, N, width).requires_grad_() for _ in range(2))
     return _phase({OURS: functools.partial(swiglu, impl=_impl(kernels)), PLAIN: swiglu_reference,
-                   COMPILED: _compiled(swiglu_reference), LIGER: _liger("liger_swiglu", lambda f, a, b: f(a, b))},
+                   COMPILED: compiled(swiglu_reference), LIGER: _liger("liger_swiglu", lambda f, a, b: f(a, b))},
                   (gate, up), phase)
 
 
@@ -252,7 +269,7 @@ def _build_cross_entropy(N: int, V: int, device: torch.device, phase: str, kerne
     def eager(x: Tensor) -> Tensor:
         return F.cross_entropy(x.float(), labels, reduction="none")
 
-    found = _phase({OURS: lambda x: cross_entropy(x, labels, impl=impl), PLAIN: eager, COMPILED: _compiled(eager)},
+    found = _phase({OURS: lambda x: cross_entropy(x, labels, impl=impl), PLAIN: eager, COMPILED: compiled(eager)},
                    (fresh.clone().requires_grad_(),), phase)
     overwritten = fresh.clone().requires_grad_()
     liger = _liger("liger_cross_entropy", lambda f, x: f(x, labels, reduction="sum"))
@@ -278,7 +295,7 @@ def _build_linear_cross_entropy(N: int, D: int, V: int, device: torch.device, ph
     labels = torch.randint(0, V, (N,), device=device)
     entrants = {OURS: lambda x, w: linear_cross_entropy(x, w, labels, impl=_impl(kernels)),
                 PLAIN: lambda x, w: linear_cross_entropy_reference(x, w, labels),
-                COMPILED: _compiled(lambda x, w: linear_cross_entropy_reference(x, w, labels)),
+                COMPILED: compiled(lambda x, w: linear_cross_entropy_reference(x, w, labels)),
                 LIGER: _liger("liger_fused_linear_cross_entropy", lambda f, x, w: f(x, w, labels, reduction="sum"))}
     if phase == "forward":  # of an evaluation; in training ours makes the gradients in the forward pass
         return {name: Work(functools.partial(_without_gradient, run, (x, weight))) for name, run in entrants.items()}
@@ -378,7 +395,7 @@ def _impl(kernels: bool) -> str:
     return "triton" if kernels else "reference"
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     compiled = functools.cache(lambda: torch.compile(function, dynamic=False))
     return lambda *inputs: compiled()(*inputs)
 

@@ -6,7 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from officina.benchmarks.kernel_cases import COMPILED, CUDNN, DETERMINISTIC, FLASH, FLEX, IN_PLACE, LIGER, OURS, PLAIN, PORTABLE
+from officina.benchmarks.kernel_cases import (
+    COMPILED,
+    CUDNN,
+    DETERMINISTIC,
+    FLASH,
+    FLEX,
+    IN_PLACE,
+    LIGER,
+    OURS,
+    PLAIN,
+    PORTABLE,
+    VARLEN,
+)
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c;background:#fff}
@@ -17,7 +29,8 @@ td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}td:first
 """
 _COLOURS = {OURS: "#c2410c", IN_PLACE: "#f59e0b", DETERMINISTIC: "#f59e0b", PORTABLE: "#be185d", PLAIN: "#9ca3af",
             COMPILED: "#2563eb",
-            LIGER: "#7c3aed", FLEX: "#2563eb", FLASH: "#0f766e", CUDNN: "#15803d"}
+            LIGER: "#7c3aed", FLEX: "#2563eb", FLASH: "#0f766e", CUDNN: "#15803d",
+            VARLEN: "#0f766e"}
 
 
 def write_page(record: Mapping[str, Any], path: Path) -> Path:
@@ -35,6 +48,8 @@ def write_page(record: Mapping[str, Any], path: Path) -> Path:
     parts += ["<h2>Goals for one H200</h2>", _goals(results["goals"])]
     if results["left_out"]:
         parts.append(f"<p>Left out for want of time: {html.escape('; '.join(results['left_out']))}.</p>")
+    if results["without"]:
+        parts.append(f"<p>Not measured: {html.escape(', '.join(results['without']))}.</p>")
     for kernel in dict.fromkeys(case["kernel"] for case in results["cases"]):
         found = [case for case in results["cases"] if case["kernel"] == kernel]
         parts += [f"<h2>{html.escape(kernel)}</h2>", f"<div class=plots>{_plots(found, ceilings)}</div>", _figures(found)]

@@ -166,6 +166,8 @@ def _kernels(results: Record) -> str:
             f"{ceilings['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s.")
     if results["left_out"]:
         said += f" Left out for want of time: {'; '.join(results['left_out'])}."
+    if results["without"]:
+        said += f" Not measured: {', '.join(results['without'])}."
     return _table(["kernel", "entrant", "measure", "goal", "hoped for", "found"], rows, words=3) + "\n\n" + said
 
 

@@ -31,6 +31,8 @@ from officina.kernels.tables import Config, Table, arch_of, is_amd, look_up
 LOG2_E = 1.4426950408889634
 CACHE_BYTES = 24 * 2**20
 """Keys and values of the heads worked on at a time: they should stay in the L2 cache (A100 40 MB, H100 50 MB)."""
+PACKED_ROWS = 4096
+"""Keys and values of a head that programs read at a time where rows are packed with documents, a guess: launches know no lengths."""
 MAX_ROW_STRIDE = 2**22
 """Elements from row to row up to which offsets within a tile fit into 32 bits."""
 DELTA = Config(32, 0, 4, 1)
@@ -49,7 +51,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Te
     q, k, v = map(_rows, (q, k, v))
     arch, config = _configure("forward", FORWARD, q, causal)
     _run(kernels.forward_kernel, B * H * -(-T // config.block_m), config, arch, q, k, v, out, lse, spans,
-         *_strides(q, k, v, out), B, H, T, S, _wave(S, k) * (H // G), window or T + S, *_units(scale, softcap),
+         *_strides(q, k, v, out), B, H, T, S, _wave(S, k, spans) * (H // G), window or T + S, *_units(scale, softcap),
          GROUP=H // G, CAUSAL=causal, SOFTCAP=softcap > 0, N=config.block_n, **_widths(D), M=config.block_m)
 
 
@@ -83,7 +85,7 @@ def _forward_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s
     config = look_up("flash_attention_forward_hopper", FORWARD_HOPPER, "sm_90", key)
     tiles = _descriptors((q, k, v, out), hopper.tile_rows(config), key[0])
     _run(hopper.forward_kernel, B * H * -(-T // config.block_m), config, "sm_90", *tiles, lse, spans, B, H, H // G, T, S,
-         _wave(S, k) * (H // G), window or T + S, *_units(scale, softcap), CAUSAL=causal, SOFTCAP=softcap > 0,
+         _wave(S, k, spans) * (H // G), window or T + S, *_units(scale, softcap), CAUSAL=causal, SOFTCAP=softcap > 0,
          **hopper.constants(config))
 
 
@@ -118,13 +120,13 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Ten
     arch, config = _configure("backward", BACKWARD_FUSED if fused else BACKWARD_KEYS, q, causal)
     total = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device) if fused else dq
     _run(kernels.backward_keys_kernel, B * G * -(-S // config.block_n), config, arch, q, k, v, dout, lse, delta, total, dk, dv,
-         spans, *_strides(q, k, v, dout, dk, dv), B, H, T, S, max(1, _wave(T, q) // (H // G)), *numbers,
+         spans, *_strides(q, k, v, dout, dk, dv), B, H, T, S, max(1, _wave(T, q, spans) // (H // G)), *numbers,
          FUSED=fused, M=config.block_m, N=config.block_n, **switches)
     if fused:
         dq.copy_(total)
         return
     _run(kernels.backward_queries_kernel, B * H * -(-T // split.block_m), split, arch, q, k, v, dout, lse, delta, dq, spans,
-         *_strides(q, k, v, dout, dq), B, H, T, S, _wave(S, k) * (H // G), *numbers,
+         *_strides(q, k, v, dout, dq), B, H, T, S, _wave(S, k, spans) * (H // G), *numbers,
          M=split.block_m, N=split.block_n, **switches)
 
 
@@ -140,11 +142,11 @@ def _backward_hopper(dout: Tensor, lse: Tensor, delta: Tensor, q: Tensor, k: Ten
     spaced = [hopper_backward.spaced(x) for x in (lse, delta)]
     tiles = _descriptors((k, v, q, dout, *spaced, dk, dv), hopper_backward.keys_tiles(config), key[0])
     _run(hopper_backward.keys_kernel, B * G * -(-S // config.block_n), config, "sm_90", *tiles, spans, *lengths,
-         spaced[0].shape[-1], max(1, _wave(T, q) // (H // G)), *numbers, **switches, **hopper_backward.constants(config))
+         spaced[0].shape[-1], max(1, _wave(T, q, spans) // (H // G)), *numbers, **switches, **hopper_backward.constants(config))
     config = look_up("flash_attention_backward_queries_hopper", BACKWARD_QUERIES_HOPPER, "sm_90", key)
     tiles = _descriptors((q, dout, k, v, dq), hopper_backward.queries_tiles(config), key[0])
     _run(hopper_backward.queries_kernel, B * H * -(-T // config.block_m), config, "sm_90", *tiles, lse, delta, spans, *lengths,
-         _wave(S, k) * (H // G), *numbers, **switches, **hopper_backward.constants(config))
+         _wave(S, k, spans) * (H // G), *numbers, **switches, **hopper_backward.constants(config))
 
 
 def adds_atomically(arch: str) -> bool:
@@ -222,9 +224,16 @@ def _units(scale: float, softcap: float) -> tuple[float, float]:
     return (scale / softcap, softcap * LOG2_E) if softcap else (scale * LOG2_E, 0.0)
 
 
-def _wave(n_rows: int, x: Tensor) -> int:
-    """How many heads to work on at a time, if each has two tensors like x of `n_rows` rows that all its programs read."""
-    return max(1, CACHE_BYTES // max(1, 2 * n_rows * x.shape[-1] * x.element_size()))
+def _wave(n_rows: int, x: Tensor, spans: Tensor | None) -> int:
+    """How many heads to work on at a time, if each has two tensors like x of `n_rows` rows that all its programs read.
+
+    With documents a program reads one or two of them, and programs take very different times: the more heads are worked on at
+    a time, the less a long one of the last leaves the others without work.
+    """
+    rows = n_rows if spans is None else min(n_rows, PACKED_ROWS)
+    heads = x.shape[0] * x.shape[1]
+    most = max(1, CACHE_BYTES // max(1, 2 * rows * x.shape[-1] * x.element_size()))
+    return -(-heads // -(-heads // most))  # no wave much smaller than the others
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     pool.run(4, "tests.trainer.parallel.cases:train", config, steps=20)   ->   what each of the four ranks returned
 
 The function is named, not shipped, and gets the rank's `Ranks` first. An exception in a rank comes back with the rank and its
-traceback; ranks that then hang are killed and started anew. No rank outlives its parent.
+traceback; if all ranks then answer they are kept, if one hangs or died all are started anew. No rank outlives its parent.
 """
 
 import gc
@@ -69,6 +69,7 @@ class RankPool:
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._ranks[:world_size])}
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
+        died = False
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -78,14 +79,16 @@ class RankPool:
                 try:
                     ok, value = pipe.recv()
                 except EOFError:
-                    ok, value = False, f"died with exit status {self._ranks[rank][0].wait()}"
+                    died, ok, value = True, False, f"died with exit status {self._ranks[rank][0].wait()}"
                 if ok:
                     results[rank] = value
                 else:
                     failures[rank] = value
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         if failures or waiting:
-            self.close()
+            if died or waiting:
+                self.close()
+            self._world = 0  # where all raised they live on, in a new world
             silent = f"\nno answer from rank {', '.join(map(str, waiting.values()))}" if waiting else ""
             raise RankFailure(f"{function} on {world_size} ranks:" + "".join(
                 f"\nrank {rank}: {text}" for rank, text in sorted(failures.items())) + silent)

@@ -34,6 +34,10 @@ def fail_on(ranks, rank):
     ranks.barrier()
 
 
+def fail(ranks):
+    raise ValueError(ranks.rank)
+
+
 def die_on(ranks, rank):
     if ranks.rank == rank:
         os._exit(7)
@@ -56,6 +60,14 @@ def test_an_exception_names_its_rank_and_the_pool_recovers(small):
     with pytest.raises(RankFailure, match=r"(?s)fail_on on 3 ranks:.*rank 1: Traceback.*KeyError: 'no 1'"):
         small.run(3, f"{HERE}:fail_on", 1)
     assert len(small.run(2, f"{HERE}:who")) == 2
+
+
+def test_ranks_that_all_raised_are_kept(small):
+    processes = small.run(2, f"{HERE}:process_of")
+    with pytest.raises(RankFailure, match=r"(?s)rank 0: .*ValueError.*rank 1: .*ValueError"):
+        small.run(2, f"{HERE}:fail")
+    assert small.run(2, f"{HERE}:process_of") == processes
+    assert [found[2] for found in small.run(2, f"{HERE}:who")] == [[2, 1]] * 2
 
 
 def test_a_dead_rank_is_named_and_the_pool_recovers(small):

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from officina.benchmarks import kernel_timing, kernels, suite, table, tune
-from officina.benchmarks.kernel_cases import LIGER, OURS, PLAIN, SLOW_STARTERS, Case, Floor, cases
+from officina.benchmarks.kernel_cases import LIGER, OURS, PLAIN, SLOW_STARTERS, Case, Floor, cases, compiled, flex
 from officina.benchmarks.kernel_goals import AT_MOST, GOALS, judged
 from officina.benchmarks.kernel_timing import ROUNDS, Timing, Work, measure
 from officina.kernels import cross_entropy
+from officina.kernels.flash_attention import flash_attention_reference
+from officina.kernels.masks import dense_mask, document_spans
 from officina.kernels.tables import INTERPRETER, SAFE, Config
 from officina.trainer.errors import EXIT_BUG, EXIT_DONE, EXIT_USER
 from tests.kernels.interpreter import Interpreter
@@ -63,6 +65,18 @@ def test_the_page_shows_every_figure_and_is_drawn_again_from_the_record(tiny, tm
     (tmp_path / "k.json").write_text(json.dumps(record))
     assert kernels.main(["--page", str(tmp_path / "k.json")]) == EXIT_DONE
     assert (tmp_path / "k.html").read_text() == text
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("documents", [None, torch.tensor([[0] * 5 + [1] * 20 + [2] * 7])], ids=["whole", "documents"])
+def test_those_that_compile_for_long_compute_the_same(monkeypatch, causal, documents):
+    """Without the compiler: what they are asked to compute is tried, not its speed."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    q, k, v = torch.randn(3, 1, 2, 32, 16).unbind()
+    spans = None if documents is None else document_spans(documents)
+    wanted, _ = flash_attention_reference(q, k, v, mask=dense_mask(32, 32, causal, 0, spans, CPU), scale=16**-0.5)
+    torch.testing.assert_close(flex(32, causal, documents, CPU)(q, k, v), wanted)
+    assert torch.equal(compiled(torch.sin)(q), q.sin())
 
 
 def test_a_wrong_kernel_is_seen_beside_its_time():
@@ -141,7 +155,7 @@ def test_goals_are_judged_by_what_they_measure():
         "GB beyond the gradients": pytest.approx(1.1)}
     for goal, value in zip(GOALS, judged(found), strict=True):
         assert value["met"] == (value["found"] <= goal.must if goal.measure in AT_MOST else value["found"] >= goal.must)
-    assert "| 400 |" in table._kernels({"goals": judged(found), "left_out": [], "ceilings": {
+    assert "| 400 |" in table._kernels({"goals": judged(found), "left_out": [], "without": [], "ceilings": {
         "copy_bytes_per_s": 4e12, "matmul_flops_per_s": 8e14}})
 
 

@@ -209,9 +209,17 @@ def test_heads_in_waves_through_the_cache():
     """Two of three heads fit: a wave of two, then one of one."""
     inputs = qkv(B=1, H=3, G=3, T=40)
     with mock.patch.object(launch, "CACHE_BYTES", 2 * 2 * 40 * 16 * 4):
-        assert launch._wave(40, inputs[1]) == 2
+        assert launch._wave(40, inputs[1], None) == 2
         for deterministic in (False, True):
             compare(inputs, deterministic=deterministic)
+
+
+def test_waves_of_packed_heads_are_larger_and_none_is_small():
+    """24 MiB: one head of 32k keys, eleven of 4k; 16 heads are then two waves of 8, not 11 and 5."""
+    k = torch.empty(1, 16, 32_768, 128, dtype=torch.bfloat16, device="meta")
+    spans = torch.empty(1, 2, 32_768, dtype=torch.int32, device="meta")
+    assert launch._wave(32_768, k, None) == 1 and launch._wave(32_768, k, spans) == 8
+    assert launch._wave(8192, k[:, :, :8192], None) == 6 and launch._wave(40, k[:, :3, :40], None) == 3
 
 
 @interpreted

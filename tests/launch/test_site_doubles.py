@@ -83,8 +83,8 @@ MODEL = ["name=mine", "model=tiny", "model.n_layers=1", "model.d_model=32", "mod
 RUNS = {
     "leonardo-booster": ["nodes=2", "gpus=1", "engine=zero2"],
     "lumi-g": ["partition=small-g", "nodes=2", "gpus=2", "launcher=torchrun", "container=image.sif", "engine=zero2"],
-    "marenostrum5-acc": ["qos=acc_debug", "nodes=1", "gpus=4", "launcher=mpirun"],
-    "jupiter-booster": ["nodes=2", "gpus=4", "container=image.sif"],
+    "marenostrum5-acc": ["qos=acc_debug", "nodes=1", "gpus=2", "launcher=mpirun"],
+    "jupiter-booster": ["nodes=1", "gpus=4", "container=image.sif"],
 }
 WHOLE = {
     "leonardo-booster": ["nodes=4", "gpus=4", "launcher=torchrun"],
@@ -165,18 +165,18 @@ def test_a_run_moves_to_another_site_account_and_path(tmp_path, monkeypatch):
     """As docs/life_of_a_run.md says it: copied with its data; another site, account, launcher, engine and number of ranks."""
     here, there = tmp_path / "here", tmp_path / "there" / "elsewhere"
     here.mkdir()
-    run_to_the_end("leonardo-booster", ["nodes=1", "gpus=2", "steps=2"], here)
+    run_to_the_end("leonardo-booster", ["nodes=1", "gpus=1", "steps=2"], here)
     shutil.copytree(here / "runs/mine", there / "runs/moved")
     shutil.copytree(here / "data", there / "texts")
     shutil.rmtree(here)
     monkeypatch.chdir(there)
     with start_double("lumi-g") as cluster:
         wait(cluster, submit(cluster, there, "resume", "runs/moved", "steps=4", "site=lumi", f"account={ACCOUNTS['lumi-g']}",
-                             "partition=small-g", "nodes=2", "gpus=2", "time=20m", "stop_before=30s", "launcher=torchrun",
+                             "partition=small-g", "nodes=2", "gpus=1", "time=20m", "stop_before=30s", "launcher=torchrun",
                              "engine=zero2", "data.sources.text.path=texts"), there)
     done(there / "runs/moved", there)
     assert [r.site for r in read_jobs(there / "runs/moved")] == ["leonardo-booster", "lumi-g"]
-    assert [g.start.world_size for g in read_metrics(there / "runs/moved").generations] == [2, 4]
+    assert [g.start.world_size for g in read_metrics(there / "runs/moved").generations] == [1, 2]
 
 
 def test_a_sweep_and_another_command(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ SAMPLE = [
     ("hsdp", 4, 2, True, 7), ("hsdp", 2, 1, False, 8), ("hsdp_fast", 4, 4, False, 8),
     ("zero1", 1, 2, False, 8), ("zero1", 2, 4, True, 7), ("zero1", 4, 1, True, 3),
     ("zero2", 1, 4, True, 8), ("zero2", 2, 1, False, 8), ("zero2", 4, 2, True, 7),
-    ("zero3", 1, 1, True, 7), ("zero3", 2, 2, True, 7), ("zero3", 4, 4, False, 8), ("zero3_persist", 3, 2, True, 8),
+    ("zero3", 1, 1, True, 7), ("zero3", 2, 4, True, 7), ("zero3", 4, 1, False, 8), ("zero3_persist", 3, 2, True, 8),
     ("zero1_offload", 2, 2, True, 7), ("zero2_offload", 2, 2, True, 8), ("zero3_offload", 2, 2, True, 8),
 ]
 GRID = [(engine, ranks, splits, packed, rows) for (engine, worlds), splits, packed, rows in itertools.product(
@@ -123,7 +123,7 @@ def test_bf16_is_as_good_as_one_bf16_process(pool, engine, ranks):
 @pytest.mark.parametrize(("engine", "ranks"), [
     ("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2)])
 def test_bf16_pure_keeps_everything_in_bf16_and_learns(pool, engine, ranks):
-    case = Case(engine, precision="bf16_pure", steps=20)
+    case = Case(engine, precision="bf16_pure", steps=10)
     found, exact = trace(pool, ranks, case), expected(replace(case, precision="fp32"))
     assert np.abs(np.subtract(found.losses, exact.losses)).max() < 0.05
     for key, values in found.state.items():
