@@ -32,7 +32,7 @@ LOG2_E = 1.4426950408889634
 CACHE_BYTES = 24 * 2**20
 """Keys and values of the heads worked on at a time: they should stay in the L2 cache (A100 40 MB, H100 50 MB)."""
 PACKED_ROWS = 4096
-"""Keys and values of a head that programs read at a time where rows are packed with documents, a guess: launches know no lengths."""
+"""Keys of a head that programs read at a time where documents are packed into rows; a guess, as a launch knows no lengths."""
 MAX_ROW_STRIDE = 2**22
 """Elements from row to row up to which offsets within a tile fit into 32 bits."""
 DELTA = Config(32, 0, 4, 1)
