@@ -187,6 +187,8 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
         "rows, in process": ("officina, rows | in process", rows),
         "batches with documents, in process": ("officina | in process", ["megatron-core, documents | in process"]),
         "batches, in process": ("officina, no documents | in process", ["megatron-core | in process"]),
+        "batches with documents, prefetch": (
+            "officina | prefetch", ["grain, documents | prefetch", "megatron-core, documents | prefetch"]),
         "batches with documents, prefetch, against the best of all": (
             "officina | prefetch", [name for name in every if "prefetch" in name]),
         "batches, prefetch, against the best of all": (
