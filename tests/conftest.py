@@ -1,6 +1,7 @@
 """Fixtures that many tests share, and the order of files."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,3 +40,24 @@ def pool():
     ranks = RankPool(4)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """mount(options) -> a small file system of its own; mount(options, again=True) changes it."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = []
+
+    def make(options, again=False):
+        options = f"remount,{options}" if again else options
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, text=True)
+        if done.returncode:
+            reason = f"needs root to mount a small tmpfs: {done.stderr.strip()}"
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+        mounted[:] = [path]
+        return path
+
+    yield make
+    for p in mounted:
+        subprocess.run(["umount", str(p)], check=True)

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def live(ranks, run_dir: str, stop_after: int = 0, fault: str = "") -> int:
 
 def inject(fault: str, rank: int):
     """Break something the loop uses; returns the function that mends it."""
-    from officina.trainer import assemble, time_left
+    from officina.trainer import assemble, loop, time_left
     from officina.trainer.data import loader
     from officina.trainer.parallel import engine
 
@@ -106,9 +107,38 @@ def inject(fault: str, rank: int):
 
         time_left.TimeLeft.is_over = is_over
         return lambda: setattr(time_left.TimeLeft, "is_over", real_watch)
+    if fault in ("full disk", "no inodes"):  # from step 2 to step 4
+        real_record = loop._record
+
+        def record(job, *args, **kwargs):
+            real_record(job, *args, **kwargs)
+            if rank == 0 and job.step == 1:
+                spoil(job.run_dir, fault)
+            if rank == 0 and job.step == 4:
+                mend(job.run_dir)
+
+        loop._record = record
+        return lambda: setattr(loop, "_record", real_record)
     if fault:
         raise ValueError(fault)
     return lambda: None
+
+
+def spoil(disk: Path, how: str) -> None:
+    """Leave a small tmpfs without a free byte or without an inode."""
+    with suppress(OSError):
+        if how == "full disk":
+            with open(disk / "filler", "wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+        for i in range(1 << 16 if how == "no inodes" else 0):
+            (disk / f"filler{i}").touch()
+
+
+def mend(disk: Path) -> None:
+    """Undo `spoil`."""
+    for path in disk.glob("filler*"):
+        path.unlink()
 
 
 def copy_of(run_dir: Path, new: Path) -> Path:

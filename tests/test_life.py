@@ -227,6 +227,24 @@ def test_a_last_save_that_fails_is_an_error_that_says_where(pool, data, tmp_path
     assert [s.step for s in read_metrics(tmp_path / "run").saves if s.problem] == [3, 6, 8]
 
 
+@pytest.mark.parametrize(("fault", "asynchronous"), [
+    ("full disk", False), ("full disk", True), ("no inodes", False), ("no inodes", True)])
+def test_a_disk_that_takes_nothing_for_a_while_costs_a_checkpoint_and_nothing_else(pool, data, tmp_path, mount, fault,
+                                                                                   asynchronous):
+    """Metrics, ledger and the save of step 3 fail; the lines are there afterwards, and the steps those of the other run."""
+    run = plain_run(data, engine=FSDP2Config())
+    run = replace(run, checkpoint=replace(run.checkpoint, asynchronous=asynchronous))
+    begin(tmp_path / "whole", run)
+    assert lived(pool, tmp_path / "whole", 2) == EXIT_DONE
+    disk = mount("size=16m,nr_inodes=200")
+    begin(disk, run)
+    (disk / "ledger.jsonl").write_text('{"start":0}'.ljust(4096 - 150) + "\n")  # step 2 does not fit into its page
+    assert lived(pool, disk, 2, fault=fault) == EXIT_DONE
+    assert committed_steps(disk) == [6, 8] and losses(disk) == losses(tmp_path / "whole")
+    assert [s.step for s in read_metrics(disk).saves if s.problem] == [3]
+    assert audit(disk).ok and [e.step for e in read_ledger(disk)[0]] == list(range(1, 9))
+
+
 def test_asynchronous_saves_are_the_same_checkpoints(pool, data, tmp_path):
     found = []
     for asynchronous in (False, True):

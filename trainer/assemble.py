@@ -129,11 +129,10 @@ class Job:
             return
         self.progress.phase("saving")
         self._count_use()
-        if self.ledger is not None:
-            self.ledger.sync()
         if wait:
             self.saved(self.saver.wait())
-        self.saved(self.saver.save(self.step, self.trained_state(), self.train_state()))
+        before = None if self.ledger is None else self.ledger.sync
+        self.saved(self.saver.save(self.step, self.trained_state(), self.train_state(), before))
         if wait:
             self.saved(self.saver.wait())
         self.progress.phase("")

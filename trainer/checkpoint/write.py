@@ -10,7 +10,7 @@ import copy
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -96,9 +96,11 @@ class Saver:
             self._start_helper(self._pool.fill_up, self._expected_bytes)
         return self._expected_bytes
 
-    def save(self, step: int, pieces: Iterator[Piece], train_state: TrainState) -> SaveOutcome:
+    def save(self, step: int, pieces: Iterator[Piece], train_state: TrainState,
+             before: Callable[[], None] | None = None) -> SaveOutcome:
         """Save this rank's pieces (`engine.export_state()`); rank 0's train_state is the one that is stored.
 
+        before: called on rank 0 for what must be on the disk first; its OSError is why there is no checkpoint.
         Raises only what is a bug, never because of a disk. Without `prepare`, a process's first synchronous save does
         not know its size and meets a full disk while reserving blocks; every other save asks beforehand.
         """
@@ -115,7 +117,7 @@ class Saver:
             job.feed(pieces)
             self._expected_bytes = job.tally.bytes
         self._join_helper()
-        refusal = self._clear_the_way(job)
+        refusal = self._clear_the_way(job, before)
         if refusal is not None:
             if self._config.asynchronous:
                 job.discard()
@@ -157,12 +159,14 @@ class Saver:
         return replace(outcome, stall_s=job.stall_s + time.perf_counter() - resumed_s)
 
     # ---- one save, in order ----------------------------------------------------------------------------------------
-    def _clear_the_way(self, job: Writing) -> tuple[int, str, Path] | None:
+    def _clear_the_way(self, job: Writing, before: Callable[[], None] | None) -> tuple[int, str, Path] | None:
         """Make room for the directory and ask for the space. Returns (code, what, path) if there can be no save."""
         code, exists, free, inodes = 0, False, 0, 0
         root = checkpoints_dir(self._run_dir)
         if self._ranks.rank == 0:
             try:
+                if before is not None:
+                    before()
                 root.mkdir(parents=True, exist_ok=True)
                 if self._first:
                     clear_leftovers(self._run_dir, self._damaged)
@@ -187,7 +191,7 @@ class Saver:
                     code = e.errno or _BUG
             code = int(self._ranks.sum([float(code)])[0])
         if code:
-            return code, "rank 0 cannot make the directory", job.directory
+            return code, "rank 0 cannot write the ledger or make the directory", job.directory
         files = 2 * self._ranks.world_size + 3
         if needed > free or 0 <= inodes < files:
             what = f"{files} files needed, {inodes} inodes free" if 0 <= inodes < files else "there is too little space"

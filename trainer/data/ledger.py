@@ -18,6 +18,7 @@ whose tokens gave no loss: "lost":{"a":{"shards/train-00003.dls":[17]}}.
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -35,13 +36,14 @@ if TYPE_CHECKING:  # the loader needs torch, a login node has none
 
 
 class Ledger:
-    """Appends to RUN/ledger.jsonl; only rank 0 has one."""
+    """Appends to RUN/ledger.jsonl; only rank 0 has one. Lines that a full disk does not take wait in memory for the next."""
 
     def __init__(self, run_dir: Path) -> None:
         path = Path(run_dir) / LEDGER
         if path.exists():
             _cut_torn_line(path)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._pending = b""
         self._started = False
 
     def write(self, step: int, data: "StepData", digest: float) -> None:
@@ -51,18 +53,25 @@ class Ledger:
         lines.append({"step": step, "first_sample": data.first_sample, "stop_sample": data.stop_sample,
                       "digest": int(digest) % DIGEST_MODULUS, "skipped": data.skipped,
                       "source_rows": data.source_rows} | ({"lost": data.lost} if data.lost else {}))
-        self._file.write("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
-        self._file.flush()
+        self._pending += "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
         self._started = True
+        with suppress(OSError):  # no checkpoint of the step is committed before `sync` has brought it to the disk
+            self._flush()
 
     def sync(self) -> None:
-        """Return when all lines are on the disk; to be called before a checkpoint of their steps is committed."""
-        os.fsync(self._file.fileno())
+        """Return when all lines are on the disk; before a checkpoint of their steps is committed. Raises OSError."""
+        self._flush()
+        os.fsync(self._file)
 
     def close(self) -> None:
-        """Sync and close."""
-        self.sync()
-        self._file.close()
+        """Sync and close. Lines that cannot be written are of steps without a checkpoint, which are done again."""
+        with suppress(OSError):
+            self.sync()
+        os.close(self._file)
+
+    def _flush(self) -> None:
+        while self._pending:  # a short write leaves its rest, so that no line is begun twice
+            self._pending = self._pending[os.write(self._file, self._pending):]
 
     def __enter__(self) -> "Ledger":
         return self

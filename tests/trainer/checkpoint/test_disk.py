@@ -1,7 +1,6 @@
 """Full disk, no inodes, read-only file system: the save fails in words, training goes on, the last good one stays."""
 
 import os
-import subprocess
 
 import pytest
 
@@ -13,27 +12,6 @@ from officina.trainer.checkpoint.write import Saver
 from officina.trainer.config import CheckpointConfig
 
 STATE = state_at(1)  # 6.7 MB
-
-
-@pytest.fixture
-def mount(tmp_path):
-    """mount(options) -> a small file system of its own; mount(options, again=True) changes it."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mounted = []
-
-    def make(options, again=False):
-        options = f"remount,{options}" if again else options
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, text=True)
-        if done.returncode:
-            reason = f"needs root to mount a small tmpfs: {done.stderr.strip()}"
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
-        mounted[:] = [path]
-        return path
-
-    yield make
-    for p in mounted:
-        subprocess.run(["umount", str(p)], check=True)
 
 
 def train(run_dir, steps, asynchronous, prepare, before_step=lambda step: None):
