@@ -14,7 +14,7 @@ from typing import Any
 
 from officina.benchmarks.entrants import officina, plain
 from officina.benchmarks.record import record, summary, write_record
-from officina.benchmarks.turns import Entrant, compare, race
+from officina.benchmarks.turns import Entrant, blocks_in, compare, race
 from officina.benchmarks.workload import synthetic_dataset, write_run
 from officina.trainer.run_dir import load_config
 
@@ -52,7 +52,7 @@ def run(*, ranks: int = 2, blocks: int = 4, steps: int = 4, precisions: tuple[st
             "speed against plain": {like: compare(found, like, name) for name, (_, like) in PLAIN.items()},
         }
     settings = {"words": words, "ranks": ranks, "steps_per_block": steps}
-    return record("engines", results, settings=settings, repeats=blocks)
+    return record("engines", results, settings=settings, repeats=blocks_in(results))
 
 
 def main(argv: list[str] | None = None) -> None:

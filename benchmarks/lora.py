@@ -16,7 +16,7 @@ from typing import Any
 
 from officina.benchmarks.entrants import hf_trainer, officina
 from officina.benchmarks.record import record, summary, write_record
-from officina.benchmarks.turns import Entrant, compare, race
+from officina.benchmarks.turns import Entrant, blocks_in, compare, race
 from officina.benchmarks.workload import synthetic_dataset, write_run
 from officina.trainer.model.targets import trained_count
 from officina.trainer.run_dir import load_config
@@ -34,7 +34,7 @@ def run(*, blocks: int = 12, steps: int = 2, precisions: tuple[str, ...] = ("fp3
         with tempfile.TemporaryDirectory(prefix="officina-bench-") as scratch:
             results[precision] = measure(Path(scratch), [*WORDS, f"precision={precision}"], blocks, steps)
     settings = {"words": WORDS, "steps_per_block": steps, "device": "cpu", "load_average": [before, os.getloadavg()]}
-    return record("lora", results, settings=settings, repeats=blocks)
+    return record("lora", results, settings=settings, repeats=blocks_in(results))
 
 
 def measure(scratch: Path, words: list[str], blocks: int, steps: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from officina.benchmarks.entrants import alone, llama_config, officina, trainer_settings
 from officina.benchmarks.record import record, summary, write_record
-from officina.benchmarks.turns import Block, Entrant, Turns, compare, race
+from officina.benchmarks.turns import Block, Entrant, Turns, blocks_in, compare, race
 from officina.benchmarks.workload import write_run
 from officina.configs.compose import compose
 from officina.trainer.data.build import BuildOptions, build
@@ -57,7 +57,7 @@ def run(*, blocks: int = 6, steps: int = 1, precisions: tuple[str, ...] = ("fp32
             results[precision] = measure(Path(scratch), trl, precision, blocks, steps)
     settings = {"words": WORDS, "against": TRL, "steps_per_block": steps, "device": "cpu",
                 "load_average": [before, os.getloadavg()]}
-    return record("sft", results, settings=settings, repeats=blocks)
+    return record("sft", results, settings=settings, repeats=blocks_in(results))
 
 
 def install_trl(folder: Path) -> Path:

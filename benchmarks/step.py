@@ -15,7 +15,7 @@ from typing import Any
 
 from officina.benchmarks.entrants import hf_trainer, officina, plain
 from officina.benchmarks.record import record, summary, write_record
-from officina.benchmarks.turns import Block, Entrant, compare, race
+from officina.benchmarks.turns import Block, Entrant, blocks_in, compare, race
 from officina.benchmarks.workload import synthetic_dataset, write_run
 from officina.trainer.config import RunConfig
 from officina.trainer.run_dir import load_config
@@ -34,7 +34,7 @@ def run(*, blocks: int = 24, steps: int = 4, precisions: tuple[str, ...] = ("fp3
             found, config = measure(Path(scratch), [*WORDS, f"precision={precision}", *(words or [])], blocks, steps)
         results[precision] = report(found, config, steps)
     settings = {"words": [*WORDS, *(words or [])], "steps_per_block": steps, "device": "cpu"}
-    return record("step", results, settings=settings, repeats=blocks)
+    return record("step", results, settings=settings, repeats=blocks_in(results))
 
 
 def measure(scratch: Path, words: list[str], blocks: int, steps: int) -> tuple[dict[str, list[Block]], RunConfig]:

@@ -22,6 +22,8 @@ import torch
 
 from officina.trainer.rank_env import LONE, RankEnv
 
+FEWEST = 5
+"""Turns without which a ratio has no interval."""
 PRELOAD = ["torch", "torch.distributed.fsdp", "officina.trainer.loop"]
 """What entrants on the CPU find imported: a fork from a warm process starts in milliseconds instead of seconds."""
 
@@ -95,7 +97,8 @@ def race(entrants: Mapping[str, Entrant], *, blocks: int, steps: int, lead: int 
     """Time each entrant for `blocks` blocks of `steps` steps, after `warmup` blocks that do not count.
 
     alternate: all live at once and take turns, each second round in the opposite order; false: one after the other, where
-    memory holds only one. Raises RuntimeError with the traceback of an entrant that failed, TimeoutError after `timeout_s`.
+    memory holds only one. Raises RuntimeError with the traceback of an entrant that failed, TimeoutError after `timeout_s`;
+    from FEWEST turns on a slow machine takes fewer instead.
     """
     deadline = time.monotonic() + timeout_s
     if not alternate:
@@ -107,7 +110,11 @@ def race(entrants: Mapping[str, Entrant], *, blocks: int, steps: int, lead: int 
         for name, entrant in entrants.items():
             started[name] = _Running(name, entrant, lead, steps)
             started[name].receive(deadline)  # one at a time: starting is heavy
+        begun = time.monotonic()
         for turn in range(warmup + blocks):
+            needed = (time.monotonic() - begun) / max(1, turn)
+            if turn - warmup >= FEWEST and len(started) > 1 and time.monotonic() + 1.5 * needed > deadline:
+                break
             for name in list(started)[::-1 if turn % 2 else 1]:
                 started[name].tell("go")
                 block = started[name].receive(deadline)
@@ -117,6 +124,11 @@ def race(entrants: Mapping[str, Entrant], *, blocks: int, steps: int, lead: int 
     finally:
         for running in started.values():
             running.end()
+
+
+def blocks_in(results: Mapping[str, Mapping[str, Any]]) -> int:
+    """Blocks that each entrant has in the results of every precision, for the record."""
+    return min(len(speed["values"]) for result in results.values() for speed in result["tokens_per_s"].values())
 
 
 def compare(found: Mapping[str, list[Block]], ours: str, theirs: str) -> dict[str, Any]:

@@ -93,6 +93,9 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
     if not origins:
         composed = _weighed(compose_all(words), words)
         found = _all_problems(composed, world_size, devices, Going())
+        if composed.run.data.timeline:  # the conditions of use are those of its last mixture alone
+            found.append(Problem("data.timeline", "a list", "is written by officina where a run goes on with another mixture: "
+                                 "officina resume RUN data.sources.NAME.weight=2", "data.timeline=[]"))
         if not composed.problems:
             found += [*init_problems(composed.run, force=force), *adapter_init_problems(composed.run)]
         run = composed.run if found else pinned_run(composed.run)

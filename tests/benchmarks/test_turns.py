@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from officina.benchmarks.turns import Block, Entrant, compare, median_interval, race
+from officina.benchmarks.turns import Block, Entrant, blocks_in, compare, median_interval, race
 
 
 def sleeper(turns, env, *, step_s, log=None):
@@ -63,6 +63,13 @@ def test_a_failure_comes_back_with_its_traceback(at):
 def test_who_does_not_come_back_is_named():
     with pytest.raises(TimeoutError, match="idle did not finish"):
         race({"idle": Entrant(stuck)}, blocks=1, steps=1, timeout_s=8)
+
+
+def test_a_slow_machine_takes_fewer_turns_and_all_entrants_as_many():
+    found = race({who: Entrant(partial(sleeper, step_s=0.1)) for who in ("a", "b")}, blocks=10_000, steps=1, timeout_s=20)
+    assert 5 <= len(found["a"]) == len(found["b"]) < 200
+    speeds = {who: {"values": blocks} for who, blocks in found.items()}
+    assert blocks_in({"fp32": {"tokens_per_s": speeds}}) == len(found["a"])
 
 
 def test_the_ratio_is_that_of_neighbouring_blocks():

@@ -32,7 +32,8 @@ def inputs(name: str, N: int, D: int, dtype: torch.dtype, device: torch.device) 
 def test_kernels_are_as_exact_as_plain_torch(cuda, name, N, D, dtype):
     kernel, reference = UNARY[name]
     # Gradients of weights and alphas are sums over all rows, whose rounding their value does not show.
-    assert_twice_as_good(lambda *x: kernel(*x, impl="triton"), reference, inputs(name, N, D, dtype, cuda), floor_ulp=32)
+    sums = {"rms_norm": {2: 32}, "add_rms_norm": {4: 32}, "xielu": {2: 32, 3: 32}}.get(name, {})
+    assert_twice_as_good(lambda *x: kernel(*x, impl="triton"), reference, inputs(name, N, D, dtype, cuda), loose=sums)
 
 
 @DTYPES
@@ -50,7 +51,7 @@ def test_rope_is_as_exact_as_plain_torch(cuda, K, P, norm, interleaved, dtype):
         return function(q, k, angles.cos(), angles.sin(), interleaved=interleaved, **weights, **impl)
 
     assert_twice_as_good(lambda *x: call(rope, *x, impl="triton"), lambda *x: call(rope_reference, *x), [q, k, *weights],
-                         floor_ulp=32)
+                         loose={4: 32, 5: 32})  # the weights' gradients, as above
 
 
 @DTYPES

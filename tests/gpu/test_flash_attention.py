@@ -25,7 +25,7 @@ def test_kernels_are_as_exact_as_plain_torch(cuda, switches, head_dim, dtype, de
 @pytest.mark.parametrize("causal", [False, True])
 def test_queries_and_keys_of_different_number(cuda, causal, T, S, deterministic):
     compare(qkv(H=8, G=1, T=T, S=S, D=128, dtype=torch.bfloat16, device=cuda), causal=causal, deterministic=deterministic,
-            floor_ulp=FEW_KEYS_ULP)
+            score_ulp=FEW_KEYS_ULP)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "split"])
@@ -34,12 +34,12 @@ def test_queries_and_keys_of_different_number(cuda, causal, T, S, deterministic)
 def test_packed_documents(cuda, mean, switches, deterministic):
     spans = document_spans(documents(2, 2000, mean, cuda))
     compare(qkv(B=2, H=4, G=2, T=2000, D=128, dtype=torch.bfloat16, device=cuda), spans=spans, deterministic=deterministic,
-            floor_ulp=FEW_KEYS_ULP, **SWITCHES[switches])
+            score_ulp=FEW_KEYS_ULP, **SWITCHES[switches])
 
 
 def test_documents_by_cumulative_lengths_with_empty_ones(cuda):
     cumulative = torch.tensor([0, 0, 400, 400, 401, 1000], device=cuda, dtype=torch.int32)
-    compare(qkv(T=1000, D=64, dtype=torch.bfloat16, device=cuda), spans=length_spans(cumulative, 1000), floor_ulp=FEW_KEYS_ULP)
+    compare(qkv(T=1000, D=64, dtype=torch.bfloat16, device=cuda), spans=length_spans(cumulative, 1000), score_ulp=FEW_KEYS_ULP)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "split"])

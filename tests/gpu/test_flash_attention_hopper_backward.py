@@ -61,24 +61,24 @@ def test_it_is_as_exact_as_plain_torch(hopper, switches, head_dim, dtype):
 @pytest.mark.parametrize("T,S", [(1, 1), (1, 777), (17, 1025), (1025, 17), (128, 128), (129, 127), (512, 512)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_queries_and_keys_of_different_number(hopper, causal, T, S, head_dim):
-    compare(qkv(H=8, G=1, T=T, S=S, D=head_dim, dtype=BF16, device=hopper), causal=causal, floor_ulp=FEW_KEYS_ULP)
+    compare(qkv(H=8, G=1, T=T, S=S, D=head_dim, dtype=BF16, device=hopper), causal=causal, score_ulp=FEW_KEYS_ULP)
 
 
 def test_keys_that_nobody_sees(hopper):
-    compare(qkv(T=100, S=1500, D=128, dtype=BF16, device=hopper), window=50, floor_ulp=FEW_KEYS_ULP)
+    compare(qkv(T=100, S=1500, D=128, dtype=BF16, device=hopper), window=50, score_ulp=FEW_KEYS_ULP)
 
 
 @pytest.mark.parametrize("switches", ["causal", "full", "window"])
 @pytest.mark.parametrize("mean", [1, 30, 500, 10**6])
 def test_packed_documents(hopper, mean, switches):
     spans = document_spans(documents(2, 2000, mean, hopper))
-    compare(qkv(B=2, H=4, G=2, T=2000, D=128, dtype=BF16, device=hopper), spans=spans, floor_ulp=FEW_KEYS_ULP,
+    compare(qkv(B=2, H=4, G=2, T=2000, D=128, dtype=BF16, device=hopper), spans=spans, score_ulp=FEW_KEYS_ULP,
             **SWITCHES[switches])
 
 
 def test_documents_by_cumulative_lengths_with_empty_ones(hopper):
     cumulative = torch.tensor([0, 0, 400, 400, 401, 1000], device=hopper, dtype=torch.int32)
-    compare(qkv(T=1000, D=64, dtype=BF16, device=hopper), spans=length_spans(cumulative, 1000), floor_ulp=FEW_KEYS_ULP)
+    compare(qkv(T=1000, D=64, dtype=BF16, device=hopper), spans=length_spans(cumulative, 1000), score_ulp=FEW_KEYS_ULP)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -8,8 +8,8 @@ from tests.kernels.rules import assert_twice_as_good
 
 INF = float("inf")
 FEW_KEYS_ULP = 24.0
-"""Allowance where a query may see one key only: plain torch's weight is then exactly 1 and the gradient of its score exactly
-0, where the kernels take exp(s - lse) and the difference of two sums of D products."""
+"""Allowance for dq and dk where a query may see one key only: plain torch's weight is then exactly 1 and the gradient of its
+score exactly 0, where the kernels take exp(s - lse) and the difference of two sums of D products."""
 
 
 def qkv(B=1, H=2, G=1, T=50, S=None, D=16, dtype=torch.float32, device="cpu"):
@@ -23,8 +23,9 @@ def documents(B, S, mean, device="cpu"):
     return (torch.rand(B, S, generator=torch.Generator().manual_seed(S)) < 1 / mean).int().cumsum(1).to(device)
 
 
-def compare(inputs, *, causal=True, window=0, softcap=0.0, scale=None, spans=None, deterministic=False, floor_ulp=4.0):
-    """Two-times rule for out, lse and all gradients; rows that see nothing are 0 and -inf to the letter."""
+def compare(inputs, *, causal=True, window=0, softcap=0.0, scale=None, spans=None, deterministic=False, score_ulp=4.0):
+    """Two-times rule for out, lse and all gradients; rows that see nothing are 0 and -inf to the letter. score_ulp: allowance
+    for dq and dk."""
     q, k = inputs[:2]
     mask = dense_mask(q.shape[2], k.shape[2], causal, window, spans, q.device)
     switches = dict(causal=causal, window=window, softcap=softcap, scale=scale, spans_B2S=spans, deterministic=deterministic)
@@ -40,4 +41,4 @@ def compare(inputs, *, causal=True, window=0, softcap=0.0, scale=None, spans=Non
                                              softcap=softcap, compute_dtype=q.dtype)
         return out, lse.masked_fill(lse == -INF, 0)
 
-    assert_twice_as_good(kernel, plain, inputs, floor_ulp=floor_ulp)
+    assert_twice_as_good(kernel, plain, inputs, loose={2: score_ulp, 3: score_ulp})

@@ -28,7 +28,7 @@ def test_kernels_are_as_exact_as_plain_torch(name, dtype):
     for shape, scale in [((0, 9), 1), ((7, 1), 1), ((1, 70), 1e-3), ((2, 1030), 3), ((9, 65), 10), ((2, 3, 5), 1)]:
         # The gradients of xIELU's alphas are sums of terms of both signs, whose rounding their value does not show.
         assert_twice_as_good(lambda *x: kernel(*x, impl="triton"), reference, inputs(name, *shape, dtype=dtype, scale=scale),
-                             floor_ulp=32 if name == "xielu" else 4)
+                             loose={2: 32, 3: 32} if name == "xielu" else {})
 
 
 @interpreted

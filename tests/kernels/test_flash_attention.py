@@ -76,7 +76,7 @@ def test_packed_documents_with_a_cache_before_them():
 def test_documents_by_cumulative_lengths(lengths):
     cumulative = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     inputs = qkv(H=1, T=70)
-    compare(inputs, spans=length_spans(cumulative, 70), floor_ulp=FEW_KEYS_ULP)
+    compare(inputs, spans=length_spans(cumulative, 70), score_ulp=FEW_KEYS_ULP)
     packed = flash_attention(*inputs, spans_B2S=length_spans(cumulative, 70), impl="triton")[0]
     alone = [flash_attention(*(x[:, :, a:b] for x in inputs), impl="triton")[0] for a, b in itertools.pairwise(cumulative)]
     torch.testing.assert_close(packed, torch.cat(alone, 2), atol=1e-6, rtol=1e-6)
@@ -95,7 +95,7 @@ def fuzz(data, longest):
     mean = draw("tokens a document", 1, 3, 20, 1000)
     compare(inputs, causal=causal, window=draw("window", 0, 1, 16, 33, 500) if causal else 0,
             softcap=draw("softcap", 0.0, 0.0, 3.0), deterministic=draw("deterministic", False, True),
-            spans=document_spans(documents(len(inputs[0]), S, mean)) if packed else None, floor_ulp=FEW_KEYS_ULP)
+            spans=document_spans(documents(len(inputs[0]), S, mean)) if packed else None, score_ulp=FEW_KEYS_ULP)
 
 
 @interpreted

@@ -71,7 +71,7 @@ CASES = {
     "decoding": (dict(T=5, S=70), {}),
     "blind": (dict(T=70, S=33), {}),
     "window": (dict(T=90), dict(window=20)),
-    "window_of_1": (dict(T=40), dict(window=1, floor_ulp=FEW_KEYS_ULP)),
+    "window_of_1": (dict(T=40), dict(window=1, score_ulp=FEW_KEYS_ULP)),
     "window_and_cache": (dict(T=40, S=75), dict(window=20)),
     "keys_that_nobody_sees": (dict(T=20, S=150), dict(window=9)),
     "softcap_window": (dict(T=50), dict(softcap=2.0, window=17)),
@@ -81,8 +81,8 @@ CASES = {
     "groups": (dict(B=2, H=6, G=2, T=20), {}),
     "groups_full": (dict(B=2, H=6, G=2, T=40), dict(causal=False)),
     "one_head_of_keys": (dict(H=4, G=1, T=75), {}),
-    "one_token": (dict(T=1), dict(floor_ulp=FEW_KEYS_ULP)),
-    "many_queries_one_key": (dict(T=40, S=1), dict(causal=False, floor_ulp=FEW_KEYS_ULP)),
+    "one_token": (dict(T=1), dict(score_ulp=FEW_KEYS_ULP)),
+    "many_queries_one_key": (dict(T=40, S=1), dict(causal=False, score_ulp=FEW_KEYS_ULP)),
 }
 
 
@@ -97,7 +97,7 @@ def test_gradients_are_as_exact_as_plain_torch(case):
 
 @pytest.mark.parametrize("switches", [{}, dict(causal=False), dict(window=11), dict(softcap=2.0)], ids=str)
 def test_packed_documents(switches):
-    words = dict(floor_ulp=FEW_KEYS_ULP, **switches)
+    words = dict(score_ulp=FEW_KEYS_ULP, **switches)
     with emulated():
         compare(qkv(B=2, H=2, T=70, D=64, dtype=BF16), spans=document_spans(documents(2, 70, 20)), **words)
         compare(qkv(B=2, H=1, T=30, S=70, D=64, dtype=BF16), spans=document_spans(documents(2, 70, 25)), **words)
@@ -124,7 +124,7 @@ def test_any_order_of_events_gives_the_same_bits(stages):
             with emulated(stages=stages, seed=seed):
                 found.append([*gradients(inputs, causal=False), *gradients(other, causal=False)])
                 if not seed:
-                    compare(inputs, causal=False, floor_ulp=FEW_KEYS_ULP)
+                    compare(inputs, causal=False, score_ulp=FEW_KEYS_ULP)
         assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
 
 

@@ -145,6 +145,14 @@ def test_check_tells_all_problems_at_once(capsys):
         assert part in told
 
 
+def test_a_new_run_has_no_timeline_of_mixtures(data_set, capsys):
+    words = ["check", "experiment=demo", f"data.sources.python.path={data_set}",
+             "data.timeline=[{from_sample:0,weights:{python:1}}]"]
+    assert cli.main(words) == 2
+    assert "data.timeline" in capsys.readouterr().err
+    assert cli.main([*words[:-1], "data.timeline=[]"]) == 0
+
+
 def test_check_summarises_a_run_without_problems(data_set, capsys, tmp_path):
     (tmp_path / "officina").mkdir()
     (tmp_path / "officina" / "me.yaml").write_text("site: {account: 1e5}\n")

@@ -169,8 +169,8 @@ def _document(row: Any, piece: Piece, number: int, fields: Fields, steps: dict[s
     digest = hashlib.sha256(encoded).digest()
     if "u" in values and ("ts" in values or "crawl_id" in values or "filter" in values):
         masked = _hplt(values, text, steps)
-        if masked is None:
-            return "left out"
+        if not isinstance(masked, str):
+            return masked or "left out"
         text = masked
     name = _first(values, fields.id, ID_FIELDS)
     if name is None and values:
@@ -219,7 +219,7 @@ def _language(value: Any) -> str:
     return _CODES.get(value.lower(), value) if isinstance(value, str) else ""
 
 
-def _hplt(row: dict[str, Any], text: str, steps: dict[str, int]) -> str | None:
+def _hplt(row: dict[str, Any], text: str, steps: dict[str, int]) -> str | BadRow | None:
     """The text with its personal data masked; None for what its makers or the site's owner want left out."""
     if row.get("filter") not in (None, "", "keep"):
         steps["hplt-filter"] = steps.get("hplt-filter", 0) + 1
@@ -227,12 +227,22 @@ def _hplt(row: dict[str, Any], text: str, steps: dict[str, int]) -> str | None:
     if row.get("allowed") is False:
         steps["hplt-robots"] = steps.get("hplt-robots", 0) + 1
         return None
-    spans = [s for s in row.get("pii") or () if isinstance(s, list | tuple) and len(s) >= 2]
+    spans = row.get("pii") or []
+    if not isinstance(spans, list | tuple) or not all(_is_span(span, len(text)) for span in spans):
+        return BadRow("field 'pii' is no list of [first, end] of characters of the text: what is personal cannot be masked")
     if spans:
         steps["hplt-pii"] = steps.get("hplt-pii", 0) + 1
-    for span in sorted(spans, reverse=True):  # from the end, so that what comes before keeps its place
-        text = text[:int(span[0])] + PII_MASK + text[int(span[1]):]
-    return text
+    parts, done = [], 0
+    for first, end, *_ in sorted(tuple(span) for span in spans):
+        if first >= done or not parts:
+            parts += [text[done:first], PII_MASK]
+        done = max(done, end)  # spans that overlap are one
+    return "".join([*parts, text[done:]])
+
+
+def _is_span(span: Any, length: int) -> bool:
+    return (isinstance(span, list | tuple) and len(span) >= 2 and all(type(place) is int for place in span[:2])
+            and 0 <= span[0] < span[1] <= length)
 
 
 # ---- filters ---------------------------------------------------------------------------------------------------------

@@ -41,17 +41,35 @@ def test_ids_that_are_hexadecimal_are_kept() -> None:
     assert document_id("x" * 32) == hashlib.sha256(b"x" * 32).digest()[:16]
 
 
+CALL = "Call Ada Lovelace on 555-1234."
+
+
 def test_fields_of_hplt(tmp_path: Path) -> None:
     """What its makers filtered or the site forbids is left out; personal data is masked, last span first."""
-    text = "Call Ada Lovelace on 555-1234."
     found, left_out = read(tmp_path, [
-        HPLT | {"text": text, "pii": [[5, 17], [21, 29]]}, HPLT | {"text": "b", "filter": "adult_ut1"},
+        HPLT | {"text": CALL, "pii": [[5, 17], [21, 29]]}, HPLT | {"text": "b", "filter": "adult_ut1"},
         HPLT | {"text": "c", "allowed": False}, {k: v for k, v in HPLT.items() if k != "id"} | {"text": "d"},
         {"text": "not of HPLT", "filter": "coffee", "allowed": False, "pii": [[0, 3]]}])
     assert [d.text for d in found] == ["Call [PII] on [PII].", "d", "not of HPLT"]
     assert left_out.steps == {"hplt-pii": 1, "hplt-filter": 1, "hplt-robots": 1}
     assert found[0].language == "fin_Latn" and found[0].id.hex() == HPLT["id"]
-    assert found[0].digest == hashlib.sha256(text.encode()).digest() and found[1].id == document_id(HPLT["u"])
+    assert found[0].digest == hashlib.sha256(CALL.encode()).digest() and found[1].id == document_id(HPLT["u"])
+
+
+@pytest.mark.parametrize(("spans", "text"), [
+    ([[0, 30], [5, 8]], "[PII]"), ([[5, 17], [10, 20]], "Call [PII] 555-1234."),
+    ([[21, 29, "phone"]], "Call Ada Lovelace on [PII]."), ([[0, 4], [4, 5]], "[PII][PII]Ada Lovelace on 555-1234."),
+    (None, CALL), ([], CALL)])
+def test_personal_data_is_masked_whole(tmp_path: Path, spans: list, text: str) -> None:
+    found, _ = read(tmp_path, [HPLT | {"text": CALL, "pii": spans}])
+    assert [d.text for d in found] == [text]
+
+
+@pytest.mark.parametrize("pii", [
+    {"email": [[5, 17]]}, [["Ada", "x"]], [[5.0, 17.0]], [[5, 3]], [[-9, 3]], [[5, 400]], [5, 17], "5-17"], ids=str)
+def test_personal_data_that_cannot_be_masked_leaves_the_row_out(tmp_path: Path, pii: object) -> None:
+    found, left_out = read(tmp_path, [HPLT | {"text": CALL, "pii": pii}])
+    assert not found and left_out.bad == 1 and "field 'pii'" in left_out.bad_rows[0] and "Ada" not in left_out.bad_rows[0]
 
 
 def test_bad_rows_say_file_line_and_reason_and_no_text(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_records_of_a_model_of_ones_own_are_sealed_too(key: Path, tmp_path: Path
         runs[name] = replace(run, data=replace(run.data, sources={"a": source}),
                              model=CustomModelConfig(factory="m:f", loss="m:l", decoder="test_seal_decoder:decode"))
         with Loader(runs[name], rank=0, world_size=1, position=0) as loader:
-            for _ in range(7):
+            for _ in range(8):
                 loader.next_step()
         list(validation_rows(runs[name], 0, 1))
     assert set(seen["open"]) == set(seen["sealed"]) == set(records)
