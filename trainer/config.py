@@ -509,7 +509,7 @@ class RunConfig:
     """`bf16`: bf16 arithmetic, fp32 master weights and reduction. `bf16_pure`: weights, gradients and moments in bf16.
     `auto`: bf16 where the device has it in hardware, else fp32; the run says which."""
     threads: NonNegative = 0
-    """CPU threads per rank; 0 = cores / ranks on the host. Fixed within a run: sums differ between thread counts."""
+    """CPU threads per rank; 0 = cores / ranks on the host, at each start. Sums differ between thread counts."""
     time_limit: Duration | None = None
     """Stop in good order (exit status 75) after this time."""
     init_from: str = ""
