@@ -169,6 +169,7 @@ class Saver:
                     before()
                 root.mkdir(parents=True, exist_ok=True)
                 if self._first:
+                    sync_dir(root.parent)
                     clear_leftovers(self._run_dir, self._damaged)
                 if job.directory.exists() and not (job.directory / COMMIT).exists():
                     remove_checkpoint(job.directory)

@@ -130,7 +130,8 @@ def test_bf16_pure_keeps_everything_in_bf16_and_learns(pool, engine, ranks):
         assert not (values.astype(np.float32).view(np.uint32) & 0xFFFF).any(), f"{key} has digits that bf16 has not"
 
 
-@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)])
+@pytest.mark.parametrize(("engine", "ranks"), [
+    ("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2)])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_no_bit(pool, engine, ranks, recompute):
     case = Case(engine, steps=4)
@@ -138,8 +139,8 @@ def test_recomputation_changes_no_bit(pool, engine, ranks, recompute):
     assert_same(plain, found)
 
 
-COMPILED = [("single", 1, "full"), ("ddp", 2, "selective"), ("fsdp2", 2, "selective"), ("zero2", 2, "selective"),
-            ("zero3", 2, "full"), ("zero3", 2, "none")]
+COMPILED = [("single", 1, "full"), ("ddp", 2, "selective"), ("fsdp2", 2, "selective"), ("hsdp", 4, "none"),
+            ("zero1", 2, "none"), ("zero2", 2, "selective"), ("zero3", 2, "full"), ("zero3", 2, "none")]
 
 
 @pytest.mark.parametrize(("engine", "ranks", "recompute"), [

@@ -15,8 +15,8 @@ RANKS = {"single": 1, "ddp": 3, "fsdp2": 3, "hsdp": 4, "zero1": 2, "zero2": 3, "
 HALF, WHOLE = 5, 10
 
 BITWISE = [("single", 1), ("ddp", 2), ("ddp", 4), ("fsdp2", 1), ("fsdp2", 3), ("fsdp2_fast", 2), ("fsdp2_offload", 2),
-           ("hsdp", 4), ("zero1", 3), ("zero2", 3), ("zero3", 3), ("zero3_persist", 2), ("zero2_offload", 2),
-           ("zero3_offload", 2)]
+           ("hsdp", 4), ("hsdp_fast", 4), ("zero1", 3), ("zero1_offload", 2), ("zero2", 3), ("zero3", 3), ("zero3_persist", 2),
+           ("zero2_offload", 2), ("zero3_offload", 2)]
 
 
 @pytest.mark.parametrize(("engine", "ranks"), BITWISE)
