@@ -396,8 +396,9 @@ def _impl(kernels: bool) -> str:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = functools.cache(lambda: torch.compile(function, dynamic=False))
-    return lambda *inputs: compiled()(*inputs)
+    """The function by torch.compile, compiled when it is first called."""
+    made = functools.cache(lambda: torch.compile(function, dynamic=False))
+    return lambda *inputs: made()(*inputs)
 
 
 def _liger(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
