@@ -1,15 +1,21 @@
 """The forward pass of flash attention for Hopper, in Gluon: what flash_attention.py says, by TMA, wgmma and specialised warps.
 
-A program takes M queries of one head. One warp loads: the tiles of q once, then block after block of k and v into STAGES
-buffers each. The rest compute, in warpgroups ("consumers") of ROWS = 64 queries. They meet at barriers in shared memory:
+A program takes tile after tile, M queries of one head each: as many programs as multiprocessors, and who is done first takes
+the next tile, by a counter in memory. One warp loads: a tile's queries, then block after block of k and v into STAGES buffers
+each; while the last of them are worked on, it is at the next tile already. The rest compute, in warpgroups ("consumers") of
+ROWS = 64 queries. They meet at barriers in shared memory:
 
+    plan_full[slot]                 1 arrival, the loader's: which tile, and which blocks of keys
     q_full[consumer]                1 arrival, the loader's, complete with the last byte of the copy
-    k_full[stage], v_full[stage]    the same
+    q_empty[consumer]               1 arrival, the consumer's, once its last product of them is done
+    k_full[stage], v_full[stage]    as q_full
     k_empty[stage], v_empty[stage]  an arrival of each consumer, once its products of the buffer are done
     turn[consumer]                  1 arrival, of the consumer before it
 
-The j-th block visited lies in stage j % STAGES and is the buffer's round j // STAGES, so that round's parity is what
-to wait for: of *_full its own, of *_empty that of the round before, which at the start counts as complete.
+The c-th block that a program visits lies in stage c % STAGES and is the buffer's round c // STAGES, so that round's parity is
+what to wait for: of *_full its own, of *_empty that of the round before, which at the start counts as complete. The same for
+q, of which there is one buffer a consumer. Plans have two slots and none is given back: before the loader tells of tile
+i + 2 it has waited until the queries of tile i were done with, so its plan was read.
 
 A consumer begins the product of its scores for block j, and with it that of the weights of block j - 1 and v; while the second
 runs, it makes the weights of block j. PING_PONG: consumers begin their products in turn, so that one's products run during
@@ -119,35 +125,84 @@ def _flat(tile):
 
 
 @_jit
-def _block_of(j, span):
-    """The block of keys visited as the j-th, `span` being what `_blocks` returned: masked ones first."""
-    begin, before, full_begin, full_end, masked = span
-    edge = gl.where(j < before, begin + j, full_end + j - before)
-    return gl.where(j < masked, edge, full_begin + j - masked)
+def _edge(j, before, begin, behind):
+    """Of the blocks that need a mask, the j-th: the first `before` lie before those that need none, the others behind."""
+    return gl.where(j < before, begin + j, behind + j)
 
 
 @_jit
-def _load(work, STAGES: gl.constexpr):
+def _publish(plan, plan_full, turn, numbers):
+    """Tell the consumers of the turn-th tile: first row, head, then what `_edge` takes, blocks that need a mask, blocks."""
+    slot = turn % 2
+    for i in gl.static_range(7):
+        plan.index(slot * 7 + i).store(gl.full([1], numbers[i], gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(plan_full.index(slot))
+
+
+@_jit
+def _told(plan, i):
+    return gl.sum(plan.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)  # of one number
+
+
+@_jit
+def _read_plan(plan, plan_full, turn):
+    """What `_publish` told."""
+    slot = turn % 2
+    mbarrier.wait(plan_full.index(slot), turn // 2 & 1)
+    at = slot * 7
+    return (_told(plan, at), _told(plan, at + 1), _told(plan, at + 2), _told(plan, at + 3), _told(plan, at + 4),
+            _told(plan, at + 5), _told(plan, at + 6))
+
+
+@_jit
+def _load(work, CAUSAL: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
     """The loader."""
-    q_desc, k_desc, v_desc, tiles, barriers, b, h, g, row, n, span = work
-    q, k, v = tiles
-    q_full, k_full, k_empty, v_full, v_empty, _ = barriers
+    q_desc, k_desc, v_desc, spans, counter, tiles, plan, plan_full, barriers, B, H, group, T, S, wave, window = work
+    q, k, v, _ = tiles
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = barriers
     CONSUMERS: gl.constexpr = q.shape[0]
     ROWS: gl.constexpr = q_desc.block_type.shape[2]
     N: gl.constexpr = k_desc.block_type.shape[2]
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [b, h, row + i * ROWS, 0], q_full.index(i), q.index(i))
-    for j in range(n):
-        stage = j % STAGES
-        before = (j // STAGES & 1) ^ 1
-        start = _block_of(j, span) * N
-        mbarrier.wait(k_empty.index(stage), before)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [b, g, start, 0], k_full.index(stage), k.index(stage))
-        mbarrier.wait(v_empty.index(stage), before)
-        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_desc, [b, g, start, 0], v_full.index(stage), v.index(stage))
+    n_tiles = gl.cdiv(T, M)
+    number = gl.program_id(0)
+    turn = 0
+    past = 0
+    while number < n_tiles * B * H:
+        tile, head = _place(number, n_tiles, B * H, wave)
+        if CAUSAL:
+            tile = n_tiles - 1 - tile  # the longest first
+        b = head // H
+        h = head % H
+        row = tile * M
+        seen = spans
+        if spans is not None:
+            seen += gl.cast(b, gl.int64) * 2 * S
+        first_key, first_end = _keys_seen(S - T + row, seen, window, S, CAUSAL)
+        last_first, end_key = _keys_seen(S - T + gl.minimum(row + M, T) - 1, seen, window, S, CAUSAL)
+        begin, before, full_begin, full_end, masked = _blocks(first_key, last_first, first_end, end_key, N)
+        n = gl.maximum(masked + full_end - full_begin, 1)  # where nothing is seen, the first block, masked all over
+        before = gl.where(masked == 0, 1, before)  # the first block visited is always masked
+        masked = gl.maximum(masked, 1)
+        behind = full_end - before
+        _publish(plan, plan_full, turn, (row, head, before, begin, behind, masked, n))
+        number = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        for i in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_empty.index(i), (turn & 1) ^ 1)
+            mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(q_desc, [b, h, row + i * ROWS, 0], q_full.index(i), q.index(i))
+        for j in range(n):
+            stage = (past + j) % STAGES
+            free = ((past + j) // STAGES & 1) ^ 1
+            start = gl.where(j < masked, _edge(j, before, begin, behind), begin + before + j - masked) * N
+            mbarrier.wait(k_empty.index(stage), free)
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_desc, [b, h // group, start, 0], k_full.index(stage), k.index(stage))
+            mbarrier.wait(v_empty.index(stage), free)
+            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(v_desc, [b, h // group, start, 0], v_full.index(stage), v.index(stage))
+        past += n
+        turn += 1
+    _publish(plan, plan_full, turn, (-1, 0, 0, 0, 0, 0, 0))
 
 
 @_jit
@@ -189,28 +244,28 @@ def _weigh(s, norm, top, start, seen, scale, cap, MASKED: gl.constexpr, SOFTCAP:
 
 
 @_jit
-def _step(j, state, q, tiles, barriers, span, seen, scale, cap, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
+def _step(c, edges, state, q, tiles, barriers, seen, scale, cap, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
           WHO: gl.constexpr, PING_PONG: gl.constexpr, STAGES: gl.constexpr, layouts: gl.constexpr):
-    """Block j >= 1: its scores and weights; the weights of block j - 1 into the sum."""
+    """Block c of the program, not the first of a tile: its scores and weights; the weights of block c - 1 into the sum."""
     out, p, norm, top = state
-    queries, k, v = tiles
-    _, k_full, k_empty, v_full, v_empty, turn = barriers
+    queries, k, v, _ = tiles
+    _, _, k_full, k_empty, v_full, v_empty, turn = barriers
     CONSUMERS: gl.constexpr = queries.shape[0]
     N: gl.constexpr = k.shape[3]
-    stage = j % STAGES
-    past = (j - 1) % STAGES
-    mbarrier.wait(k_full.index(stage), j // STAGES & 1)
-    _my_turn(turn, j, WHO, PING_PONG)
+    stage = c % STAGES
+    last = (c - 1) % STAGES
+    mbarrier.wait(k_full.index(stage), c // STAGES & 1)
+    _my_turn(turn, c, WHO, PING_PONG)
     s = _scores(q, _flat(k.index(stage)), layouts[0])
-    mbarrier.wait(v_full.index(past), (j - 1) // STAGES & 1)
-    out = warpgroup_mma(p, _flat(v.index(past)), out, is_async=True)
+    mbarrier.wait(v_full.index(last), (c - 1) // STAGES & 1)
+    out = warpgroup_mma(p, _flat(v.index(last)), out, is_async=True)
     _next_turn(turn, WHO, CONSUMERS, PING_PONG)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(stage))
-    start = _block_of(j, span) * N
+    start = _edge(c, edges[0], edges[1], edges[2]) * N
     new_p, norm, top, fade = _weigh(s, norm, top, start, seen, scale, cap, MASKED, SOFTCAP, N, layouts[0])
     out, p = warpgroup_mma_wait(0, deps=(out, p))  # p: its registers are read until then
-    mbarrier.arrive(v_empty.index(past))
+    mbarrier.arrive(v_empty.index(last))
     out *= gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, layouts[1]), assert_trivial=True), 1)
     return out, gl.convert_layout(new_p.to(v.dtype), layouts[2], assert_trivial=True), norm, top
 
@@ -218,10 +273,10 @@ def _step(j, state, q, tiles, barriers, span, seen, scale, cap, MASKED: gl.const
 @_jit
 def _attend(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr, PING_PONG: gl.constexpr,
             STAGES: gl.constexpr):
-    """A consumer: its ROWS queries against n blocks of keys, out and lse."""
-    out_desc, lse, spans, tiles, barriers, b, h, row, n, span, T, S, window, scale, cap = work
-    queries, k, v = tiles
-    q_full, k_full, k_empty, v_full, _, turn = barriers
+    """A consumer: its ROWS queries of each tile against n blocks of keys, out and lse."""
+    out_desc, lse, spans, tiles, plan, plan_full, barriers, H, T, S, window, scale, cap = work
+    queries, k, v, outs = tiles
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
     CONSUMERS: gl.constexpr = queries.shape[0]
     ROWS: gl.constexpr = queries.shape[3]
     D: gl.constexpr = queries.shape[4]
@@ -232,76 +287,87 @@ def _attend(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr
     layouts: gl.constexpr = (score_layout, out_layout, weight_layout)
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
 
-    begin_row = row + WHO * ROWS
-    rows = begin_row + gl.arange(0, ROWS, row_layout)
-    seen = _keys_seen(S - T + rows, spans, window, S, CAUSAL)
-    out = gl.zeros([ROWS, D], gl.float32, out_layout)
-    norm = gl.zeros([ROWS], gl.float32, row_layout)
-    top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
     q = _flat(queries.index(WHO))
-    mbarrier.wait(q_full.index(WHO), 0)
-    mbarrier.wait(k_full.index(0), 0)
-    _my_turn(turn, 0, WHO, PING_PONG)
-    s = _scores(q, _flat(k.index(0)), score_layout)
-    _next_turn(turn, WHO, CONSUMERS, PING_PONG)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    mbarrier.arrive(k_empty.index(0))
-    p, norm, top, _ = _weigh(s, norm, top, _block_of(0, span) * N, seen, scale, cap, True, SOFTCAP, N, score_layout)
-    state = (out, gl.convert_layout(p.to(v.dtype), weight_layout, assert_trivial=True), norm, top)
-    masked = gl.maximum(span[4], 1)
-    for j in range(1, masked):
-        state = _step(j, state, q, tiles, barriers, span, seen, scale, cap, True, SOFTCAP, WHO, PING_PONG, STAGES, layouts)
-    for j in range(masked, n):
-        state = _step(j, state, q, tiles, barriers, span, seen, scale, cap, False, SOFTCAP, WHO, PING_PONG, STAGES, layouts)
-    out, p, norm, top = state
-    mbarrier.wait(v_full.index((n - 1) % STAGES), (n - 1) // STAGES & 1)
-    out = warpgroup_mma(p, _flat(v.index((n - 1) % STAGES)), out, is_async=True)
-    out, p = warpgroup_mma_wait(0, deps=(out, p))
+    done = 0
+    c = 0  # blocks visited
+    row, head, before, begin, behind, masked, n = _read_plan(plan, plan_full, done)
+    while row >= 0:
+        begin_row = row + WHO * ROWS
+        rows = begin_row + gl.arange(0, ROWS, row_layout)
+        near = spans
+        if spans is not None:
+            near += gl.cast(head // H, gl.int64) * 2 * S
+        seen = _keys_seen(S - T + rows, near, window, S, CAUSAL)
+        out = gl.zeros([ROWS, D], gl.float32, out_layout)
+        norm = gl.zeros([ROWS], gl.float32, row_layout)
+        top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+        stage = c % STAGES
+        mbarrier.wait(q_full.index(WHO), done & 1)
+        mbarrier.wait(k_full.index(stage), c // STAGES & 1)
+        _my_turn(turn, c, WHO, PING_PONG)
+        s = _scores(q, _flat(k.index(stage)), score_layout)
+        _next_turn(turn, WHO, CONSUMERS, PING_PONG)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index(stage))
+        start = _edge(0, before, begin, behind) * N
+        p, norm, top, _ = _weigh(s, norm, top, start, seen, scale, cap, True, SOFTCAP, N, score_layout)
+        state = (out, gl.convert_layout(p.to(v.dtype), weight_layout, assert_trivial=True), norm, top)
+        edges = (c + before, begin - c, behind - c)
+        for c_now in range(c + 1, c + masked):
+            state = _step(c_now, edges, state, q, tiles, barriers, seen, scale, cap, True, SOFTCAP, WHO, PING_PONG, STAGES,
+                          layouts)
+        for c_now in range(c + masked, c + n):
+            state = _step(c_now, edges, state, q, tiles, barriers, seen, scale, cap, False, SOFTCAP, WHO, PING_PONG, STAGES,
+                          layouts)
+        mbarrier.arrive(q_empty.index(WHO))
+        out, p, norm, top = state
+        c += n
+        done += 1
+        last = (c - 1) % STAGES
+        mbarrier.wait(v_full.index(last), (c - 1) // STAGES & 1)
+        out = warpgroup_mma(p, _flat(v.index(last)), out, is_async=True)
+        out, p = warpgroup_mma_wait(0, deps=(out, p))
+        mbarrier.arrive(v_empty.index(last))
 
-    share = gl.where(norm > 0, 1 / norm, 0.0)
-    out *= gl.expand_dims(gl.convert_layout(share, gl.SliceLayout(1, out_layout), assert_trivial=True), 1)
-    q.store(out.to(q.dtype))  # its queries' place: nobody else reads them, and it is done with them
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [b, h, begin_row, 0], queries.index(WHO))
-    gl.store(lse + rows, (top + gl.log2(norm)) * 0.6931471805599453, mask=rows < T)
+        share = gl.where(norm > 0, 1 / norm, 0.0)
+        out *= gl.expand_dims(gl.convert_layout(share, gl.SliceLayout(1, out_layout), assert_trivial=True), 1)
+        tma.store_wait(0)  # of the tile before
+        _flat(outs.index(WHO)).store(out.to(outs.dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out_desc, [head // H, head % H, begin_row, 0], outs.index(WHO))
+        gl.store(lse + gl.cast(head, gl.int64) * T + rows, (top + gl.log2(norm)) * 0.6931471805599453, mask=rows < T)
+        row, head, before, begin, behind, masked, n = _read_plan(plan, plan_full, done)
     tma.store_wait(0)
 
 
 @_jit
-def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, spans, B, H, group, T, S, wave, window, scale, cap,
+def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, spans, counter, B, H, group, T, S, wave, window, scale, cap,
                    CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
                    PING_PONG: gl.constexpr, REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr):
-    """A tile of M queries of one head: out (B, H, T, D) and lse (B, H, T) fp32, in natural logarithms."""
+    """Tiles of M queries of one head: out (B, H, T, D) and lse (B, H, T) fp32, in natural logarithms; `counter` holds 0."""
     ROWS: gl.constexpr = q_desc.block_type.shape[2]
     CONSUMERS: gl.constexpr = M // ROWS
     N: gl.constexpr = k_desc.block_type.shape[2]
     D: gl.constexpr = q_desc.block_type.shape[3]
-    n_tiles = gl.cdiv(T, M)
-    tile, head = _place(n_tiles, B * H, wave)
-    if CAUSAL:
-        tile = n_tiles - 1 - tile  # the longest first
-    b = head // H
-    h = head % H
-    row = tile * M
-    lse += gl.cast(head, gl.int64) * T
-    if spans is not None:
-        spans += gl.cast(b, gl.int64) * 2 * S
-    first_key, first_end = _keys_seen(S - T + row, spans, window, S, CAUSAL)
-    last_first, end_key = _keys_seen(S - T + gl.minimum(row + M, T) - 1, spans, window, S, CAUSAL)
-    span = _blocks(first_key, last_first, first_end, end_key, N)
-    n = gl.maximum(span[4] + span[3] - span[2], 1)  # where nothing is seen, the first block, masked all over
 
     q = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, N, D], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, N, D], v_desc.layout)
+    out = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 1, 1, ROWS, D], out_desc.layout)
+    plan = gl.allocate_shared_memory(gl.int32, [2 * 7, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    plan_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(plan_full.index(i), count=1)
     for i in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
         mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
@@ -310,16 +376,16 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, spans, B, H, group, T,
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     fence_async_shared()
 
-    tiles = (q, k, v)
-    barriers = (q_full, k_full, k_empty, v_full, v_empty, turn)
-    work = (out_desc, lse, spans, tiles, barriers, b, h, row, n, span, T, S, window, scale, cap)
-    load = (q_desc, k_desc, v_desc, tiles, barriers, b, h, h // group, row, n, span)
+    tiles = (q, k, v, out)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
+    work = (out_desc, lse, spans, tiles, plan, plan_full, barriers, H, T, S, window, scale, cap)
+    load = (q_desc, k_desc, v_desc, spans, counter, tiles, plan, plan_full, barriers, B, H, group, T, S, wave, window)
     if CONSUMERS == 2:
         gl.warp_specialize([(_attend, (work, 0, CAUSAL, SOFTCAP, PING_PONG, STAGES)),
                             (_attend, (work, 1, CAUSAL, SOFTCAP, PING_PONG, STAGES)),
-                            (_load, (load, STAGES))], [4, 1], [REGISTERS, LOADER_REGISTERS])
+                            (_load, (load, CAUSAL, M, STAGES))], [4, 1], [REGISTERS, LOADER_REGISTERS])
     else:
         gl.warp_specialize([(_attend, (work, 0, CAUSAL, SOFTCAP, PING_PONG, STAGES)),
                             (_attend, (work, 1, CAUSAL, SOFTCAP, PING_PONG, STAGES)),
                             (_attend, (work, 2, CAUSAL, SOFTCAP, PING_PONG, STAGES)),
-                            (_load, (load, STAGES))], [4, 4, 1], [REGISTERS, REGISTERS, LOADER_REGISTERS])
+                            (_load, (load, CAUSAL, M, STAGES))], [4, 4, 1], [REGISTERS, REGISTERS, LOADER_REGISTERS])

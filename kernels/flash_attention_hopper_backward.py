@@ -287,7 +287,7 @@ def keys_kernel(k_desc, v_desc, q_desc, dout_desc, lse_desc, delta_desc, dk_desc
     M: gl.constexpr = q_desc.block_type.shape[2]
     N: gl.constexpr = CONSUMERS * k_desc.block_type.shape[2]
     groups = H // group
-    tile, head = _place(gl.cdiv(S, N), B * groups, wave)  # causal: the longest come first
+    tile, head = _place(gl.program_id(0), gl.cdiv(S, N), B * groups, wave)  # causal: the longest come first
     b = head // groups
     g = head % groups
     key = tile * N
@@ -393,7 +393,7 @@ def queries_kernel(q_desc, dout_desc, k_desc, v_desc, dq_desc, lse, delta, spans
     M: gl.constexpr = CONSUMERS * q_desc.block_type.shape[2]
     N: gl.constexpr = k_desc.block_type.shape[2]
     n_tiles = gl.cdiv(T, M)
-    tile, head = _place(n_tiles, B * H, wave)
+    tile, head = _place(gl.program_id(0), n_tiles, B * H, wave)
     if CAUSAL:
         tile = n_tiles - 1 - tile  # the longest first
     b = head // H

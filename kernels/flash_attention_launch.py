@@ -26,6 +26,7 @@ from officina.kernels.flash_attention_tables import (
     key_of,
     padded,
 )
+from officina.kernels.ops import multiprocessors
 from officina.kernels.tables import Config, Table, arch_of, is_amd, look_up
 
 LOG2_E = 1.4426950408889634
@@ -84,8 +85,9 @@ def _forward_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s
     key = key_of(D, causal, 16)
     config = look_up("flash_attention_forward_hopper", FORWARD_HOPPER, "sm_90", key)
     tiles = _descriptors((q, k, v, out), hopper.tile_rows(config), key[0])
-    _run(hopper.forward_kernel, B * H * -(-T // config.block_m), config, "sm_90", *tiles, lse, spans, B, H, H // G, T, S,
-         _wave(S, k, spans) * (H // G), window or T + S, *_units(scale, softcap), CAUSAL=causal, SOFTCAP=softcap > 0,
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)  # of tiles that are taken
+    programs = min(B * H * -(-T // config.block_m), multiprocessors(q.device))
+    _run(hopper.forward_kernel, programs, config, "sm_90", *tiles, lse, spans, counter, B, H, H // G, T, S, _wave(S, k, spans) * (H // G), window or T + S, *_units(scale, softcap), CAUSAL=causal, SOFTCAP=softcap > 0,
          **hopper.constants(config))
 
 
@@ -194,7 +196,7 @@ def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes
         key = key_of(head_dim, triangle, 16)
         config = look_up(f"flash_attention_{name}", table, arch, key)
         types = {**dict.fromkeys(("lse", "delta"), "*fp32"), **dict.fromkeys(("scale", "cap", "dscale"), "fp32"),
-                 "spans": "*i32" if packed else None, "CAUSAL": triangle, "SOFTCAP": softcap, **module.constants(config)}
+                 "spans": "*i32" if packed else None, "counter": "*i32", "CAUSAL": triangle, "SOFTCAP": softcap, **module.constants(config)}
         for tile, rows in tile_rows(config).items():
             numbers = tile in ("lse_desc", "delta_desc")
             types[tile] = hopper_backward.numbers_type(rows) if numbers else hopper.descriptor_type(dtype, rows, key[0])

@@ -51,12 +51,11 @@ def _blocks(first, last_first, first_end, end, SIZE: tl.constexpr):
 
 
 @jit
-def _place(n_tiles, n_heads, wave):
-    """(tile, head) of this program: a wave of heads shares the L2 cache, and within it tile 0 of every head comes first."""
-    pid = tl.program_id(0)
-    first_head = pid // (wave * n_tiles) * wave
+def _place(number, n_tiles, n_heads, wave):
+    """The number-th (tile, head): a wave of heads shares the L2 cache, and within it tile 0 of every head comes first."""
+    first_head = number // (wave * n_tiles) * wave
     heads = tl.minimum(wave, n_heads - first_head)
-    rest = pid % (wave * n_tiles)
+    rest = number % (wave * n_tiles)
     return rest // heads, first_head + rest % heads
 
 
@@ -123,7 +122,7 @@ def forward_kernel(q, k, v, out, lse, spans,
                    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
     """A tile of M queries of one head: out (B, H, T, D) and lse (B, H, T) fp32, in natural logarithms."""
     n_tiles = tl.cdiv(T, M)
-    tile, head = _place(n_tiles, B * H, wave)
+    tile, head = _place(tl.program_id(0), n_tiles, B * H, wave)
     if CAUSAL:
         tile = n_tiles - 1 - tile  # the longest first
     b = (head // H).to(tl.int64)
@@ -231,7 +230,7 @@ def backward_keys_kernel(q, k, v, dout, lse, delta, dq, dk, dv, spans,
                          GROUP: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr,
                          M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
     """dk and dv of a tile of N keys, over all queries of all heads that share it; FUSED: and its part of dq (fp32, zeroed)."""
-    tile, head = _place(tl.cdiv(S, N), B * (H // GROUP), wave)
+    tile, head = _place(tl.program_id(0), tl.cdiv(S, N), B * (H // GROUP), wave)
     b = (head // (H // GROUP)).to(tl.int64)
     g = (head % (H // GROUP)).to(tl.int64)
     if spans is not None:
@@ -313,7 +312,7 @@ def backward_queries_kernel(q, k, v, dout, lse, delta, dq, spans,
                             M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr):
     """dq of a tile of M queries of one head, in a fixed order of additions."""
     n_tiles = tl.cdiv(T, M)
-    tile, head = _place(n_tiles, B * H, wave)
+    tile, head = _place(tl.program_id(0), n_tiles, B * H, wave)
     if CAUSAL:
         tile = n_tiles - 1 - tile
     b = (head // H).to(tl.int64)

@@ -38,7 +38,7 @@ class Emulated:
             try:
                 for program in range(grid[0]):
                     machine = _Machine(random.Random(f"{self._seed} {program}"))
-                    _rebuilt(self._kernel.fn, _language(machine, program), {})(**given)
+                    _rebuilt(self._kernel.fn, _language(machine, program, grid[0]), {})(**given)
                     machine.end()
             finally:
                 torch.set_num_threads(threads)
@@ -85,9 +85,13 @@ class _Machine:
         for thread in threads:
             thread.start()
         live, lazy = list(tasks), self.order.random() < 0.5  # lazy: what was begun is done when nobody can go on
+        slow_stores = self.order.random() < 0.5
         while live and self.error is None:
             tasks_able = [task for task in live if task.ready()]
-            able = tasks_able if lazy and tasks_able else tasks_able + [event for event in self.events if event.ready()]
+            events_able = [event for event in self.events if event.ready()]
+            if slow_stores:
+                events_able = [event for event in events_able if not event.is_store] or events_able
+            able = tasks_able if lazy and tasks_able else tasks_able + events_able
             if not able:
                 self.error = AssertionError("all partitions wait for each other")
                 break
@@ -131,8 +135,8 @@ class _Machine:
         if self._stopped:
             raise _Stopped
 
-    def begin(self, run: Callable[[], None], ready: Callable[[], bool] = lambda: True) -> None:
-        self.events.append(SimpleNamespace(run=run, ready=ready))
+    def begin(self, run: Callable[[], None], ready: Callable[[], bool] = lambda: True, is_store: bool = False) -> None:
+        self.events.append(SimpleNamespace(run=run, ready=ready, is_store=is_store))
         self.pause()
 
     def end(self) -> None:
@@ -199,7 +203,7 @@ class _Product:
         self.registers, self.value = registers, None
 
 
-def _language(machine: _Machine, program: int) -> dict[str, Any]:
+def _language(machine: _Machine, program: int, programs: int) -> dict[str, Any]:
     """By the names that kernels give them."""
     shared: list[Any] = []
 
@@ -256,7 +260,7 @@ def _language(machine: _Machine, program: int) -> dict[str, Any]:
         def copy() -> None:
             desc.tensor[there] = source.values[here]
             cell.readers, task.stores = cell.readers - 1, task.stores - 1
-        machine.begin(copy)
+        machine.begin(copy, is_store=True)
 
     def store_wait(pendings: int) -> None:
         task = machine.me
@@ -309,6 +313,14 @@ def _language(machine: _Machine, program: int) -> dict[str, Any]:
     def store(pointer: _Pointer, value: Tensor, mask: Tensor) -> None:
         pointer.values[pointer.offset[mask]] = value[mask]
 
+    def atomic_add(pointer: _Pointer, value: int) -> int:
+        before = int(pointer.values[pointer.offset])
+        pointer.values[pointer.offset] += value
+        return before
+
+    def total(x: Tensor, dim: int) -> Any:
+        return x.sum(dim) if x.is_floating_point() else int(x.sum(dim))
+
     def extreme(of_ints: Callable[..., int], of_tensors: Callable[..., Tensor]) -> Callable[..., Any]:
         def choose(a: Any, b: Any) -> Any:
             if isinstance(a, Tensor) or isinstance(b, Tensor):
@@ -317,16 +329,18 @@ def _language(machine: _Machine, program: int) -> dict[str, Any]:
         return choose
 
     gl = SimpleNamespace(
-        int64=torch.int64, float32=torch.float32, static_range=range, range=lambda a, b, disable_licm: range(a, b),
-        program_id=lambda axis: program, load=load, store=store, cast=lambda x, dtype: x, cdiv=lambda a, b: -(-a // b),
+        int32=torch.int32, int64=torch.int64, float32=torch.float32, static_range=range, range=lambda a, b, disable_licm: range(a, b),
+        program_id=lambda axis: program, num_programs=lambda axis: programs, atomic_add=atomic_add, load=load, store=store,
+        cast=lambda x, dtype: x, cdiv=lambda a, b: -(-a // b),
         minimum=extreme(min, torch.minimum), maximum=extreme(max, torch.maximum),
         abs=torch.abs, exp2=torch.exp2, log2=torch.log2, expand_dims=torch.unsqueeze,
         where=lambda c, a, b: torch.where(c, a, b) if isinstance(c, Tensor) else a if c else b,
-        max=lambda x, dim: x.amax(dim), sum=lambda x, dim: x.sum(dim), arange=lambda a, b, layout: torch.arange(a, b),
+        max=lambda x, dim: x.amax(dim), sum=total, arange=lambda a, b, layout: torch.arange(a, b),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         convert_layout=lambda x, layout, assert_trivial: x, allocate_shared_memory=allocate, warp_specialize=specialize,
-        **dict.fromkeys(("SliceLayout", "NVMMADistributedLayout", "DotOperandLayout"), lambda *_: None))
+        **dict.fromkeys(("SliceLayout", "NVMMADistributedLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedLayout"),
+                        lambda *_: None))
     return {"gl": gl, "tl": gl, "fence_async_shared": fence,
             "warpgroup_mma": product, "warpgroup_mma_init": product_init, "warpgroup_mma_wait": product_wait,
             "mbarrier": SimpleNamespace(init=init, arrive=arrive, wait=wait, MBarrierLayout=lambda: None,
