@@ -31,6 +31,7 @@ from officina.kernels.symmetric import symmetric_product, symmetric_product_refe
 from officina.kernels.tables import arch_of
 
 OURS, PLAIN, COMPILED, LIGER = "officina", "eager torch", "torch.compile", "Liger"
+COPY = "copy of as many bytes"
 PORTABLE, DETERMINISTIC, IN_PLACE = "officina, portable", "officina, portable, deterministic", "officina, in place"
 FLEX, FLASH, CUDNN, VARLEN = "FlexAttention", "SDPA flash", "SDPA cuDNN", "torch varlen_attn"
 SLOW_STARTERS = {COMPILED, FLEX}

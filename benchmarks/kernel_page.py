@@ -8,6 +8,7 @@ from typing import Any
 
 from officina.benchmarks.kernel_cases import (
     COMPILED,
+    COPY,
     CUDNN,
     DETERMINISTIC,
     FLASH,
@@ -28,7 +29,7 @@ td,th{padding:.2rem .7rem;border-bottom:1px solid #ddd;text-align:right}td:first
 .tiny{background:#fff3cd;padding:.7rem 1rem}
 """
 _COLOURS = {OURS: "#c2410c", IN_PLACE: "#f59e0b", DETERMINISTIC: "#f59e0b", PORTABLE: "#be185d", PLAIN: "#9ca3af",
-            COMPILED: "#2563eb",
+            COMPILED: "#2563eb", COPY: "#6b7280",
             LIGER: "#7c3aed", FLEX: "#2563eb", FLASH: "#0f766e", CUDNN: "#15803d",
             VARLEN: "#0f766e"}
 

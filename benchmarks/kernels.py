@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from officina.benchmarks.kernel_cases import OURS, PLAIN, SLOW_STARTERS, Case, Floor, cases
+from officina.benchmarks.kernel_cases import COPY, OURS, PLAIN, SLOW_STARTERS, Case, Floor, cases
 from officina.benchmarks.kernel_goals import goal_phases, judged
 from officina.benchmarks.kernel_page import write_page
 from officina.benchmarks.kernel_timing import (
@@ -41,6 +41,9 @@ from officina.trainer.errors import EXIT_DONE, EXIT_USER
 
 PRODUCTS = [(8192, 8192, 8192), (16_384, 8192, 4096), (16_384, 14_336, 4096)]
 """Matrix products of which the fastest is the ceiling."""
+
+COPY_BYTES = 2**33
+"""A copy beside a kernel that moves fewer bytes; of more it would tell what the ceiling tells."""
 
 
 def run(device: torch.device, chosen: list[Case], *, kernels: bool, without: set[str], seconds: float,
@@ -92,6 +95,9 @@ def _phase(case: Case, phase: str, floor: Floor, ceilings: dict[str, float], dev
         entrants = {name: work for name, work in case.build(device, phase, kernels).items() if name not in without}
     except Exception as error:  # the inputs alone do not fit
         return found | {"failed": failure(error)}
+    if not floor.flops and floor.bytes < COPY_BYTES:  # how fast this card moves as many bytes with nothing to compute
+        source, target = (torch.empty(int(floor.bytes) // 4, device=device, dtype=torch.bfloat16).normal_() for _ in range(2))
+        entrants[COPY] = Work(lambda: target.copy_(source))
     for name, timing in measure(entrants, device, round_s=round_s).items():
         found["entrants"][name] = {"failed": timing} if isinstance(timing, str) else _figures(timing, floor, floor_s)
     if phase in ("forward", "backward"):
@@ -106,7 +112,8 @@ def _figures(timing: Timing, floor: Floor, floor_s: float) -> dict[str, Any]:
 
 def _difference(entrants: dict[str, Work], found: dict[str, Any]) -> dict[str, Any] | None:
     """|ours - theirs| / |theirs| of outputs or gradients, theirs being eager torch's if it ran: speed proves nothing right."""
-    others = [name for name in (PLAIN, *entrants) if not name.startswith(OURS) and "median_s" in found.get(name, {})]
+    others = [name for name in (PLAIN, *entrants)
+              if name != COPY and not name.startswith(OURS) and "median_s" in found.get(name, {})]
     if not others or "median_s" not in found.get(OURS, {}):
         return None
     with torch.no_grad():

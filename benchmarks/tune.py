@@ -180,7 +180,8 @@ def _cross_entropy_work(N: int, V: int, dtype: torch.dtype, name: str, device: t
 def _norm(arch: str) -> Iterator[Sweep]:
     tried = {"FORWARD": [(m, warps, 1, {}) for m, warps in itertools.product((1, 2, 4), (4, 8, 16))],
              "BACKWARD": [(1, warps, 1, {}) for warps in (4, 8, 16)] if is_amd(arch) else [
-                 (1, warps, stages, {"programs": n}) for warps, stages, n in itertools.product((4, 8), (1, 2, 3), (2, 4))]}
+                 (1, warps, stages, {"programs": n}) for warps, stages, n in (
+                     *itertools.product((4, 8), (1, 2, 3), (2, 4)), *itertools.product((8, 16), (3, 4), (1,)))]}
     for width in (2048, 4096, 8192):
         for name, phase in (("FORWARD", "forward"), ("BACKWARD", "backward")):
             yield Sweep("rms_norm", name, getattr(rms_norm, name), width,
@@ -202,6 +203,9 @@ def _symmetric(arch: str) -> Iterator[Sweep]:
     tried = [Config(*values) for values in (
         itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (1,)) if is_amd(arch) else
         (*itertools.product((128,), (32, 64), (4, 8), (3, 4)), (128, 128, 8, 2), (256, 64, 8, 3)))]
+    if arch == "sm_90":
+        tried += [Config(*values, {"tma": 1}) for values in (
+            *itertools.product((128,), (64,), (4, 8), (3, 4)), (128, 128, 4, 2), (128, 128, 8, 3), (128, 32, 4, 4), (128, 32, 4, 5))]
     yield Sweep("symmetric", "TABLE", symmetric.TABLE, torch.bfloat16, tried,
                 lambda device: build_symmetric(4096, 4096, device, "forward", True)[OURS])
 

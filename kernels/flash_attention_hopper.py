@@ -271,6 +271,14 @@ def _step(c, edges, state, q, tiles, barriers, seen, scale, cap, MASKED: gl.cons
 
 
 @_jit
+def _seen_by(told, own, spans, H, T, S, window, CAUSAL: gl.constexpr):
+    """Range of keys that each of a consumer's queries sees, `own` being its places in the tile that was told of."""
+    if spans is not None:
+        spans += gl.cast(told[1] // H, gl.int64) * 2 * S
+    return _keys_seen(S - T + gl.maximum(told[0], 0) + own, spans, window, S, CAUSAL)
+
+
+@_jit
 def _attend(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr, PING_PONG: gl.constexpr,
             STAGES: gl.constexpr):
     """A consumer: its ROWS queries of each tile against n blocks of keys, out and lse."""
@@ -288,16 +296,13 @@ def _attend(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
 
     q = _flat(queries.index(WHO))
+    own = WHO * ROWS + gl.arange(0, ROWS, row_layout)
     done = 0
     c = 0  # blocks visited
-    row, head, before, begin, behind, masked, n = _read_plan(plan, plan_full, done)
-    while row >= 0:
-        begin_row = row + WHO * ROWS
-        rows = begin_row + gl.arange(0, ROWS, row_layout)
-        near = spans
-        if spans is not None:
-            near += gl.cast(head // H, gl.int64) * 2 * S
-        seen = _keys_seen(S - T + rows, near, window, S, CAUSAL)
+    told = _read_plan(plan, plan_full, done)
+    seen = _seen_by(told, own, spans, H, T, S, window, CAUSAL)
+    while told[0] >= 0:
+        row, head, before, begin, behind, masked, n = told
         out = gl.zeros([ROWS, D], gl.float32, out_layout)
         norm = gl.zeros([ROWS], gl.float32, row_layout)
         top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
@@ -326,6 +331,8 @@ def _attend(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr
         last = (c - 1) % STAGES
         mbarrier.wait(v_full.index(last), (c - 1) // STAGES & 1)
         out = warpgroup_mma(p, _flat(v.index(last)), out, is_async=True)
+        told = _read_plan(plan, plan_full, done)  # meanwhile
+        seen = _seen_by(told, own, spans, H, T, S, window, CAUSAL)
         out, p = warpgroup_mma_wait(0, deps=(out, p))
         mbarrier.arrive(v_empty.index(last))
 
@@ -334,9 +341,9 @@ def _attend(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr
         tma.store_wait(0)  # of the tile before
         _flat(outs.index(WHO)).store(out.to(outs.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [head // H, head % H, begin_row, 0], outs.index(WHO))
+        tma.async_copy_shared_to_global(out_desc, [head // H, head % H, row + WHO * ROWS, 0], outs.index(WHO))
+        rows = row + own
         gl.store(lse + gl.cast(head, gl.int64) * T + rows, (top + gl.log2(norm)) * 0.6931471805599453, mask=rows < T)
-        row, head, before, begin, behind, masked, n = _read_plan(plan, plan_full, done)
     tma.store_wait(0)
 
 

@@ -32,7 +32,7 @@ from officina.kernels.tables import Config, Table, arch_of, is_amd, look_up
 LOG2_E = 1.4426950408889634
 CACHE_BYTES = 24 * 2**20
 """Keys and values of the heads worked on at a time: they should stay in the L2 cache (A100 40 MB, H100 50 MB)."""
-PACKED_ROWS = 4096
+PACKED_ROWS = 2048
 """Keys of a head that programs read at a time where documents are packed into rows; a guess, as a launch knows no lengths."""
 MAX_ROW_STRIDE = 2**22
 """Elements from row to row up to which offsets within a tile fit into 32 bits."""

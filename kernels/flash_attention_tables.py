@@ -47,8 +47,8 @@ FORWARD: Table = _table(
 """A program's block_m queries against block_n keys at a time."""
 
 FORWARD_HOPPER: Table = {"sm_90": dict(_both({
-    64: Config(128, 128, 4, 3, {"ping_pong": 1}), 128: Config(128, 128, 4, 2, {"ping_pong": 1}),
-    256: Config(128, 64, 4, 2, {"ping_pong": 1})}))}
+    64: Config(192, 128, 4, 2, {"ping_pong": 1}), 128: Config(128, 128, 4, 2, {"ping_pong": 1}),
+    256: Config(128, 32, 4, 2, {"ping_pong": 1})}))}
 """The same by flash_attention_hopper.py: block_m queries in groups of 64 with four warps each, num_stages buffers of block_n
 keys and as many of values."""
 

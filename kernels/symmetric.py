@@ -92,12 +92,34 @@ def symmetric_product_kernel(x, addend, out, x_stride_n, x_stride_m, addend_stri
     tl.store(out + row[:, None] * N + column[None, :], value, mask=mask)
 
 
+@jit
+def symmetric_product_by_tma_kernel(x, addend, out, N, M, alpha, beta, TILE: tl.constexpr, DEPTH: tl.constexpr):
+    """The same for 16-bit numbers by Hopper's copies of tiles: x, addend and out are descriptors, zero outside the matrix."""
+    i, j = _place_in_triangle(tl.program_id(0))
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, M, DEPTH):
+        a = x.load([i * TILE, start])
+        b = x.load([j * TILE, start])
+        total = tl.dot(a, b.T, total)
+    total *= alpha
+    if addend is not None:
+        total += beta * addend.load([i * TILE, j * TILE]).to(tl.float32)
+    value = total.to(out.dtype)
+    mirrored = tl.trans(value)
+    if i == j:
+        row = tl.arange(0, TILE)
+        value = tl.where(row[:, None] >= row[None, :], value, mirrored)
+    else:
+        out.store([j * TILE, i * TILE], mirrored)
+    out.store([i * TILE, j * TILE], value)
+
+
 def _configs(half: Config, fp32: Config) -> dict[torch.dtype, Config]:
     return {torch.bfloat16: half, torch.float16: half, torch.float32: fp32, torch.float64: fp32}
 
 
 _SMALL = Config(64, 32, 4, 1)
-TABLE = {"sm_80": _configs(Config(128, 32, 8, 3), _SMALL), "sm_90": _configs(Config(128, 64, 8, 4), _SMALL),
+TABLE = {"sm_80": _configs(Config(128, 32, 8, 3), _SMALL), "sm_90": _configs(Config(128, 64, 4, 3, {"tma": 1}), _SMALL),
          "gfx90a": _configs(Config(128, 32, 8, 1), _SMALL), "gfx942": _configs(Config(128, 32, 8, 1), _SMALL),
          SAFE: _configs(_SMALL, _SMALL), INTERPRETER: _configs(*2 * (Config(32, 16, 4, 1),))}
 
@@ -113,10 +135,26 @@ def compilations(arch: str) -> Iterator[tuple[str, Any, dict[str, Any], Config]]
                                 ("fp32", torch.float32, None)):
         config = config_for(dtype, arch)
         pointer = "*bf16" if dtype == torch.bfloat16 else "*fp32"
-        yield f"X X^T, {name}", symmetric_product_kernel, {
-            "x": pointer, "addend": addend, "out": pointer, "x_stride_n": "i32:16", "x_stride_m": 1, "addend_stride": "i32:16",
-            "N": "i32:16", "M": "i32:16", "alpha": "fp32", "beta": "fp32", "WIDE": tl.float32, "TILE": config.block_m,
-            "DEPTH": config.block_n}, config
+        arguments = {"x": pointer, "addend": addend, "out": pointer, "x_stride_n": "i32:16", "x_stride_m": 1,
+                     "addend_stride": "i32:16", "N": "i32:16", "M": "i32:16", "alpha": "fp32", "beta": "fp32",
+                     "WIDE": tl.float32, "TILE": config.block_m, "DEPTH": config.block_n}
+        yield f"X X^T, {name}", symmetric_product_kernel, arguments, _plain(config)
+        if "tma" in config.extra:
+            kernel = symmetric_product_by_tma_kernel
+            square = f"tensordesc<bf16[{config.block_m}, {config.block_m}]>"
+            arguments |= {"x": f"tensordesc<bf16[{config.block_m}, {config.block_n}]>", "addend": addend and square,
+                          "out": square}
+            yield f"X X^T, {name}, by TMA", kernel, {name: arguments[name] for name in kernel.arg_names}, config
+
+
+def _plain(config: Config) -> Config:
+    """What takes the place of a configuration by TMA where the matrix is none that TMA can walk."""
+    return Config(128, 64, 8, 4) if "tma" in config.extra else config
+
+
+def _walkable(x: Tensor | None) -> bool:
+    """Whether TMA can copy tiles: rows in one piece, each beginning at a multiple of 16 bytes."""
+    return x is None or x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) > 0 and x.data_ptr() % 16 == 0
 
 
 def _symmetric_product(x, addend, alpha, beta):
@@ -124,13 +162,21 @@ def _symmetric_product(x, addend, alpha, beta):
     out = x.new_empty(N, N)
     if addend is not None and addend.stride(1) != 1:
         addend = addend.contiguous()
-    if N:
-        arch = arch_of(x.device)
-        config = config_for(x.dtype, arch)
-        side = triton.cdiv(N, config.block_m)
-        symmetric_product_kernel[(side * (side + 1) // 2,)](
-            x, addend, out, *x.stride(), 0 if addend is None else addend.stride(0), N, M, alpha, beta, wide_type(x.dtype),
-            config.block_m, config.block_n, **config.options(arch))
+    if not N:
+        return out
+    arch = arch_of(x.device)
+    config = config_for(x.dtype, arch)
+    by_tma = "tma" in config.extra and M > 0 and all(map(_walkable, (x, addend, out)))
+    config = config if by_tma else _plain(config)
+    side, tile = triton.cdiv(N, config.block_m), [config.block_m, config.block_n]
+    grid = (side * (side + 1) // 2,)
+    if by_tma:
+        make, square = triton.tools.tensor_descriptor.TensorDescriptor.from_tensor, [config.block_m] * 2
+        symmetric_product_by_tma_kernel[grid](make(x, tile), None if addend is None else make(addend, square), make(out, square),
+                                              N, M, alpha, beta, *tile, **config.options(arch))
+    else:
+        symmetric_product_kernel[grid](x, addend, out, *x.stride(), 0 if addend is None else addend.stride(0), N, M, alpha, beta,
+                                       wide_type(x.dtype), *tile, **config.options(arch))
     return out
 
 

@@ -71,9 +71,9 @@ def test_the_record_names_device_and_memory(cuda, ranks, data, tmp_path):
     begin(tmp_path / "run", plain_run(data, device="cuda", precision="bf16"))
     live(ranks, tmp_path / "run")
     metrics = read_metrics(tmp_path / "run")
-    assert metrics.starts[-1].device == torch.cuda.get_device_name(cuda)
+    assert metrics.generations[-1].start.device == torch.cuda.get_device_name(cuda)
     assert 0 < metrics.steps[-1].peak_memory_bytes < torch.cuda.get_device_properties(cuda).total_memory
-    if metrics.starts[-1].peak_flops:
+    if metrics.generations[-1].start.peak_flops:
         assert 0 < metrics.steps[-1].mfu_causal <= metrics.steps[-1].mfu_full < 1
 
 

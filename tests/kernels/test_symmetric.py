@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
 from officina.kernels import symmetric
-from officina.kernels.dispatch import jit, tl
+from officina.kernels.dispatch import jit, tl, triton
 from officina.kernels.symmetric import symmetric_product, symmetric_product_reference
+from officina.kernels.tables import INTERPRETER, Config
 from tests.kernels.interpreter import interpreted
 from tests.kernels.rules import assert_twice_as_good
 
@@ -39,6 +42,24 @@ def test_the_result_is_exactly_symmetric_and_the_same_every_time():
     assert torch.equal(got, symmetric_product(x, addend_NN=addend, beta=0.3, impl="triton"))
     above = addend + torch.ones_like(addend).triu(1)
     assert torch.equal(got, symmetric_product(x, addend_NN=above, beta=0.3, impl="triton"))
+
+
+@interpreted
+def test_the_kernel_by_tma_gives_the_same(monkeypatch):
+    """On Hopper, where rows begin at multiples of 16 bytes; what does not goes to the other kernel."""
+    monkeypatch.setitem(symmetric.TABLE, INTERPRETER, {torch.float16: Config(32, 16, 4, 1, {"tma": 1})})
+    described = triton.tools.tensor_descriptor.TensorDescriptor
+    with mock.patch.object(described, "from_tensor", wraps=described.from_tensor) as describe:
+        for N, M, by_tma in ((72, 40, True), (32, 16, True), (8, 8, True), (136, 8, True), (70, 40, False), (72, 33, False)):
+            x, addend = inputs(N, M, dtype=torch.float16)
+            describe.reset_mock()
+            got = symmetric_product(x, alpha=2.0, beta=-3.0, addend_NN=addend, impl="triton")
+            assert describe.call_count == 3 * by_tma, (N, M)
+            assert torch.equal(got, got.T)
+            assert_twice_as_good(lambda x: symmetric_product(x, alpha=0.5, impl="triton"),
+                                 lambda x: symmetric_product_reference(x, alpha=0.5), [x])
+            assert_twice_as_good(lambda x, c: symmetric_product(x, beta=-3.0, addend_NN=c, impl="triton"),
+                                 lambda x, c: symmetric_product_reference(x, beta=-3.0, addend_NN=c), [x, addend])
 
 
 @jit
