@@ -124,23 +124,19 @@ def _store_pairs(base, mask, first, second, P: tl.constexpr, PAIRS: tl.constexpr
 
 
 @jit
-def _places(tile, stride_b, stride_h, stride_t, table_stride, T, HEADS, TOKENS, ROWS: tl.constexpr, ONE_TOKEN: tl.constexpr):
-    """Of a tile's rows, which go head by head through the tokens: number, whether it exists, offset, line of the tables.
-
-    ONE_TOKEN: all of a tile's rows are heads of the same token, so all have the same line, which is loaded once.
-    """
+def _places(tile, stride_b, stride_h, stride_t, table_stride, T, HEADS, TOKENS, ROWS: tl.constexpr):
+    """Of a tile's rows, which go head by head through the tokens: number, whether it exists, offset, line of the tables."""
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
-    token = tile * ROWS // HEADS if ONE_TOKEN else row // HEADS
-    b, h, t = (token // T).to(tl.int64), (row - token * HEADS).to(tl.int64), (token % T).to(tl.int64)
+    token = row // HEADS
+    b, h, t = (token // T).to(tl.int64), (row % HEADS).to(tl.int64), (token % T).to(tl.int64)
     return row.to(tl.int64), token < TOKENS, b * stride_b + h * stride_h + t * stride_t, b * table_stride + t
 
 
 @jit
 def _turn(tile, x, out, weight, rstd, cos, sin, stride_b, stride_h, stride_t, table_stride, T, HEADS, TOKENS, eps,
           K: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, ZERO_CENTRED: tl.constexpr,
-          CAST_FIRST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
-          ONE_TOKEN: tl.constexpr):
-    row, mask, place, line = _places(tile, stride_b, stride_h, stride_t, table_stride, T, HEADS, TOKENS, ROWS, ONE_TOKEN)
+          CAST_FIRST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr):
+    row, mask, place, line = _places(tile, stride_b, stride_h, stride_t, table_stride, T, HEADS, TOKENS, ROWS)
     first, second = _load_pairs(x + place, mask, P, PAIRS, INTERLEAVED, WIDE)
     pair = tl.arange(0, PAIRS)[None, :]
     c = tl.load(cos + line * P + pair, mask=mask & (pair < P), other=0).to(WIDE)
@@ -181,22 +177,22 @@ def _weigh(normed, w, dtype: tl.constexpr, ZERO_CENTRED: tl.constexpr, CAST_FIRS
 def rope_kernel(q, k, q_out, k_out, q_weight, k_weight, q_rstd, k_rstd, cos, sin, q_b, q_h, q_t, k_b, k_h, k_t, table_stride, T,
                 H, G, TOKENS, q_tiles, eps, K: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
                 ZERO_CENTRED: tl.constexpr, CAST_FIRST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-                PAIRS: tl.constexpr, REST: tl.constexpr, Q_ONE_TOKEN: tl.constexpr, K_ONE_TOKEN: tl.constexpr):
+                PAIRS: tl.constexpr, REST: tl.constexpr):
     """The first `q_tiles` programs turn queries, the others keys."""
     tile = tl.program_id(0)
     if tile < q_tiles:
         _turn(tile, q, q_out, q_weight, q_rstd, cos, sin, q_b, q_h, q_t, table_stride, T, H, TOKENS, eps, K, P, INTERLEAVED,
-              INVERSE, ZERO_CENTRED, CAST_FIRST, WIDE, ROWS, PAIRS, REST, Q_ONE_TOKEN)
+              INVERSE, ZERO_CENTRED, CAST_FIRST, WIDE, ROWS, PAIRS, REST)
     else:
         _turn(tile - q_tiles, k, k_out, k_weight, k_rstd, cos, sin, k_b, k_h, k_t, table_stride, T, G, TOKENS, eps, K, P,
-              INTERLEAVED, INVERSE, ZERO_CENTRED, CAST_FIRST, WIDE, ROWS, PAIRS, REST, K_ONE_TOKEN)
+              INTERLEAVED, INVERSE, ZERO_CENTRED, CAST_FIRST, WIDE, ROWS, PAIRS, REST)
 
 
 @jit
 def _turn_back(program, dy, x, dx, weight, dweight, rstd, cos, sin, dy_b, dy_h, dy_t, x_b, x_h, x_t, table_stride, T, HEADS,
                TOKENS, K: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, ZERO_CENTRED: tl.constexpr,
                CAST_FIRST: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
-               REST: tl.constexpr, ONE_TOKEN: tl.constexpr):
+               REST: tl.constexpr):
     dtype = x.dtype.element_ty
     pair, beside = tl.arange(0, PAIRS)[None, :], tl.arange(0, REST)[None, :]
     w_first, w_second = _load_pairs(weight + tl.zeros((1, 1), tl.int32), True, P, PAIRS, INTERLEAVED, WIDE)
@@ -206,8 +202,8 @@ def _turn_back(program, dy, x, dx, weight, dweight, rstd, cos, sin, dy_b, dy_h, 
     total_first, total_second = tl.zeros((ROWS, PAIRS), WIDE), tl.zeros((ROWS, PAIRS), WIDE)
     total_rest = tl.zeros((ROWS, REST), WIDE)
     for tile in range(program * TILES, (program + 1) * TILES):
-        row, mask, place, line = _places(tile, x_b, x_h, x_t, table_stride, T, HEADS, TOKENS, ROWS, ONE_TOKEN)
-        _, _, upper, _ = _places(tile, dy_b, dy_h, dy_t, table_stride, T, HEADS, TOKENS, ROWS, ONE_TOKEN)
+        row, mask, place, line = _places(tile, x_b, x_h, x_t, table_stride, T, HEADS, TOKENS, ROWS)
+        _, _, upper, _ = _places(tile, dy_b, dy_h, dy_t, table_stride, T, HEADS, TOKENS, ROWS)
         scale = tl.load(rstd + row, mask=mask, other=0)
         c = tl.load(cos + line * P + pair, mask=mask & (pair < P), other=0).to(WIDE)
         s = tl.load(sin + line * P + pair, mask=mask & (pair < P), other=0).to(WIDE)
@@ -241,17 +237,15 @@ def rope_norm_backward_kernel(dq_out, dk_out, q, k, dq, dk, q_weight, k_weight, 
                               dq_b, dq_h, dq_t, dk_b, dk_h, dk_t, q_b, q_h, q_t, k_b, k_h, k_t, table_stride, T, H, G, TOKENS,
                               q_programs, K: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr,
                               ZERO_CENTRED: tl.constexpr, CAST_FIRST: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr,
-                              ROWS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr, Q_ONE_TOKEN: tl.constexpr,
-                              K_ONE_TOKEN: tl.constexpr):
+                              ROWS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr):
     """Each program takes TILES tiles beside each other and leaves its part of the weight's gradient in its row."""
     program = tl.program_id(0)
     if program < q_programs:
         _turn_back(program, dq_out, q, dq, q_weight, dq_weight, q_rstd, cos, sin, dq_b, dq_h, dq_t, q_b, q_h, q_t, table_stride,
-                   T, H, TOKENS, K, P, INTERLEAVED, ZERO_CENTRED, CAST_FIRST, WIDE, TILES, ROWS, PAIRS, REST, Q_ONE_TOKEN)
+                   T, H, TOKENS, K, P, INTERLEAVED, ZERO_CENTRED, CAST_FIRST, WIDE, TILES, ROWS, PAIRS, REST)
     else:
         _turn_back(program - q_programs, dk_out, k, dk, k_weight, dk_weight, k_rstd, cos, sin, dk_b, dk_h, dk_t, k_b, k_h, k_t,
-                   table_stride, T, G, TOKENS, K, P, INTERLEAVED, ZERO_CENTRED, CAST_FIRST, WIDE, TILES, ROWS, PAIRS, REST,
-                   K_ONE_TOKEN)
+                   table_stride, T, G, TOKENS, K, P, INTERLEAVED, ZERO_CENTRED, CAST_FIRST, WIDE, TILES, ROWS, PAIRS, REST)
 
 
 def _configs(warps: int) -> dict[tuple[str, int], Config]:
@@ -268,12 +262,10 @@ def config_for(kernel: str, pairs: int, arch: str) -> Config:
     return look_up("rope", TABLE, arch, (kernel, triton.next_power_of_2(pairs)))
 
 
-def _constants(kernel: str, heads: tuple[int, int], K: int, P: int, interleaved: bool,
-               arch: str) -> tuple[Config, dict[str, Any]]:
+def _constants(kernel: str, K: int, P: int, interleaved: bool, arch: str) -> tuple[Config, dict[str, Any]]:
     config = config_for(kernel, P, arch)
     return config, {"K": K, "P": P, "INTERLEAVED": interleaved, "ROWS": config.block_m, "PAIRS": config.block_n,
-                    "REST": triton.next_power_of_2(max(1, K - 2 * P)), "Q_ONE_TOKEN": heads[0] % config.block_m == 0,
-                    "K_ONE_TOKEN": heads[1] % config.block_m == 0}
+                    "REST": triton.next_power_of_2(max(1, K - 2 * P))}
 
 
 def compilations(arch: str) -> Iterator[tuple[str, Any, dict[str, Any], Config]]:
@@ -286,7 +278,7 @@ def compilations(arch: str) -> Iterator[tuple[str, Any, dict[str, Any], Config]]
                                           ("64 of 128 features", 128, 32, False, False),
                                           ("QK-norm, 128 wide", 128, 64, False, True),
                                           ("QK-norm, interleaved, 128 wide", 128, 64, True, True)):
-        config, constants = _constants("forward", (32, 8), K, P, interleaved, arch)
+        config, constants = _constants("forward", K, P, interleaved, arch)
         both = types(("",), "*bf16") | types(("_weight",), "*bf16" if norm else None) | types(("_rstd",), "*fp32") | types(
             ("_b", "_h", "_t"), "i32:16") | {"cos": "*fp32", "sin": "*fp32", "table_stride": "i32", "T": "i32", "H": "i32",
                                              "G": "i32", "TOKENS": "i32", "ZERO_CENTRED": False, "CAST_FIRST": True,
@@ -294,7 +286,7 @@ def compilations(arch: str) -> Iterator[tuple[str, Any, dict[str, Any], Config]]
         yield f"RoPE, {name}", rope_kernel, both | constants | types(("_out",), "*bf16") | {
             "q_tiles": "i32", "eps": "fp32", "INVERSE": False}, config
         if norm:
-            config, constants = _constants("norm backward", (32, 8), K, P, interleaved, arch)
+            config, constants = _constants("norm backward", K, P, interleaved, arch)
             upper = {f"d{key}": value for key, value in {
                 **types(("_out", ""), "*bf16"), **types(("_weight",), "*fp32"), **types(("_b", "_h", "_t"), "i32:16")}.items()}
             yield f"RoPE, {name}, backward", rope_norm_backward_kernel, both | constants | upper | {
@@ -319,7 +311,7 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, weights: tuple[Tenso
     outs = _like(q), _like(k)
     if B * T:
         arch = arch_of(q.device)
-        config, constants = _constants("forward", (H, G), K, P, interleaved, arch)
+        config, constants = _constants("forward", K, P, interleaved, arch)
         tiles = [triton.cdiv(B * T * heads, config.block_m) for heads in (H, G)]
         weights = [None if w is None else w.to(q.dtype) for w in weights]
         rope_kernel[(sum(tiles),)](
@@ -368,7 +360,7 @@ def _norm_backward(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, q_rstd, k
     B, H, T, K = q.shape
     G, P = k.shape[1], cos.shape[3]
     arch = arch_of(q.device)
-    config, constants = _constants("norm backward", (H, G), K, P, interleaved, arch)
+    config, constants = _constants("norm backward", K, P, interleaved, arch)
     programs = [triton.cdiv(B * T * heads, config.block_m * _TILES_WITH_NORM) for heads in (H, G)]
     outs = _like(q), _like(k)
     dweights = [q.new_empty(n, K, dtype=q_rstd.dtype) for n in programs]

@@ -11,7 +11,7 @@ from tests.kernels.rules import assert_same_bits, assert_twice_as_good
 
 CASES = [  # B, H, G, T, K, P
     (1, 1, 1, 1, 2, 1), (2, 4, 2, 7, 64, 32), (2, 3, 1, 5, 80, 40), (1, 6, 2, 3, 96, 16), (1, 2, 2, 70, 16, 8),
-    (2, 2, 1, 0, 8, 4), (2, 32, 8, 3, 128, 64), (1, 16, 8, 2, 512, 256)]  # last: all rows of a tile are of one token
+    (2, 2, 1, 0, 8, 4), (2, 32, 8, 3, 128, 64), (1, 16, 8, 2, 512, 256)]
 
 
 def inputs(B, H, G, T, K, dtype=torch.float32):
