@@ -234,9 +234,10 @@ def build_rope(T: int, H: int, K: int, device: torch.device, phase: str, kernels
     def turned(run: Callable[..., Any]) -> Callable[..., Any]:
         return lambda q, k: run(q.transpose(1, 2), k.transpose(1, 2), cos[:, None], sin[:, None])
 
-    return _phase({OURS: turned(functools.partial(rope, impl=_impl(kernels))), PLAIN: turned(rope_reference),
-                   COMPILED: compiled(turned(rope_reference)),
-                   LIGER: _liger("liger_rope", lambda f, q, k: f(q.transpose(1, 2), k.transpose(1, 2), *wide))}, (q, k), phase)
+    found = _phase({OURS: turned(functools.partial(rope, impl=_impl(kernels))), PLAIN: turned(rope_reference),
+                    COMPILED: compiled(turned(rope_reference))}, (q, k), phase)
+    liger = _liger("liger_rope", lambda f, q, k: f(q.transpose(1, 2), k.transpose(1, 2), *wide))
+    return found | {LIGER: _overwriting(liger, (q, k), phase)}  # it turns them where they lie
 
 
 def _swiglu(tiny: bool) -> Iterator[Case]:
@@ -249,9 +250,10 @@ def _swiglu(tiny: bool) -> Iterator[Case]:
 
 def build_swiglu(N: int, width: int, device: torch.device, phase: str, kernels: bool) -> dict[str, Work]:
     gate, up = (_random(device, N, width).requires_grad_() for _ in range(2))
-    return _phase({OURS: functools.partial(swiglu, impl=_impl(kernels)), PLAIN: swiglu_reference,
-                   COMPILED: compiled(swiglu_reference), LIGER: _liger("liger_swiglu", lambda f, a, b: f(a, b))},
-                  (gate, up), phase)
+    found = _phase({OURS: functools.partial(swiglu, impl=_impl(kernels)), PLAIN: swiglu_reference,
+                    COMPILED: compiled(swiglu_reference)}, (gate, up), phase)
+    liger = _liger("liger_swiglu", lambda f, a, b: f(a, b))
+    return found | {LIGER: _overwriting(liger, (gate, up), phase)}  # its backward writes the gradients over the inputs
 
 
 # ---- the loss ------------------------------------------------------------------------------------------------------
@@ -270,12 +272,11 @@ def _build_cross_entropy(N: int, V: int, device: torch.device, phase: str, kerne
     def eager(x: Tensor) -> Tensor:
         return F.cross_entropy(x.float(), labels, reduction="none")
 
-    found = _phase({OURS: lambda x: cross_entropy(x, labels, impl=impl), PLAIN: eager, COMPILED: compiled(eager)},
-                   (fresh.clone().requires_grad_(),), phase)
-    overwritten = fresh.clone().requires_grad_()
+    leaf = fresh.clone().requires_grad_()
+    found = _phase({OURS: lambda x: cross_entropy(x, labels, impl=impl), PLAIN: eager, COMPILED: compiled(eager)}, (leaf,),
+                   phase)
     liger = _liger("liger_cross_entropy", lambda f, x: f(x, labels, reduction="sum"))
-    found[LIGER] = Work(_phase({LIGER: liger}, (overwritten,), phase)[LIGER].run,
-                        lambda: overwritten.data.copy_(fresh))  # its forward writes the gradient over the logits
+    found[LIGER] = _overwriting(liger, (leaf,), phase)  # its forward writes the gradient over the logits
     if phase == "both":
         logits = fresh.clone()
         found[IN_PLACE] = Work(lambda: cross_entropy_(logits, labels, impl=impl), lambda: logits.copy_(fresh))
@@ -357,6 +358,18 @@ def _phase(entrants: Mapping[str, Callable[..., Any]], inputs: Sequence[Tensor],
     if phase == "both":
         return {name: Work(functools.partial(_forward_and_backward, run, inputs, leaves)) for name, run in entrants.items()}
     return {name: Work(_Backward(run, inputs, leaves)) for name, run in entrants.items()}
+
+
+def _overwriting(run: Callable[..., Any], inputs: Sequence[Tensor], phase: str) -> Work:
+    """An entrant that may write over its inputs: on copies, made anew before each call."""
+    own = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+
+    def restore() -> None:
+        for mine, x in zip(own, inputs, strict=True):
+            mine.data.copy_(x.detach())
+
+    [work] = _phase({"": run}, own, phase).values()
+    return Work(work.run, restore)
 
 
 class _Backward:

@@ -246,7 +246,7 @@ CONFIGS = {
     SAFE: _each(Config(4, 4096, 8, 1), Config(2, 4096, 8, 1)),
     INTERPRETER: _each(Config(1, 64, 4, 1), Config(1, 64, 4, 1)),  # small, so that small shapes have many tiles
 }
-"""Launch configurations. Only sm_90's of the last kernel is measured: see kernels/NOTES.md."""
+"""Launch configurations. Only sm_90's are measured: see kernels/NOTES.md."""
 
 
 def compilations(arch: str, dtype: str = "bf16", softcap: float = 0.0) -> Iterator[tuple[str, Any, dict[str, Any], Config]]:

@@ -78,7 +78,7 @@ def _gradient_of_row(row, out, column, V, lse, dlse, dtarget, dtotal, SOFTCAP: t
     tl.debug_barrier()  # read before a tile is written
     last = tl.cdiv(V, BLOCK) - 1
     tile = _load_tile(row, last * BLOCK, V, BLOCK)
-    for i in range(0, last + 1):  # the last tile first: of a row just read for its sums, it is the end that the cache still holds
+    for i in range(0, last + 1):  # backwards: of a row just read for its sums, the cache still holds the end
         start = (last - i) * BLOCK
         ahead = _load_tile(row, tl.where(i < last, start - BLOCK, V), V, BLOCK)
         z, slope = _bend(tile.to(WIDE), SOFTCAP)

@@ -154,7 +154,7 @@ def _plain(config: Config) -> Config:
 
 def _walkable(x: Tensor | None) -> bool:
     """Whether TMA can copy tiles: rows in one piece, each beginning at a multiple of 16 bytes."""
-    return x is None or x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) > 0 and x.data_ptr() % 16 == 0
+    return x is None or (x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(0) > 0 and x.data_ptr() % 16 == 0)
 
 
 def _symmetric_product(x, addend, alpha, beta):
@@ -171,12 +171,14 @@ def _symmetric_product(x, addend, alpha, beta):
     side, tile = triton.cdiv(N, config.block_m), [config.block_m, config.block_n]
     grid = (side * (side + 1) // 2,)
     if by_tma:
-        make, square = triton.tools.tensor_descriptor.TensorDescriptor.from_tensor, [config.block_m] * 2
-        symmetric_product_by_tma_kernel[grid](make(x, tile), None if addend is None else make(addend, square), make(out, square),
-                                              N, M, alpha, beta, *tile, **config.options(arch))
+        describe, square = triton.tools.tensor_descriptor.TensorDescriptor.from_tensor, [config.block_m] * 2
+        symmetric_product_by_tma_kernel[grid](
+            describe(x, tile), None if addend is None else describe(addend, square), describe(out, square), N, M, alpha, beta,
+            *tile, **config.options(arch))
     else:
-        symmetric_product_kernel[grid](x, addend, out, *x.stride(), 0 if addend is None else addend.stride(0), N, M, alpha, beta,
-                                       wide_type(x.dtype), *tile, **config.options(arch))
+        symmetric_product_kernel[grid](
+            x, addend, out, *x.stride(), 0 if addend is None else addend.stride(0), N, M, alpha, beta, wide_type(x.dtype),
+            *tile, **config.options(arch))
     return out
 
 

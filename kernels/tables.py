@@ -28,7 +28,8 @@ class Config:
     num_stages: int
     extra: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Launch options that only AMD's compiler knows: waves_per_eu, matrix_instr_nonkdim, kpack; and for the Hopper kernel of
-    flash attention its switch ping_pong, for the norm's backward pass the number of its programs on a multiprocessor."""
+    flash attention its switch ping_pong, for the norm's backward pass the number of its programs on a multiprocessor, for the
+    symmetric product whether Hopper's copies of tiles (tma) feed it."""
 
     def options(self, arch: str) -> dict[str, Any]:
         """Keyword arguments for the launch on `arch`, besides the tile."""

@@ -329,7 +329,8 @@ def _language(machine: _Machine, program: int, programs: int) -> dict[str, Any]:
         return choose
 
     gl = SimpleNamespace(
-        int32=torch.int32, int64=torch.int64, float32=torch.float32, static_range=range, range=lambda a, b, disable_licm: range(a, b),
+        int32=torch.int32, int64=torch.int64, float32=torch.float32, static_range=range,
+        range=lambda a, b, disable_licm: range(a, b),
         program_id=lambda axis: program, num_programs=lambda axis: programs, atomic_add=atomic_add, load=load, store=store,
         cast=lambda x, dtype: x, cdiv=lambda a, b: -(-a // b),
         minimum=extreme(min, torch.minimum), maximum=extreme(max, torch.maximum),

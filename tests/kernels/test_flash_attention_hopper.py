@@ -141,7 +141,8 @@ MUTANTS = {
     "a consumer does not wait for a tile's first keys": (
         "mbarrier.wait(k_full.index(stage), c // STAGES & 1)\n        _my", "pass\n        _my"),
     "a consumer does not wait for values": ("    mbarrier.wait(v_full.index(last), (c - 1) // STAGES & 1)\n    out", "    out"),
-    "a consumer waits for the wrong round of keys": ("stage), c // STAGES & 1)\n    _my", "stage), 1 + c // STAGES & 1)\n    _my"),
+    "a consumer waits for the wrong round of keys": (
+        "stage), c // STAGES & 1)\n    _my", "stage), 1 + c // STAGES & 1)\n    _my"),
     "a consumer waits for the wrong round of values": (
         "(c - 1) // STAGES & 1)\n        out", "c // STAGES & 1)\n        out"),
     "queries are given back before their product is done": (
