@@ -1,5 +1,8 @@
 """What may change when a run goes on."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from officina.configs.compose import compose, recompose
@@ -102,6 +105,18 @@ def test_changes_are_told_key_by_key(old):
     told = {c.key: (c.old, c.new) for c in changes(old, new)}
     assert told["optim.lr"] == (3e-3, 1e-4) and told["engine.kind"] == ("fsdp2", "single")
     assert told["data.sources.b.path"] == (None, "y") and "steps" not in told
+
+
+def test_the_page_has_the_table():
+    """To renew it after a change that is wanted: OFFICINA_WRITE_GOLDEN=1."""
+    page = Path(__file__).parents[2] / "docs/life_of_a_run.md"
+    lines = ["| key | | why |", "|---|---|---|", *(f"| `{key}` | {rule} | {why} |" for key, rule, why in RULES)]
+    head, rest = page.read_text().split("<!-- what may change -->\n")
+    table, tail = rest.split("<!-- end -->")
+    if os.environ.get("OFFICINA_WRITE_GOLDEN"):
+        table = "".join(f"{line}\n" for line in lines)
+        page.write_text(f"{head}<!-- what may change -->\n{table}<!-- end -->{tail}")
+    assert table.splitlines() == lines
 
 
 # ---- the mixture's timeline --------------------------------------------------------------------------------------

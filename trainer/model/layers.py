@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from officina.kernels.activations import geglu, swiglu, xielu
+from officina.kernels.cross_entropy import cross_entropy
 from officina.kernels.linear_cross_entropy import linear_cross_entropy, linear_token_scores
 from officina.kernels.rms_norm import add_rms_norm, rms_norm
-from officina.trainer.batch import IGNORE
 from officina.trainer.config import DecoderConfig
 from officina.trainer.model.nf4 import packed_linear
 from officina.trainer.model.rope import at_least_fp32
@@ -116,8 +116,8 @@ class Vocabulary(nn.Module):
         return self._logits(x, weight)
 
     def _scores(self, x_ND: Tensor, weight: Tensor, labels_N: Tensor) -> Tensor:
-        logits = self._logits(x_ND, weight)
-        losses_N = F.cross_entropy(logits, labels_N, reduction="none", ignore_index=IGNORE)
+        logits = F.linear(x_ND, weight)
+        losses_N = cross_entropy(logits, labels_N, softcap=self.softcap, impl=self.impl)
         return torch.stack((losses_N, (logits.detach().argmax(-1) == labels_N).to(losses_N.dtype)))
 
     def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
