@@ -286,7 +286,8 @@ def _runs_dir(command: argparse.ArgumentParser) -> None:
 
 
 def _force(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--force", action="store_true", help="allow changes that ask for it: see What may change in docs/life_of_a_run.md")
+    command.add_argument("--force", action="store_true",
+                         help="allow changes that ask for it: see What may change in docs/life_of_a_run.md")
 
 
 _ARGUMENTS = {"train": _train, "resume": _resume, "submit": _submit, "plan": _plan, "jobs": _jobs, "logs": _logs,
