@@ -25,6 +25,7 @@ from officina.trainer.data.ledger import audit, read_ledger
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE
 from officina.trainer.metrics import read_metrics
 from officina.trainer.run_dir import committed_steps
+from officina.trainer.spikes import SpikeDetector
 from tests.distributed import RankFailure
 from tests.lives import begin, changed, copy_of, losses, plain_run, states
 
@@ -183,8 +184,14 @@ def test_a_spiking_step_is_left_out_where_asked(pool, data, tmp_path):
         world_size, engine = ENGINES[name]
         begin(tmp_path / name, plain_run(data, objective=objective, engine=engine))
         assert lived(pool, tmp_path / name, world_size) == EXIT_DONE
-        steps = read_metrics(tmp_path / name).steps
-        assert any(not s.applied and s.spike and math.isfinite(s.grad_norm) for s in steps)
+        losses, norms = SpikeDetector(2, 0.001), SpikeDetector(2, 0.001)
+        kinds = set()
+        for s in read_metrics(tmp_path / name).steps:
+            kinds.add((by_loss := s.loss_nats > losses.bound(), by_norm := s.grad_norm > norms.bound()))
+            assert (s.spike, s.applied) == (by_loss or by_norm, not (by_loss or by_norm)), s
+            losses.observe(s.loss_nats)
+            norms.observe(s.grad_norm)
+        assert {(True, False), (False, True), (False, False)} <= kinds
 
 
 def test_skipped_samples_are_left_out_and_in_the_ledger(pool, data, tmp_path):

@@ -400,7 +400,7 @@ class ObjectiveConfig:
     `spike_window` steps is a spike; 0 = off."""
     spike_window: Positive = 128
     on_spike: Literal["flag", "skip", "stop"] = "flag"
-    """Record it; also leave the step out (judged by the gradient norm); or stop the run (exit status 76)."""
+    """Record it; also leave the step out, for which ranks exchange the loss before each update; or stop the run (status 76)."""
 
 
 @config

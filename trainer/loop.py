@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ def train(run_dir: Path, ranks: Ranks) -> int:
         step_tokens, stop_votes, over_votes, damage = ranks.sum([
             data.loss_tokens, stop.wanted or job.time_left.is_over(), job.use_is_over(), data.damage])
         data = job.know_damage(data, damage)
+        may_skip = run.objective.on_spike == "skip"
         clock = time.perf_counter()
         while job.step < run.steps and not stop_votes and not over_votes and not job.quarantine.is_over:
             factor = lr_factor(run.lr_schedule, job.step, run.steps)
@@ -48,9 +50,9 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             # The end of a decay to 0 changes nothing, rightly.
             before = state_hashes(job.trained_state(), slots={PARAM}) if job.unchecked and factor else None
             job.profiler.step(job.step + 1)
-            result = train_step(
-                job.engine, data.micros, device=ranks.device, step_tokens=max(int(step_tokens), 1), lr_factor=factor,
-                max_norm=job.norm_spikes.bound() if run.objective.on_spike == "skip" else math.inf)
+            tokens = max(int(step_tokens), 1)
+            skip = {"max_norm": job.norm_spikes.bound(), "is_spike": partial(_is_spike, job, tokens)} if may_skip else {}
+            result = train_step(job.engine, data.micros, device=ranks.device, step_tokens=tokens, lr_factor=factor, **skip)
             job.step += 1
             following = job.loader.next_step() if job.step < run.steps else None
 
@@ -137,6 +139,11 @@ def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_s
             f"step {job.step} is a spike (loss {loss:.4g}, gradient norm {result.grad_norm:.4g}) and "
             f"objective.on_spike=stop; the newest checkpoint is intact. Try: officina resume {job.run_dir} "
             f"'data.skip=[[{data.first_sample},{data.stop_sample}]]', or objective.on_spike=flag")
+
+
+def _is_spike(job: Job, tokens: int, loss_sum: float) -> bool:
+    """Whether the step's loss, of all ranks, is a spike: the same answer on each, for a collective of one number."""
+    return job.ranks.sum([loss_sum])[0] / tokens > job.loss_spikes.bound()
 
 
 def _due(step: int, every: int) -> bool:

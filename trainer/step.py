@@ -1,6 +1,6 @@
 """One optimizer step on one rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +24,19 @@ class StepResult:
 
 
 def train_step(engine: Engine, micros: Sequence[Batch], *, device: torch.device, step_tokens: int, lr_factor: float,
-               max_norm: float = float("inf")) -> StepResult:
+               max_norm: float = float("inf"), is_spike: Callable[[float], bool] | None = None) -> StepResult:
     """Forward and backward of every micro-batch, then the update.
 
-    step_tokens: loss-bearing tokens of the step over all ranks; the gradient is that of the mean loss over them.
+    Args:
+        step_tokens: loss-bearing tokens of the step over all ranks; the gradient is that of the mean loss over them.
+        max_norm: a larger gradient norm leaves the step out.
+        is_spike: asked with this rank's sum of losses before the update; true, on all ranks alike, leaves the step out too.
     """
     sums = torch.zeros((), device=device)
     for micro in micros:
         sums = sums + engine.forward_backward(micro.to(device), step_tokens=step_tokens, last=micro is micros[-1])
+    if is_spike and is_spike(sums.reshape(-1)[0].item()):
+        max_norm = -1.0  # no norm is below it
     outcome = engine.step(lr_factor, max_norm=max_norm)
     loss_sum, *measured = sums.reshape(-1).tolist()
     return StepResult(loss_sum, outcome.grad_norm, outcome.applied, measured)
