@@ -15,7 +15,7 @@ from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.megatron import export_megatron, index_folder
 from officina.trainer.data.removal import remove
 from officina.trainer.data.shard_writer import write_records
-from officina.trainer.data.shards import GRANULE_BYTES
+from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 from officina.trainer.run_dir import save_config
@@ -110,6 +110,16 @@ def test_damage_is_found(tmp_path: Path, tokenizer: Path) -> None:
     path.write_bytes(content)
     [fault] = verify(tmp_path / "meg").faults
     assert f"{path}: bytes {GRANULE_BYTES} to {len(content)} do not match" in fault
+    content[GRANULE_BYTES + 5] ^= 1
+    path.write_bytes(content)
+    index = path.with_suffix(".dli")
+    whole = index.read_bytes()
+    assert verify(tmp_path / "meg").faults == []
+    for place in (20, HEADER_BYTES, len(whole) - 12):  # header, first section, checksum at the end
+        index.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        assert any("a_text_document" in fault for fault in verify(tmp_path / "meg").faults), place
+    index.write_bytes(whole)
+    content[GRANULE_BYTES + 5] ^= 1
     path.write_bytes(content[:-2])
     run = make_run({"m": (tmp_path / "meg", 1)}, seq_len=512, shuffle=False)
     with (pytest.raises(DataError, match=r"a_text_document\.bin: has \d+ bytes, but its index a_text_document\.dli says"),

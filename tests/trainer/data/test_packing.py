@@ -20,6 +20,7 @@ from officina.trainer.data.packing import Plan, load_plan, make_plan, plan_path,
 from officina.trainer.data.reader import RowReader
 from officina.trainer.data.removal import remove
 from officina.trainer.data.stream import Stream
+from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -244,12 +245,13 @@ def test_a_stored_plan_is_the_one_that_would_be_made_and_damage_shows(tmp_path: 
     out = capsys.readouterr().out  # rows of 9, 9, 9, 7 + 2, 7 + 2, 2: 47 tokens of 54
     assert ["train", "6", "87.04%", "0", "0", made.digest] in [line.split() for line in out.splitlines()]
     assert "batch.seq_len=8 data.packing=best_fit" in out
-    assert load_plan(path, dataset.manifest.fingerprint).digest == made.digest
+    assert load_plan(path, dataset.manifest.fingerprint).digest == made.digest and verify(tmp_path).faults == []
     content = path.read_bytes()
     path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     with pytest.raises(DataError, match="train-8-split.plan: is damaged: it does not match its checksum. Make it again: "
                        f"officina data pack {tmp_path}"):
         RowReader(run)
+    assert [fault for fault in verify(tmp_path).faults if "plan: is damaged" in fault]
     path.write_bytes(content[:-9])
     with pytest.raises(DataError, match="is damaged"):
         load_plan(path, dataset.manifest.fingerprint)
