@@ -215,11 +215,11 @@ def test_heads_in_waves_through_the_cache():
 
 
 def test_waves_of_packed_heads_are_larger_and_none_is_small():
-    """24 MiB: one head of 32k keys, eleven of 4k; 16 heads are then two waves of 8, not 11 and 5."""
-    k = torch.empty(1, 16, 32_768, 128, dtype=torch.bfloat16, device="meta")
+    """24 MiB: one head of 32k keys, 24 of 2k; 40 heads are then two waves of 20, not 24 and 16."""
+    k = torch.empty(1, 40, 32_768, 128, dtype=torch.bfloat16, device="meta")
     spans = torch.empty(1, 2, 32_768, dtype=torch.int32, device="meta")
-    assert launch._wave(32_768, k, None) == 1 and launch._wave(32_768, k, spans) == 8
-    assert launch._wave(8192, k[:, :, :8192], None) == 6 and launch._wave(40, k[:, :3, :40], None) == 3
+    assert launch._wave(32_768, k, None) == 1 and launch._wave(32_768, k, spans) == 20
+    assert launch._wave(8192, k[:, :16, :8192], None) == 6 and launch._wave(40, k[:, :3, :40], None) == 3
 
 
 @interpreted
