@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,9 +93,12 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
     if not origins:
         composed = _weighed(compose_all(words), words)
         found = _all_problems(composed, world_size, devices, Going())
-        if composed.run.data.timeline:  # the conditions of use are those of its last mixture alone
-            found.append(Problem("data.timeline", "a list", "is written by officina where a run goes on with another mixture: "
-                                 "officina resume RUN data.sources.NAME.weight=2", "data.timeline=[]"))
+        if composed.run.data.timeline or composed.run.data.planned_at is not None:
+            found.append(Problem("data.timeline", "a list", "is written by officina; mixtures of later steps are planned in "
+                                 "data.stages", "data.timeline=[]"))
+        if composed.run.data.stages and not found:
+            composed = replace(composed, run=_staged(composed.run, 0, 0))
+            found = _all_problems(composed, world_size, devices, Going())
         if not composed.problems:
             found += [*init_problems(composed.run, force=force), *adapter_init_problems(composed.run)]
         run = composed.run if found else pinned_run(composed.run)
@@ -127,9 +130,16 @@ def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devi
     reported = {problem.key for problem in found}
     found += [problem for problem in against if problem.key not in reported]
     named = {match[1] for word in words if (match := re.match(r"\+*data\.sources\.([^.=]+)", word))}
-    run = composed.run if found else carry_forward(origin.run, composed.run, origin.position, named)
+    run = composed.run if found else _staged(carry_forward(origin.run, composed.run, origin.position, named), origin.step,
+                                             origin.position)
     return Plan(run, origin.run_dir, "branch" if branch else "resume", tuple(words), composed.defaults, found,
                 changes(origin.run, run), origin, force)
+
+
+def _staged(run: RunConfig, step: int, position: int) -> RunConfig:
+    from officina.trainer.data.order import plan_stages  # needs numpy, which --help should not wait for
+
+    return plan_stages(run, step, position)
 
 
 def _weighed(composed: Composed, words: Sequence[str], before: RunConfig | None = None) -> Composed:
@@ -302,13 +312,16 @@ def describe_run(run: RunConfig, world_size: int | None) -> list[tuple[str, str]
 
 
 def _data_line(run: RunConfig) -> str:
-    """Sources with their shares of the rows from now on."""
-    weights = {name: source.weight for name, source in run.data.sources.items()}
-    if run.data.timeline:
-        weights = run.data.timeline[-1].weights
-    total = sum(weights.values())
-    return ", ".join(f"{name} ({run.data.sources[name].path})" + (f" {weight / total:.2%}" if len(weights) > 1 else "")
-                     for name, weight in weights.items())
+    """Sources with their shares of the rows from now on, stage by stage."""
+    from officina.trainer.data.order import still_to_come
+
+    def mixture(weights: Mapping[str, float]) -> str:
+        total = sum(weights.values())
+        return ", ".join(f"{name} ({run.data.sources[name].path})" + (f" {weight / total:.2%}" if len(weights) > 1 else "")
+                         for name, weight in weights.items())
+
+    first, *later = still_to_come(run.data)
+    return "; ".join([mixture(first.weights), *(f"from sample {s.from_sample:,} {mixture(s.weights)}" for s in later)])
 
 
 def _model_line(run: RunConfig) -> str:

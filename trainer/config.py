@@ -256,12 +256,22 @@ class SourceConfig:
 
 @config
 class TimelineStage:
-    """The mixture from one global sample index on. Written by resume, not by users."""
+    """The mixture from one global sample index on. Written by officina, not by users."""
 
     from_sample: NonNegative = 0
     """First global sample index of the stage."""
     weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
     """Source name -> share of rows, relative to the others of the stage; a source that is not named gives no rows."""
+
+
+@config
+class PlannedStage:
+    """The mixture from one step on, as a user plans it."""
+
+    from_step: NonNegative
+    """Optimizer steps that are done when it begins."""
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    """As in a `TimelineStage`."""
 
 
 @config
@@ -294,7 +304,13 @@ class DataConfig:
     skip: list[list[Count]] = field(default_factory=list)
     """Ranges [a, b) of global sample indices to leave out, e.g. [[1000, 1064]]."""
     timeline: list[TimelineStage] = field(default_factory=list)
-    """How the mixture changed over the run, written by resume; empty = the sources' weights from the first sample on."""
+    """How the mixture changed over the run and will change, written by officina; empty = the sources' weights from the first
+    sample on."""
+    stages: list[PlannedStage] = field(default_factory=list)
+    """Mixtures of later steps, such as the last tenth on better data: [{from_step: 9000, weights: {web: 1, math: 3}}]. Until
+    then the weights of the sources hold. They are written into the timeline when a run begins or goes on."""
+    planned_at: Count | None = None
+    """Global sample index at which the timeline's stages behind it were planned, written by officina; none = none is."""
     read: Literal["auto", "mmap", "pread"] = "auto"
     """How shards are read: auto maps them, but reads them on Lustre, GPFS, NFS, WekaFS, BeeGFS, CephFS and PanFS."""
     prefetch_batches: Positive = 4

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from officina.trainer.config import RunConfig
+from officina.trainer.config import DataConfig, RunConfig
 from officina.trainer.errors import Problem
 from officina.trainer.keys import as_text, generic, word
 from officina.trainer.schema import dump_run
@@ -45,7 +45,9 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("data.sources.*.weight", "free", "a new mixture from the next sample on"),
     ("data.temperature*", "free", "new weights from the next sample on"),
     ("data.skip", "free", "of samples that are still to come"),
-    ("data.timeline", "refused", "is written by officina itself; change data.sources.NAME.weight"),
+    ("data.timeline", "refused", "is written by officina itself; change data.sources.NAME.weight, or plan data.stages"),
+    ("data.planned_at", "refused", "is written by officina itself"),
+    ("data.stages", "free", "mixtures of steps that are still to come"),
     ("data.mask_documents", "force", "attention and labels change their meaning in the middle of a run"),
     ("use.*", "free", "is judged anew at every start"),
     ("data.packing", "refused", "rows would be packed otherwise, so that past samples could not be told from new ones"),
@@ -153,10 +155,23 @@ def _resume_problems(old: RunConfig, new: RunConfig, step: int, position: int, f
             yield Problem(change.key, as_text(change.new), f"was {as_text(change.old)}; {why}", "the same command with --force")
     if new.steps <= step:
         yield Problem("steps", new.steps, f"the run has done {step} steps already", f"steps={step + max(1, step // 10)}")
+    yield from _stage_problems(old.data, new.data, step, position)
     for a, b in _skip_changes(old.data.skip, new.data.skip, position):
         yield Problem("data.skip", as_text(new.data.skip), f"changes samples {a} to {b}, and those before {position} are past",
                       word("data.skip", _skip_that_works(old.data.skip, new.data.skip, position)))
         break
+
+
+def _stage_problems(old: DataConfig, new: DataConfig, step: int, position: int) -> Iterator[Problem]:
+    if new.stages and new.stages[0].from_step < step:
+        yield Problem("data.stages", as_text(new.stages[0].from_step), f"begins before step {step}, and what was read is past",
+                      f"stages from step {step} on")
+    ahead = [stage for stage in old.timeline if stage.from_sample > position] if old.planned_at is not None else []
+    weights = [{name: source.weight for name, source in data.sources.items()} for data in (old, new)]
+    if ahead and not new.stages and weights[0] != weights[1]:
+        yield Problem("data.stages", None, "must say what follows: from sample "
+                      f"{ahead[0].from_sample} on another mixture is planned, which a change of the sources now would drop",
+                      f"data.stages=[{{from_step: {step}, weights: {{...}}}}, ...] with all that is to follow")
 
 
 def _below(ranges: list[list[int]], position: int) -> set[tuple[int, int]]:
@@ -190,6 +205,8 @@ def carry_forward(old: RunConfig, new: RunConfig, position: int, named: Collecti
         timeline_of,
     )
 
+    if new.data.stages:  # they say what is read from now on; see `plan_stages`
+        return new
     last = timeline_of(old.data)[-1].weights
     current = {name: source for name, source in new.data.sources.items()
                if name in last or name in named or name not in old.data.sources}
@@ -198,4 +215,4 @@ def carry_forward(old: RunConfig, new: RunConfig, position: int, named: Collecti
     data = extend_timeline(old.data, position, current)
     moved = {name: new.data.sources.get(name, source) for name, source in data.sources.items()}
     paths = {name: replace(source, path=moved[name].path, key=moved[name].key) for name, source in data.sources.items()}
-    return replace(new, data=replace(new.data, sources=paths, timeline=data.timeline))
+    return replace(new, data=replace(new.data, sources=paths, timeline=data.timeline, planned_at=data.planned_at))

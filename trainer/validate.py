@@ -310,9 +310,19 @@ def _data(run: RunConfig) -> Iterator[Problem]:
         if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
             yield Problem("data.skip", data.skip, f"{pair} is no range [a,b) of sample indices with 0 <= a < b", "data.skip=[]")
             break
-    named = {name for stage in data.timeline for name in stage.weights}
+    steps = [stage.from_step for stage in data.stages]
+    if steps != sorted(set(steps)) or any(step >= run.steps for step in steps):
+        yield Problem("data.stages", steps, f"must begin at steps that rise and are below the run's {run.steps}",
+                      "data.stages=[]" if run.steps < 2 else f"from_step: {run.steps * 9 // 10}")
+    if not all(stage.weights for stage in data.stages):
+        yield Problem("data.stages", "weights: {}", "a stage without a source reads nothing", "weights: {NAME: 1}")
+    named = {name for stage in [*data.timeline, *data.stages] for name in stage.weights}
+    if steps[:1] == [0]:
+        for name in sorted(set(data.sources) - named):
+            yield Problem(f"data.sources.{name}.path", data.sources[name].path, "is in no stage, so it would never be read",
+                          f"~data.sources.{name}")
     for name in sorted(named - set(data.sources)):
-        yield Problem(f"data.sources.{name}.path", None, "is missing: data.timeline says that samples come from this data set",
+        yield Problem(f"data.sources.{name}.path", None, "is missing: a stage says that samples come from this data set",
                       f"data.sources.{name}.path=DIR, the folder of that data set")
 
 

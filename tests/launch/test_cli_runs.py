@@ -13,6 +13,7 @@ import yaml
 from officina.configs.compose import compose
 from officina.launch import cli
 from officina.launch.start import plan_train, wait_for_start, write_start
+from officina.trainer.data.ledger import read_ledger
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_USER, LaunchError
 from officina.trainer.run_dir import committed_steps, load_config, read_history, save_config
 
@@ -70,6 +71,22 @@ def test_a_run_that_is_done_is_left_alone_and_a_chain_of_jobs_ends_well(home, ru
     assert "is done" in officina(home, "resume", "runs/first").stdout
     assert "steps=5" in officina(home, "resume", "runs/first", "seed=0", "logging=files", status=EXIT_USER).stderr
     assert len(read_history(run)) == 1
+
+
+def test_planned_stages_are_read_as_planned_and_planned_anew(home):
+    """A source that is held back for the end; then, from the middle, another plan with a source that joins."""
+    words = [*TINY, "data.sources.python.path=one", "data.sources.more.path=two", "name=staged"]
+    stages = "data.stages=[{from_step:0,weights:{python:1}},{from_step:3,weights:{more:1}}]"
+    assert "from sample 24 more (two)" in officina(home, "check", *words, stages).stdout
+    officina(home, "train", *words, stages)
+    assert [entry.source_rows for entry in read_ledger(home / "runs/staged")[0]] == [{"python": 8}] * 3 + [{"more": 8}]
+
+    again = ["from=runs/staged@2", "name=again", "steps=6", "data.sources.third.path=two"]
+    told = officina(home, "train", *again, status=EXIT_USER).stderr
+    assert "data.stages" in told and "from sample 24 on another mixture is planned" in told and "from_step: 2" in told
+    officina(home, "train", *again, "data.stages=[{from_step:2,weights:{third:1}},{from_step:5,weights:{python:1}}]")
+    assert [entry.source_rows for entry in read_ledger(home / "runs/again")[0]] == [{"third": 8}] * 3 + [{"python": 8}]
+    assert "none twice, none missing" in officina(home, "data", "audit", "runs/again").stdout
 
 
 def test_resume_with_another_mixture_and_branch_of_it(home, run):

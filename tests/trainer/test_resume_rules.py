@@ -1,12 +1,14 @@
 """What may change when a run goes on."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from officina.configs.compose import compose, recompose
-from officina.trainer.config import SourceConfig, TimelineStage
+from officina.trainer.config import PlannedStage, SourceConfig, TimelineStage
+from officina.trainer.data.order import plan_stages, sources_in_use
 from officina.trainer.keys import leaves
 from officina.trainer.resume import RULES, carry_forward, changes, resume_problems, ruling
 from officina.trainer.validate import problems
@@ -162,6 +164,46 @@ def test_a_change_replaces_what_was_planned_from_there_on(old):
 def test_before_the_first_sample_a_change_is_no_stage(old):
     run = mix(old, ["data.sources.new.path=y"], 0)
     assert weights(run) == [] and run.data.sources == {"python": SourceConfig(path="x"), "new": SourceConfig(path="y")}
+
+
+def planned(run, step, position, *stages):
+    """With the stages (step, weights)."""
+    stages = [PlannedStage(from_step=first, weights=weights) for first, weights in stages]
+    return plan_stages(replace(run, data=replace(run.data, stages=stages)), step, position)
+
+
+def test_stages_are_planned_and_read_from_their_step_on(old):
+    rows = old.batch.rows
+    two = replace(old, data=replace(old.data, sources={"python": SourceConfig(path="x"), "math": SourceConfig(path="y")}))
+    run = planned(two, 0, 0, (100, {"python": 1, "math": 3}), (200, {"math": 1}))
+    assert weights(run) == [(0, {"python": 1, "math": 1}), (100 * rows, {"python": 1, "math": 3}), (200 * rows, {"math": 1})]
+    assert run.data.stages == [] and sources_in_use(run.data) == ["math", "python"] and problems(run, read_data=False) == []
+    held = planned(two, 0, 0, (0, {"python": 1}), (100, {"math": 1}))
+    assert weights(held) == [(0, {"python": 1}), (100 * rows, {"math": 1})] and sources_in_use(held.data) == ["math", "python"]
+    skipping = replace(two, data=replace(two.data, skip=[[10, 14]]))
+    assert weights(planned(skipping, 0, 0, (100, {"math": 1})))[1][0] == 100 * rows + 4
+
+
+def test_a_plan_holds_where_the_run_goes_on_and_can_be_made_anew(old):
+    rows = old.batch.rows
+    run = planned(replace(old, data=replace(old.data, sources={name: SourceConfig(path=name) for name in ("python", "math")})),
+                  0, 0, (0, {"python": 1}), (200, {"math": 1}))
+    assert mix(run, ["steps=400"], 100 * rows).data == run.data
+    moved = mix(run, ["data.sources.math.path=/elsewhere"], 100 * rows)
+    assert weights(moved) == weights(run) and moved.data.planned_at == 0
+    for words in (["data.sources.math.weight=2"], ["data.sources.new.path=y"], ["~data.sources.math"]):
+        assert "data.stages" in judge(run, words, step=100, position=100 * rows)
+    assert judge(run, ["data.sources.new.path=y", "data.stages=[{from_step:100,weights:{new:1}}]"], step=100,
+                 position=100 * rows) == {}
+    assert "data.stages" in judge(run, ["data.stages=[{from_step:99,weights:{math:1}}]"], step=100, position=100 * rows)
+    anew = planned(run, 100, 100 * rows, (100, {"python": 1, "math": 1}), (150, {"python": 1}))
+    assert weights(anew) == [(0, {"python": 1}), (100 * rows, {"python": 1, "math": 1}), (150 * rows, {"python": 1})]
+    assert sources_in_use(anew.data) == ["math", "python"]
+    assert list(planned(run, 100, 100 * rows, (150, {"python": 2})).data.sources) == ["python"]  # math is never read
+    late = mix(anew, [], 200 * rows)
+    assert late == anew and sources_in_use(replace(anew.data, planned_at=200 * rows)) == ["python"]
+    after = mix(anew, ["data.sources.math.weight=5"], 200 * rows)
+    assert weights(after)[-1] == (200 * rows, {"python": 1, "math": 5}) and sources_in_use(after.data) == ["math", "python"]
 
 
 def test_the_timeline_survives_config_yaml(old, tmp_path):

@@ -59,7 +59,8 @@ class Judged:
 def judge_run(run: RunConfig, going: Going | None = None, now: datetime | None = None) -> list[Finding]:
     """Every finding on the data sets that the run reads from now on. Raises DataError if one cannot be opened."""
     now, going = now or datetime.now(UTC), going or Going()
-    judged = [_judged(run, name, open_dataset(run.data.sources[name].path), going, now) for name in sources_in_use(run.data)]
+    judged = [_judged(run, name, open_dataset(run.data.sources[name].path), going, now)
+              for name in sources_in_use(run.data, going.position)]
     return judge(judged, run.use, "ai-training" if run.model.kind == "custom" else "gen-ai", now)
 
 
@@ -95,10 +96,11 @@ def explained(findings: list[Finding]) -> list[str]:
             f"{'' if found.allowed else 'To keep it: '}{found.answer}" for found in findings]
 
 
-def deadline(run: RunConfig) -> tuple[datetime, str] | None:
-    """When the run must stop using its data, and which source says so; None = never. Independent of today's date."""
+def deadline(run: RunConfig, position: int = 0) -> tuple[datetime, str] | None:
+    """When the run, which stands at sample `position`, must stop using its data, and which source says so; None = never.
+    Independent of today's date."""
     ended: list[tuple[datetime, str]] = []
-    for name in sources_in_use(run.data):
+    for name in sources_in_use(run.data, position):
         dataset = open_dataset(run.data.sources[name].path)
         policy = policy_of(dataset)
         if policy.not_after:

@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from officina.trainer.config import DataConfig, SourceConfig, TimelineStage
+from officina.trainer.config import DataConfig, RunConfig, SourceConfig, TimelineStage
 from officina.trainer.errors import DataError
 
 MAX_PERIOD = 1 << 16
@@ -306,13 +306,44 @@ def timeline_of(data: DataConfig) -> list[TimelineStage]:
     return [TimelineStage(from_sample=0, weights={name: s.weight for name, s in data.sources.items()})]
 
 
-def sources_in_use(data: DataConfig) -> list[str]:
-    """Sources that a run reads from now on: not those that have left its mixture and stay for the audit."""
+def sources_in_use(data: DataConfig, position: int = 0) -> list[str]:
+    """Sources that a run at global sample `position` still reads: not those that have left its mixture and stay for the audit.
+
+    Before the last decision on the mixture, position makes no difference.
+    """
     if not data.timeline:
         return sorted(data.sources)
     named = {name for stage in data.timeline for name in stage.weights}
-    current = data.timeline[-1].weights
-    return sorted(name for name in data.sources if name in current or name not in named)
+    from_now_on = {name for stage in [*still_to_come(data, position), *data.stages] for name in stage.weights}
+    return sorted(name for name in data.sources if name in from_now_on or name not in named)
+
+
+def still_to_come(data: DataConfig, position: int = 0) -> list[TimelineStage]:
+    """The stage of sample `position`, or of that at which the mixture was last decided, and those planned behind it."""
+    timeline = timeline_of(data)
+    behind = [] if data.planned_at is None else [
+        stage for stage in timeline if stage.from_sample > max(data.planned_at, position)]
+    return timeline[:len(timeline) - len(behind)][-1:] + behind
+
+
+def plan_stages(run: RunConfig, step: int, position: int) -> RunConfig:
+    """`run` with its stages written into the timeline; it has done `step` steps and stands at sample `position`.
+
+    What was planned before from there on is dropped. The sources' weights become those of the last stage, as they are wherever
+    there is a timeline.
+    """
+    data = run.data
+    if not data.stages:
+        return run
+    rows = [(stage.from_step - step) * run.batch.rows for stage in data.stages]
+    firsts = Skips(data.skip).indices(position, np.asarray(rows)).tolist()
+    so_far = [stage for stage in timeline_of(data) if stage.from_sample <= position and stage.from_sample < firsts[0]]
+    planned = [TimelineStage(from_sample=first, weights=stage.weights)
+               for first, stage in zip(firsts, data.stages, strict=True)]
+    last, used = planned[-1].weights, {name for stage in so_far + planned for name in stage.weights}
+    sources = {name: replace(source, weight=last.get(name, source.weight)) for name, source in data.sources.items()
+               if name in used}
+    return replace(run, data=replace(data, sources=sources, timeline=so_far + planned, stages=[], planned_at=position))
 
 
 def extend_timeline(data: DataConfig, position: int, sources: Mapping[str, SourceConfig]) -> DataConfig:
@@ -330,7 +361,7 @@ def extend_timeline(data: DataConfig, position: int, sources: Mapping[str, Sourc
     used = {name for stage in timeline for name in stage.weights}
     kept = {name: source for name, source in {**data.sources, **sources}.items() if name in used}
     plain = len(timeline) == 1 and set(kept) == set(timeline[0].weights)
-    return replace(data, sources=kept, timeline=[] if plain else timeline)
+    return replace(data, sources=kept, timeline=[] if plain else timeline, planned_at=None)
 
 
 def _same_mixture(a: Mapping[str, float], b: Mapping[str, float]) -> bool:

@@ -9,12 +9,14 @@ from data_sets import make_run, write_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from officina.trainer.config import CustomModelConfig, TimelineStage, UseConfig
+from officina.trainer.config import CustomModelConfig, PlannedStage, TimelineStage, UseConfig
 from officina.trainer.data.gate import Judged, deadline, explained, judge, judge_run, use_problems
 from officina.trainer.data.licences import choices, options, share_alike_conflict, terms
 from officina.trainer.data.odrl import read_odrl
+from officina.trainer.data.order import plan_stages
 from officina.trainer.data.policy import ACTIONS, Policy, write_policy
 from officina.trainer.data.reader import validation_streams
+from officina.trainer.data.register import Going
 
 NOW, NOTHING = datetime(2026, 11, 23, 12, tzinfo=UTC), UseConfig()
 
@@ -291,6 +293,21 @@ def test_a_policy_that_is_not_the_one_named_refuses(tmp_path: Path) -> None:
     other = make_set(tmp_path / "b")
     write_policy(other, Policy())
     assert "does not name this policy" in str(use_problems(make_run({"b": (other, 1)}))[0])
+
+
+def test_planned_sources_are_judged_from_the_beginning_and_until_they_have_left(tmp_path: Path) -> None:
+    old, new = make_set(tmp_path / "old"), make_set(tmp_path / "new", Policy(not_after="2020-01-01"))
+    run = make_run({"old": (old, 1), "new": (new, 1)}, stages=[PlannedStage(from_step=0, weights={"old": 1.0}),
+                                                               PlannedStage(from_step=2, weights={"new": 1.0})])
+    planned = plan_stages(run, 0, 0)
+    last = planned.data.timeline[-1].from_sample
+    for found in (run, planned):
+        assert "may be used until 2020-01-01" in str(use_problems(found)[0])
+    assert deadline(planned) == (datetime(2020, 1, 2, tzinfo=UTC), "new") and set(validation_streams(planned)) == {"old", "new"}
+    back = plan_stages(replace(run, data=replace(run.data, stages=[PlannedStage(from_step=0, weights={"new": 1.0}),
+                                                                   PlannedStage(from_step=2, weights={"old": 1.0})])), 0, 0)
+    assert use_problems(back) and not use_problems(back, Going(position=last)) and deadline(back, last) is None
+    assert use_problems(back, Going(position=last - 1)) and deadline(back, last - 1) is not None
 
 
 def test_sources_that_left_the_mixture_are_not_judged(tmp_path: Path) -> None:
