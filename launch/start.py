@@ -315,6 +315,9 @@ def _data_line(run: RunConfig) -> str:
     """Sources with their shares of the rows from now on, stage by stage."""
     from officina.trainer.data.order import still_to_come
 
+    if not run.data.sources:  # a plan needs none
+        return ""
+
     def mixture(weights: Mapping[str, float]) -> str:
         total = sum(weights.values())
         return ", ".join(f"{name} ({run.data.sources[name].path})" + (f" {weight / total:.2%}" if len(weights) > 1 else "")

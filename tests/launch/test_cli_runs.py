@@ -81,12 +81,12 @@ def test_planned_stages_are_read_as_planned_and_planned_anew(home):
     officina(home, "train", *words, stages)
     assert [entry.source_rows for entry in read_ledger(home / "runs/staged")[0]] == [{"python": 8}] * 3 + [{"more": 8}]
 
-    again = ["from=runs/staged@2", "name=again", "steps=6", "data.sources.third.path=two"]
+    again = ["from=runs/staged@2", "name=anew", "steps=6", "data.sources.third.path=two"]
     told = officina(home, "train", *again, status=EXIT_USER).stderr
     assert "data.stages" in told and "from sample 24 on another mixture is planned" in told and "from_step: 2" in told
     officina(home, "train", *again, "data.stages=[{from_step:2,weights:{third:1}},{from_step:5,weights:{python:1}}]")
-    assert [entry.source_rows for entry in read_ledger(home / "runs/again")[0]] == [{"third": 8}] * 3 + [{"python": 8}]
-    assert "none twice, none missing" in officina(home, "data", "audit", "runs/again").stdout
+    assert [entry.source_rows for entry in read_ledger(home / "runs/anew")[0]] == [{"third": 8}] * 3 + [{"python": 8}]
+    assert "none twice, none missing" in officina(home, "data", "audit", "runs/anew").stdout
 
 
 def test_resume_with_another_mixture_and_branch_of_it(home, run):
