@@ -159,8 +159,7 @@ def _cross_entropy(arch: str, N: int, V: int, dtype: torch.dtype) -> Iterator[Sw
     tiles = ((4096, 8), (4096, 16), (8192, 8), (8192, 16), (8192, 32), (16_384, 16), (16_384, 32), (32_768, 32))
     for name, programs, shapes in (("sums", (2, 4), tiles[:4]), ("gradient", (2, 4), tiles[:4]),
                                    ("loss_and_gradient", (1, 2), tiles)):
-        tried = [Config(m, *shape, stages) for m, shape, stages in itertools.product(
-            programs, shapes, (1,))]
+        tried = [Config(m, *shape, 1) for m, shape in itertools.product(programs, shapes)]
         yield Sweep("cross_entropy", "CONFIGS", cross_entropy.CONFIGS, name, tried,
                     functools.partial(_cross_entropy_work, N, V, dtype, name))
 
@@ -205,8 +204,8 @@ def _symmetric(arch: str) -> Iterator[Sweep]:
         (*itertools.product((128,), (32, 64), (4, 8), (3, 4)), (128, 128, 8, 2), (256, 64, 8, 3)))]
     if arch == "sm_90":
         tried += [Config(*values, {"tma": 1}) for values in (
-            *itertools.product((128,), (64,), (4, 8), (3, 4)), (128, 128, 4, 2), (128, 128, 8, 3), (128, 32, 4, 4),
-            (128, 32, 4, 5))]
+            *((128, 64, warps, stages) for warps, stages in itertools.product((4, 8), (3, 4))),
+            (128, 128, 4, 2), (128, 128, 8, 3), (128, 32, 4, 4), (128, 32, 4, 5))]
     yield Sweep("symmetric", "TABLE", symmetric.TABLE, torch.bfloat16, tried,
                 lambda device: build_symmetric(4096, 4096, device, "forward", True)[OURS])
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from officina.trainer.config import DataConfig, RunConfig
+from officina.trainer.config import DataConfig, RunConfig, TimelineStage
 from officina.trainer.errors import Problem
 from officina.trainer.keys import as_text, generic, word
 from officina.trainer.schema import dump_run
@@ -162,11 +162,16 @@ def _resume_problems(old: RunConfig, new: RunConfig, step: int, position: int, f
         break
 
 
+def _planned_ahead(data: DataConfig, position: int) -> list[TimelineStage]:
+    """Stages that a user planned and that begin behind sample `position`."""
+    return [] if data.planned_at is None else [stage for stage in data.timeline if stage.from_sample > position]
+
+
 def _stage_problems(old: DataConfig, new: DataConfig, step: int, position: int) -> Iterator[Problem]:
     if new.stages and new.stages[0].from_step < step:
         yield Problem("data.stages", as_text(new.stages[0].from_step), f"begins before step {step}, and what was read is past",
                       f"stages from step {step} on")
-    ahead = [stage for stage in old.timeline if stage.from_sample > position] if old.planned_at is not None else []
+    ahead = _planned_ahead(old, position)
     weights = [{name: source.weight for name, source in data.sources.items()} for data in (old, new)]
     if ahead and not new.stages and weights[0] != weights[1]:
         yield Problem("data.stages", None, "must say what follows: from sample "
@@ -205,7 +210,7 @@ def carry_forward(old: RunConfig, new: RunConfig, position: int, named: Collecti
         timeline_of,
     )
 
-    if new.data.stages:  # they say what is read from now on; see `plan_stages`
+    if new.data.stages or _planned_ahead(old.data, position):  # what is read from now on is said; see `plan_stages`
         return new
     last = timeline_of(old.data)[-1].weights
     current = {name: source for name, source in new.data.sources.items()

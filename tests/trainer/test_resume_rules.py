@@ -191,6 +191,8 @@ def test_a_plan_holds_where_the_run_goes_on_and_can_be_made_anew(old):
     assert mix(run, ["steps=400"], 100 * rows).data == run.data
     moved = mix(run, ["data.sources.math.path=/elsewhere"], 100 * rows)
     assert weights(moved) == weights(run) and moved.data.planned_at == 0
+    early = mix(run, ["data.sources.python.path=/elsewhere"], 100 * rows)  # which the last stage does not name
+    assert weights(early) == weights(run) and early.data.sources["python"].path == "/elsewhere"
     for words in (["data.sources.math.weight=2"], ["data.sources.new.path=y"], ["~data.sources.math"]):
         assert "data.stages" in judge(run, words, step=100, position=100 * rows)
     assert judge(run, ["data.sources.new.path=y", "data.stages=[{from_step:100,weights:{new:1}}]"], step=100,
