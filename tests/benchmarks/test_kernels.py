@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from officina.benchmarks import kernel_timing, kernels, suite, table, tune
-from officina.benchmarks.kernel_cases import LIGER, OURS, PLAIN, SLOW_STARTERS, Case, Floor, cases, compiled, flex
+from officina.benchmarks.kernel_cases import (
+    LIGER,
+    OURS,
+    PLAIN,
+    SLOW_STARTERS,
+    Case,
+    Floor,
+    _overwriting,
+    cases,
+    compiled,
+    flex,
+)
 from officina.benchmarks.kernel_goals import AT_MOST, GOALS, judged
 from officina.benchmarks.kernel_timing import ROUNDS, Timing, Work, measure
 from officina.kernels import cross_entropy
@@ -265,3 +276,27 @@ def test_what_the_user_can_mend_is_the_exit_status(monkeypatch, tmp_path):
     assert suite.run(["kernels"], tmp_path) == EXIT_USER
     monkeypatch.setattr(Done, "returncode", 1)
     assert suite.run(["kernels"], tmp_path) == EXIT_BUG
+
+
+class Spoiling(torch.autograd.Function):
+    """x^2, whose backward pass leaves the gradient where x was."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, upper):
+        x = ctx.saved_tensors[0].data
+        return x.mul_(2 * upper).clone()
+
+
+@pytest.mark.parametrize("phase", ["backward", "both"])
+def test_an_entrant_that_writes_over_its_inputs_spoils_nobodys_and_begins_anew_each_time(phase):
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    before, work, seen = x.detach().clone(), _overwriting(Spoiling.apply, (x,), phase), []
+    for _ in range(2):
+        work.before()
+        seen.append(work.run()[-1])
+    assert torch.equal(x, before) and torch.equal(*seen)

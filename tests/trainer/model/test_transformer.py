@@ -15,7 +15,7 @@ from officina.kernels import attention as kernel
 from officina.trainer.batch import IGNORE
 from officina.trainer.config import RopeConfig, RunConfig, SingleConfig
 from officina.trainer.model.build import build_transformer
-from officina.trainer.model.layers import RMSNorm
+from officina.trainer.model.layers import RMSNorm, Vocabulary
 from officina.trainer.model.rope import rope_frequencies
 from officina.trainer.parallel.blocks import prepare_blocks
 
@@ -129,6 +129,25 @@ def test_labels_give_the_sum_of_the_losses_of_the_logits():
     torch.testing.assert_close(module(tokens, labels_BT=labels), want, atol=0, rtol=2e-6)
     with_z = want + 0.1 * module(tokens).logsumexp(-1).square()[labels != IGNORE].sum()
     torch.testing.assert_close(module(tokens, labels_BT=labels, z_loss=0.1), with_z, atol=0, rtol=2e-6)
+
+
+def test_scores_with_gradient_are_those_of_the_logits_and_so_is_their_gradient():
+    vocabulary = Vocabulary(small(logit_softcap=3.0))
+    torch.nn.init.normal_(vocabulary.weight, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 12, vocabulary.weight.shape[1], generator=torch.Generator().manual_seed(2)).requires_grad_()
+    labels = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(3))
+    labels[0, :7] = IGNORE
+    logits = vocabulary(x, "logits")
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(2, 12)
+    losses, right = vocabulary(x, "scores", labels)
+    torch.testing.assert_close(losses, want)
+    assert torch.equal(right, (logits.argmax(-1) == labels).float()) and not right[0, :7].any()
+    weights = torch.rand(2, 12, generator=torch.Generator().manual_seed(4))
+    leaves = (x, vocabulary.weight)
+    torch.testing.assert_close(torch.autograd.grad((losses * weights).sum(), leaves),
+                               torch.autograd.grad((want * weights).sum(), leaves))
+    with torch.no_grad():
+        torch.testing.assert_close(vocabulary(x, "scores", labels), torch.stack((losses, right)))
 
 
 def test_built_on_the_meta_device_and_names_are_plain():
