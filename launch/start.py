@@ -93,9 +93,11 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
     if not origins:
         composed = _weighed(compose_all(words), words)
         found = _all_problems(composed, world_size, devices, Going())
-        if composed.run.data.timeline or composed.run.data.planned_at is not None:
-            found.append(Problem("data.timeline", "a list", "is written by officina; mixtures of later steps are planned in "
-                                 "data.stages", "data.timeline=[]"))
+        for key, given, empty in (("data.timeline", composed.run.data.timeline, "[]"),
+                                  ("data.planned_at", composed.run.data.planned_at is not None, "null")):
+            if given:
+                found.append(Problem(key, None, "is written by officina; mixtures of later steps are planned in data.stages",
+                                     f"{key}={empty}"))
         if composed.run.data.stages and not found:
             composed = replace(composed, run=_staged(composed.run, 0, 0))
             found = _all_problems(composed, world_size, devices, Going())

@@ -33,6 +33,9 @@ from officina.trainer.keys import (
     word,
 )
 
+ENTRIES = {"data.stages": "[{from_step: 900, weights: {NAME: 1}}]"}
+"""Lists whose entries have keys -> one that would do."""
+
 
 @cache
 def _adapter() -> TypeAdapter:
@@ -192,6 +195,15 @@ def _mend(values: Values, key: str, error_type: str) -> None:
 
 def _problem(item: Mapping, key: str, value: object, values: Mapping, good: Mapping) -> Problem:
     kind, ctx = item["type"], item.get("ctx", {})
+    if key in ENTRIES and (place := _in_entry(item["loc"])):
+        number, name = place
+        if kind in ("missing", "missing_argument"):
+            rule = f"has no {name}"
+        elif kind in ("extra_forbidden", "unexpected_keyword_argument"):
+            rule = f"has {name}, which no entry has"
+        else:
+            rule = f"has a {name} that {_rule(kind, ctx, item['msg'])}"
+        return Problem(key, value, f"entry {number + 1} {rule}", f"{key}={ENTRIES[key]}")
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return unknown_key(key, value, values)
     declared = generic(key, values) or key
@@ -218,6 +230,12 @@ def _problem(item: Mapping, key: str, value: object, values: Mapping, good: Mapp
         return Problem(key, value, "must be text; within YAML or {...} write numbers in quotes",
                        word(key, as_text(value) if isinstance(value, int | float) else fallback))
     return Problem(key, value, _rule(kind, ctx, item["msg"]), word(key, fallback))
+
+
+def _in_entry(loc: tuple[int | str, ...]) -> tuple[int, str] | None:
+    """Which entry of a list pydantic's location is in, and the key there."""
+    at = next((i for i, part in enumerate(loc[:-1]) if isinstance(part, int)), None)
+    return None if at is None else (int(loc[at]), ".".join(map(str, loc[at + 1:])))
 
 
 def _rule(kind: str, ctx: Mapping, message: str) -> str:

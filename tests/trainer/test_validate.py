@@ -353,6 +353,19 @@ def test_a_run_needs_data():
     assert problem.key == "data.sources" and problem.remedy == "data.sources.main.path=demo/data"
 
 
+@pytest.mark.parametrize(("entry", "rule"), [
+    ("{from_step:9}", "entry 2 has no weights"), ("{from_stp:9,weights:{python:1}}", "entry 2 has no from_step"),
+    ("{from_step:9,weights:{python:1},lr:1}", "entry 2 has lr, which no entry has"),
+    ("{from_step:9,weights:{python:0}}", "entry 2 has a weights.python that must be greater than 0"),
+    ("{from_step:-1,weights:{python:1}}", "entry 2 has a from_step that must be at least 0")])
+def test_a_fault_in_a_planned_stage_is_told_by_its_place(data, entry, rule):
+    stages = f"data.stages=[{{from_step:1,weights:{{python:1}}}},{entry}]"
+    words = ["experiment=demo", f"data.sources.python.path={data}", stages]
+    problem = judge(words)[0]
+    assert problem.key == "data.stages" and rule in problem.rule
+    assert problem.remedy == "data.stages=[{from_step: 900, weights: {NAME: 1}}]"
+
+
 def test_a_source_of_past_samples_may_not_vanish(data):
     words = ["experiment=demo", f"data.sources.python.path={data}", "data.timeline=[{from_sample:0,weights:{old:1}}]"]
     assert [p.key for p in judge(words)] == ["data.sources.old.path"]
