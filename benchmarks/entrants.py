@@ -111,12 +111,14 @@ class _Timed:
 
 # ---- plain PyTorch -------------------------------------------------------------------------------------------------
 def plain(turns: Turns, env: RankEnv, *, run_dir: Path, how: str = "single") -> None:
-    """The loop that one writes by hand: batches in memory, no loader, no metrics, no wait for the device in a step.
+    """The loop that one writes by hand: batches in memory, no loader, no metrics, no wait for the device in a step; the model
+    in plain torch, with SDPA, the loss in the same chunks as ours.
 
     how: `single`, `ddp` (DistributedDataParallel) or `fsdp2` (fully_shard per block).
     Its facts: on the CPU `losses`, the sum of each step so far.
     """
     run = load_config(run_dir)
+    run = replace(run, model=replace(run.model, kernels="reference", attention_impl="sdpa"))
     ranks = start_ranks(env, device=run.device, threads=run.threads)
     device, precision = ranks.device, resolve_precision(run.precision, ranks.device)
     steps, step_tokens = rows_in_memory(run, ranks)

@@ -264,6 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("h200_8b_lora", "h200_8b_sft"):
             session.stage(name, 90, partial(alone, session, name, OURS, steps=1))
         session.stage("h200_1b8 alone", 60, lambda: alone(session, "h200_1b8", OURS, steps=few or 6))
+        session.stage("h200_1b8 plain", 60, lambda: alone(session, "h200_1b8", PLAIN, steps=few or 6))
         session.stage("h200_1b8 packed", 50, lambda: alone(session, "h200_1b8", OURS, "data=packed", steps=few or 6))
         session.stage("data", 50, lambda: against_memory(session, steps=few or 20))
         session.stage("start", 25, lambda: start(session))

@@ -6,19 +6,20 @@ each; while the last of them are worked on, it is at the next tile already. The 
 ROWS = 64 queries. They meet at barriers in shared memory:
 
     plan_full[slot]                 1 arrival, the loader's: which tile, and which blocks of keys
-    q_full[consumer]                1 arrival, the loader's, complete with the last byte of the copy
-    q_empty[consumer]               1 arrival, the consumer's, once its last product of them is done
+    q_full[slot, consumer]          1 arrival, the loader's, complete with the last byte of the copy
+    q_empty[slot, consumer]         1 arrival, the consumer's, once its output, which takes the queries' place, is read
     k_full[stage], v_full[stage]    as q_full
     k_empty[stage], v_empty[stage]  an arrival of each consumer, once its products of the buffer are done
     turn[consumer]                  1 arrival, of the consumer before it
 
 The c-th block that a program visits lies in stage c % STAGES and is the buffer's round c // STAGES, so that round's parity is
 what to wait for: of *_full its own, of *_empty that of the round before, which at the start counts as complete. The same for
-q, of which there is one buffer a consumer. Plans have two slots and none is given back: before the loader tells of tile
-i + 2 it has waited until the queries of tile i were done with, so its plan was read.
+q: that of the i-th tile of a program lies in slot i % 2. Plans have three slots and none is given back: before the loader tells
+of tile i + 3 it has waited until the queries of tile i were given back, so its plan was read.
 
 A consumer begins the product of its scores for block j, and with it that of the weights of block j - 1 and v; while the second
-runs, it makes the weights of block j. PING_PONG: consumers begin their products in turn, so that one's products run during
+runs, it makes the weights of block j. Of a tile's first block it begins them before the output of the tile before is written;
+behind the last tile there are queries and keys once more for scores that are dropped. PING_PONG: consumers begin their products in turn, so that one's products run during
 another's softmax. Blocks that need a mask come first, because then the loop over the others is the last and longest one.
 Sources: arXiv:2407.08608 (FlashAttention-3: warp specialisation, ping-pong, overlap within a warpgroup, block sizes); tutorials
 05 and 08 of Gluon (order of expect, wait, fence and arrive). Shared memory is read by wgmma and written by TMA without a fence:
@@ -133,7 +134,7 @@ def _edge(j, before, begin, behind):
 @_jit
 def _publish(plan, plan_full, turn, numbers):
     """Tell the consumers of the turn-th tile: first row, head, then what `_edge` takes, blocks that need a mask, blocks."""
-    slot = turn % 2
+    slot = turn % 3
     for i in gl.static_range(7):
         plan.index(slot * 7 + i).store(gl.full([1], numbers[i], gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
     mbarrier.arrive(plan_full.index(slot))
@@ -147,21 +148,31 @@ def _told(plan, i):
 @_jit
 def _read_plan(plan, plan_full, turn):
     """What `_publish` told."""
-    slot = turn % 2
-    mbarrier.wait(plan_full.index(slot), turn // 2 & 1)
+    slot = turn % 3
+    mbarrier.wait(plan_full.index(slot), turn // 3 & 1)
     at = slot * 7
     return (_told(plan, at), _told(plan, at + 1), _told(plan, at + 2), _told(plan, at + 3), _told(plan, at + 4),
             _told(plan, at + 5), _told(plan, at + 6))
 
 
 @_jit
+def _load_queries(q_desc, b, h, row, turn, q, q_full, q_empty):
+    """Those of the turn-th tile."""
+    CONSUMERS: gl.constexpr = q.shape[0] // 2
+    ROWS: gl.constexpr = q_desc.block_type.shape[2]
+    for i in gl.static_range(CONSUMERS):
+        own = turn % 2 * CONSUMERS + i
+        mbarrier.wait(q_empty.index(own), (turn // 2 & 1) ^ 1)
+        mbarrier.expect(q_full.index(own), q_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(q_desc, [b, h, row + i * ROWS, 0], q_full.index(own), q.index(own))
+
+
+@_jit
 def _load(work, CAUSAL: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
     """The loader."""
     q_desc, k_desc, v_desc, spans, counter, tiles, plan, plan_full, barriers, B, H, group, T, S, wave, window = work
-    q, k, v, _ = tiles
+    q, k, v = tiles
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = barriers
-    CONSUMERS: gl.constexpr = q.shape[0]
-    ROWS: gl.constexpr = q_desc.block_type.shape[2]
     N: gl.constexpr = k_desc.block_type.shape[2]
     n_tiles = gl.cdiv(T, M)
     number = gl.program_id(0)
@@ -186,10 +197,7 @@ def _load(work, CAUSAL: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
         behind = full_end - before
         _publish(plan, plan_full, turn, (row, head, before, begin, behind, masked, n))
         number = gl.num_programs(0) + gl.atomic_add(counter, 1)
-        for i in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(i), (turn & 1) ^ 1)
-            mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_desc, [b, h, row + i * ROWS, 0], q_full.index(i), q.index(i))
+        _load_queries(q_desc, b, h, row, turn, q, q_full, q_empty)
         for j in range(n):
             stage = (past + j) % STAGES
             free = ((past + j) // STAGES & 1) ^ 1
@@ -203,6 +211,11 @@ def _load(work, CAUSAL: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr):
         past += n
         turn += 1
     _publish(plan, plan_full, turn, (-1, 0, 0, 0, 0, 0, 0))
+    _load_queries(q_desc, 0, 0, 0, turn, q, q_full, q_empty)  # for scores that are dropped
+    stage = past % STAGES
+    mbarrier.wait(k_empty.index(stage), (past // STAGES & 1) ^ 1)
+    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [0, 0, 0, 0], k_full.index(stage), k.index(stage))
 
 
 @_jit
@@ -223,6 +236,23 @@ def _scores(q, k, layout: gl.constexpr):
     M: gl.constexpr = q.shape[0]
     N: gl.constexpr = k.shape[0]
     return warpgroup_mma(q, k.permute((1, 0)), gl.zeros([M, N], gl.float32, layout), use_acc=False, is_async=True)
+
+
+@_jit
+def _first_scores(tile, c, tiles, barriers, WHO: gl.constexpr, PING_PONG: gl.constexpr, STAGES: gl.constexpr,
+                  layout: gl.constexpr):
+    """Begins those of the program's tile-th tile; c: the first of its blocks."""
+    queries, k, _ = tiles
+    q_full, _, k_full, _, _, _, turn = barriers
+    CONSUMERS: gl.constexpr = queries.shape[0] // 2
+    place = tile % 2 * CONSUMERS + WHO
+    stage = c % STAGES
+    mbarrier.wait(q_full.index(place), tile // 2 & 1)
+    mbarrier.wait(k_full.index(stage), c // STAGES & 1)
+    _my_turn(turn, c, WHO, PING_PONG)
+    s = _scores(_flat(queries.index(place)), _flat(k.index(stage)), layout)
+    _next_turn(turn, WHO, CONSUMERS, PING_PONG)
+    return s
 
 
 @_jit
@@ -248,9 +278,9 @@ def _step(c, edges, state, q, tiles, barriers, seen, scale, cap, MASKED: gl.cons
           WHO: gl.constexpr, PING_PONG: gl.constexpr, STAGES: gl.constexpr, layouts: gl.constexpr):
     """Block c of the program, not the first of a tile: its scores and weights; the weights of block c - 1 into the sum."""
     out, p, norm, top = state
-    queries, k, v, _ = tiles
+    queries, k, v = tiles
     _, _, k_full, k_empty, v_full, v_empty, turn = barriers
-    CONSUMERS: gl.constexpr = queries.shape[0]
+    CONSUMERS: gl.constexpr = queries.shape[0] // 2
     N: gl.constexpr = k.shape[3]
     stage = c % STAGES
     last = (c - 1) % STAGES
@@ -283,9 +313,9 @@ def _attend(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr
             STAGES: gl.constexpr):
     """A consumer: its ROWS queries of each tile against n blocks of keys, out and lse."""
     out_desc, lse, spans, tiles, plan, plan_full, barriers, H, T, S, window, scale, cap = work
-    queries, k, v, outs = tiles
+    queries, k, v = tiles
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
-    CONSUMERS: gl.constexpr = queries.shape[0]
+    CONSUMERS: gl.constexpr = queries.shape[0] // 2
     ROWS: gl.constexpr = queries.shape[3]
     D: gl.constexpr = queries.shape[4]
     N: gl.constexpr = k.shape[3]
@@ -295,36 +325,34 @@ def _attend(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr
     layouts: gl.constexpr = (score_layout, out_layout, weight_layout)
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
 
-    q = _flat(queries.index(WHO))
     own = WHO * ROWS + gl.arange(0, ROWS, row_layout)
     done = 0
     c = 0  # blocks visited
     told = _read_plan(plan, plan_full, done)
     seen = _seen_by(told, own, spans, H, T, S, window, CAUSAL)
+    s = _first_scores(done, c, tiles, barriers, WHO, PING_PONG, STAGES, score_layout)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    mbarrier.arrive(k_empty.index(0))
     while told[0] >= 0:
         row, head, before, begin, behind, masked, n = told
-        out = gl.zeros([ROWS, D], gl.float32, out_layout)
+        place = queries.index(done % 2 * CONSUMERS + WHO)
+        q = _flat(place)
+        start = _edge(0, before, begin, behind) * N
         norm = gl.zeros([ROWS], gl.float32, row_layout)
         top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-        stage = c % STAGES
-        mbarrier.wait(q_full.index(WHO), done & 1)
-        mbarrier.wait(k_full.index(stage), c // STAGES & 1)
-        _my_turn(turn, c, WHO, PING_PONG)
-        s = _scores(q, _flat(k.index(stage)), score_layout)
-        _next_turn(turn, WHO, CONSUMERS, PING_PONG)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_empty.index(stage))
-        start = _edge(0, before, begin, behind) * N
         p, norm, top, _ = _weigh(s, norm, top, start, seen, scale, cap, True, SOFTCAP, N, score_layout)
-        state = (out, gl.convert_layout(p.to(v.dtype), weight_layout, assert_trivial=True), norm, top)
+        state = (gl.zeros([ROWS, D], gl.float32, out_layout),
+                 gl.convert_layout(p.to(v.dtype), weight_layout, assert_trivial=True), norm, top)
         edges = (c + before, begin - c, behind - c)
         for c_now in range(c + 1, c + masked):
             state = _step(c_now, edges, state, q, tiles, barriers, seen, scale, cap, True, SOFTCAP, WHO, PING_PONG, STAGES,
                           layouts)
+        if done > 0:
+            tma.store_wait(0)  # of the tile before
+            mbarrier.arrive(q_empty.index((done - 1) % 2 * CONSUMERS + WHO))
         for c_now in range(c + masked, c + n):
             state = _step(c_now, edges, state, q, tiles, barriers, seen, scale, cap, False, SOFTCAP, WHO, PING_PONG, STAGES,
                           layouts)
-        mbarrier.arrive(q_empty.index(WHO))
         out, p, norm, top = state
         c += n
         done += 1
@@ -333,17 +361,19 @@ def _attend(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr
         out = warpgroup_mma(p, _flat(v.index(last)), out, is_async=True)
         told = _read_plan(plan, plan_full, done)  # meanwhile
         seen = _seen_by(told, own, spans, H, T, S, window, CAUSAL)
-        out, p = warpgroup_mma_wait(0, deps=(out, p))
+        s = _first_scores(done, c, tiles, barriers, WHO, PING_PONG, STAGES, score_layout)
+        out, p = warpgroup_mma_wait(1, deps=(out, p))
         mbarrier.arrive(v_empty.index(last))
 
         share = gl.where(norm > 0, 1 / norm, 0.0)
         out *= gl.expand_dims(gl.convert_layout(share, gl.SliceLayout(1, out_layout), assert_trivial=True), 1)
-        tma.store_wait(0)  # of the tile before
-        _flat(outs.index(WHO)).store(out.to(outs.dtype))
+        q.store(out.to(queries.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [head // H, head % H, row + WHO * ROWS, 0], outs.index(WHO))
+        tma.async_copy_shared_to_global(out_desc, [head // H, head % H, row + WHO * ROWS, 0], place)
         rows = row + own
         gl.store(lse + gl.cast(head, gl.int64) * T + rows, (top + gl.log2(norm)) * 0.6931471805599453, mask=rows < T)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index(c % STAGES))
     tma.store_wait(0)
 
 
@@ -357,24 +387,24 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, spans, counter, B, H, 
     N: gl.constexpr = k_desc.block_type.shape[2]
     D: gl.constexpr = q_desc.block_type.shape[3]
 
-    q = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
+    q = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, N, D], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, N, D], v_desc.layout)
-    out = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 1, 1, ROWS, D], out_desc.layout)
-    plan = gl.allocate_shared_memory(gl.int32, [2 * 7, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    plan_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    plan = gl.allocate_shared_memory(gl.int32, [3 * 7, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    plan_full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
+    for i in gl.static_range(3):
         mbarrier.init(plan_full.index(i), count=1)
-    for i in gl.static_range(CONSUMERS):
+    for i in gl.static_range(2 * CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(CONSUMERS):
         mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
@@ -383,7 +413,7 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, spans, counter, B, H, 
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     fence_async_shared()
 
-    tiles = (q, k, v, out)
+    tiles = (q, k, v)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
     work = (out_desc, lse, spans, tiles, plan, plan_full, barriers, H, T, S, window, scale, cap)
     load = (q_desc, k_desc, v_desc, spans, counter, tiles, plan, plan_full, barriers, B, H, group, T, S, wave, window)

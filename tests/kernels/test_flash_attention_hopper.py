@@ -131,26 +131,34 @@ def test_with_the_tiles_of_the_table(head_dim):
 MUTANTS = {
     "the loader does not wait for keys to be read": ("mbarrier.wait(k_empty.index(stage), free)", "pass"),
     "the loader does not wait for values to be read": ("mbarrier.wait(v_empty.index(stage), free)", "pass"),
-    "the loader does not wait for queries to be read": ("mbarrier.wait(q_empty.index(i), (turn & 1) ^ 1)", "pass"),
+    "the loader does not wait for queries to be read": ("mbarrier.wait(q_empty.index(own), (turn // 2 & 1) ^ 1)", "pass"),
     "the loader waits for the wrong round": ("((past + j) // STAGES & 1) ^ 1", "(past + j) // STAGES & 1"),
     "the loader forgets the blocks of the tile before": ("        past += n\n        turn += 1", "        turn += 1"),
-    "a plan is read before it is there": ("mbarrier.wait(plan_full.index(slot), turn // 2 & 1)", "pass"),
+    "a plan is read before it is there": ("mbarrier.wait(plan_full.index(slot), turn // 3 & 1)", "pass"),
     "a tile is left out": ("gl.num_programs(0) + gl.atomic_add", "gl.num_programs(0) + 1 + gl.atomic_add"),
-    "a consumer does not wait for queries": ("mbarrier.wait(q_full.index(WHO), done & 1)", "pass"),
-    "a consumer does not wait for keys": ("mbarrier.wait(k_full.index(stage), c // STAGES & 1)\n    _my", "pass\n    _my"),
+    "a consumer does not wait for queries": ("mbarrier.wait(q_full.index(place), tile // 2 & 1)", "pass"),
+    "a consumer does not wait for keys": (
+        "mbarrier.wait(k_full.index(stage), c // STAGES & 1)\n    _my_turn(turn, c, WHO, PING_PONG)\n    s = _scores(q,",
+        "s = _scores(q,"),
     "a consumer does not wait for a tile's first keys": (
-        "mbarrier.wait(k_full.index(stage), c // STAGES & 1)\n        _my", "pass\n        _my"),
+        "mbarrier.wait(k_full.index(stage), c // STAGES & 1)\n    _my_turn(turn, c, WHO, PING_PONG)\n    s = _scores(_flat", "s = _scores(_flat"),
     "a consumer does not wait for values": ("    mbarrier.wait(v_full.index(last), (c - 1) // STAGES & 1)\n    out", "    out"),
     "a consumer waits for the wrong round of keys": (
-        "stage), c // STAGES & 1)\n    _my", "stage), 1 + c // STAGES & 1)\n    _my"),
+        "mbarrier.wait(k_full.index(stage), c // STAGES & 1)\n    _my_turn(turn, c, WHO, PING_PONG)\n    s = _scores(q,",
+        "mbarrier.wait(k_full.index(stage), 1 + c // STAGES & 1)\n    _my_turn(turn, c, WHO, PING_PONG)\n    s = _scores(q,"),
     "a consumer waits for the wrong round of values": (
         "(c - 1) // STAGES & 1)\n        out", "c // STAGES & 1)\n        out"),
-    "queries are given back before their product is done": (
-        "        for c_now in range(c + masked, c + n):",
-        "        mbarrier.arrive(q_empty.index(WHO))\n        for c_now in range(c + masked, c + n):"),
-    "keys are given back before their product is done": (
-        "s = warpgroup_mma_wait(0, deps=(s,))\n        mbarrier.arrive(k_empty.index(stage))",
-        "mbarrier.arrive(k_empty.index(stage))\n        s = warpgroup_mma_wait(0, deps=(s,))"),
+    "queries are given back before their products are done": ("index((done - 1) % 2 *", "index(done % 2 *"),
+    "a tile's first keys are given back before their product is done": (
+        "s = warpgroup_mma_wait(0, deps=(s,))\n        mbarrier.arrive(k_empty.index(c % STAGES))",
+        "mbarrier.arrive(k_empty.index(c % STAGES))\n        s = warpgroup_mma_wait(0, deps=(s,))"),
+    "the very first keys are given back before their product is done": (
+        "s = warpgroup_mma_wait(0, deps=(s,))\n    mbarrier.arrive(k_empty.index(0))",
+        "mbarrier.arrive(k_empty.index(0))\n    s = warpgroup_mma_wait(0, deps=(s,))"),
+    "a tile's scores begin with queries of another": ("(queries.index(place)), _flat", "(queries.index(WHO)), _flat"),
+    "no queries come behind the last tile": ("    _load_queries(q_desc, 0, 0, 0, turn, q, q_full, q_empty)  #", "    #"),
+    "a tile's output is used before it is there": (
+        "warpgroup_mma_wait(1, deps=(out, p))", "warpgroup_mma_wait(2, deps=(out, p))"),
     "values are given back before their product is done": (
         "warpgroup_mma_wait(1, deps=(s,))", "warpgroup_mma_wait(1, deps=(s,))\n    mbarrier.arrive(v_empty.index(last))"),
     "a tile's last values are not given back": ("mbarrier.arrive(v_empty.index(last))\n\n", "pass\n\n"),
@@ -162,8 +170,8 @@ MUTANTS = {
     "barriers are not fenced": ("count=CONSUMERS)\n    fence_async_shared()", "count=CONSUMERS)"),
     "out is not fenced": ("        fence_async_shared()\n        tma.async_copy_shared", "        tma.async_copy_shared"),
     "out is not waited for": ("        tma.store_wait(0)  # of the tile before\n", ""),
-    "the last out is not waited for": ("rows < T)\n    tma.store_wait(0)\n", "rows < T)\n"),
-    "out goes to the rows of another": ("row + WHO * ROWS, 0], outs.index(WHO)", "row, 0], outs.index(WHO)"),
+    "the last out is not waited for": ("STAGES))\n    tma.store_wait(0)\n", "STAGES))\n"),
+    "out goes to the rows of another": ("row + WHO * ROWS, 0], place)", "row, 0], place)"),
     "edges are not masked": ("seen, scale, cap, True, SOFTCAP, WHO", "seen, scale, cap, False, SOFTCAP, WHO"),
     "the wrong blocks are masked": ("gl.where(j < masked, _edge", "gl.where(j < masked - 1, _edge"),
     "a tile without edges has none masked": ("masked = gl.maximum(masked, 1)", "masked = gl.maximum(masked, 0)"),
