@@ -19,8 +19,9 @@ of tile i + 3 it has waited until the queries of tile i were given back, so its 
 
 A consumer begins the product of its scores for block j, and with it that of the weights of block j - 1 and v; while the second
 runs, it makes the weights of block j. Of a tile's first block it begins them before the output of the tile before is written;
-behind the last tile there are queries and keys once more for scores that are dropped. PING_PONG: consumers begin their products in turn, so that one's products run during
-another's softmax. Blocks that need a mask come first, because then the loop over the others is the last and longest one.
+behind the last tile there are queries and keys once more for scores that are dropped. PING_PONG: consumers begin their products
+in turn, so that one's products run during another's softmax. Blocks that need a mask come first, because then the loop over the
+others is the last and longest one.
 Sources: arXiv:2407.08608 (FlashAttention-3: warp specialisation, ping-pong, overlap within a warpgroup, block sizes); tutorials
 05 and 08 of Gluon (order of expect, wait, fence and arrive). Shared memory is read by wgmma and written by TMA without a fence:
 both are the asynchronous proxy, ordered by the barriers; out goes through the generic one to TMA, and barriers are written by
@@ -314,7 +315,7 @@ def _attend(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr
     """A consumer: its ROWS queries of each tile against n blocks of keys, out and lse."""
     out_desc, lse, spans, tiles, plan, plan_full, barriers, H, T, S, window, scale, cap = work
     queries, k, v = tiles
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
+    _, q_empty, _, k_empty, v_full, v_empty, _ = barriers
     CONSUMERS: gl.constexpr = queries.shape[0] // 2
     ROWS: gl.constexpr = queries.shape[3]
     D: gl.constexpr = queries.shape[4]
