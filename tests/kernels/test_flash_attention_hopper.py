@@ -141,7 +141,8 @@ MUTANTS = {
         "mbarrier.wait(k_full.index(stage), c // STAGES & 1)\n    _my_turn(turn, c, WHO, PING_PONG)\n    s = _scores(q,",
         "s = _scores(q,"),
     "a consumer does not wait for a tile's first keys": (
-        "mbarrier.wait(k_full.index(stage), c // STAGES & 1)\n    _my_turn(turn, c, WHO, PING_PONG)\n    s = _scores(_flat", "s = _scores(_flat"),
+        "mbarrier.wait(k_full.index(stage), c // STAGES & 1)\n    _my_turn(turn, c, WHO, PING_PONG)\n    s = _scores(_flat",
+        "s = _scores(_flat"),
     "a consumer does not wait for values": ("    mbarrier.wait(v_full.index(last), (c - 1) // STAGES & 1)\n    out", "    out"),
     "a consumer waits for the wrong round of keys": (
         "mbarrier.wait(k_full.index(stage), c // STAGES & 1)\n    _my_turn(turn, c, WHO, PING_PONG)\n    s = _scores(q,",
