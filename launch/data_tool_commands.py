@@ -101,8 +101,7 @@ def stats(args: argparse.Namespace) -> int:
             screen.print(_shares(title, found.by(key)))
         total = by_licence.setdefault(manifest.licence or "not stated", Counts())
         for counts in found.groups.values():
-            total.documents, total.tokens = total.documents + counts.documents, total.tokens + counts.tokens
-            total.text_bytes, total.words = total.text_bytes + counts.text_bytes, total.words + counts.words
+            total.add(counts)
         lengths = ", ".join(f"{share:.0%} up to {found.quantile_tokens(share):,.0f}" for share in (0.1, 0.5, 0.9, 0.99))
         screen.print(f"lengths in tokens  {lengths}")
         if found.removed:

@@ -26,16 +26,23 @@ class Counts:
     text_bytes: int = 0
     """0 where the build did not note it."""
     words: int = 0
+    noted_tokens: int = 0
+    """Tokens of the documents whose bytes and words were noted."""
+
+    def add(self, other: "Counts") -> None:
+        """Count these documents too."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
     def bytes_per_token(self) -> float | None:
         """UTF-8 bytes of text; the end of each document counts as a token."""
-        return self.text_bytes / self.tokens if self.text_bytes else None
+        return self.text_bytes / self.noted_tokens if self.text_bytes else None
 
     @property
     def tokens_per_word(self) -> float | None:
-        """The tokenizer's fertility; a word is what stands between white space."""
-        return self.tokens / self.words if self.words else None
+        """The tokenizer's fertility; a word is what stands between ASCII white space."""
+        return self.noted_tokens / self.words if self.words else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +64,7 @@ class Statistics:
         found: dict[str, Counts] = {}
         for names, counts in self.groups.items():
             total = found.setdefault(names[key], Counts())
-            for name in Counts.__slots__:
-                setattr(total, name, getattr(total, name) + getattr(counts, name))
+            total.add(counts)
         return dict(sorted(found.items(), key=lambda item: -item[1].tokens))
 
     def quantile_tokens(self, share: float) -> float:
@@ -95,7 +101,7 @@ def statistics(folder: str | Path, split: str = "train") -> Statistics:
     for noted in _noted(dataset, split):
         counts = groups.get((noted["source"], noted["language"]))
         if counts is not None:
-            counts.text_bytes, counts.words = noted["text_bytes"], noted["words"]
+            counts.text_bytes, counts.words, counts.noted_tokens = noted["text_bytes"], noted["words"], counts.tokens
     return Statistics(dataset, groups, removed, lengths, length_tokens)
 
 
