@@ -5,14 +5,21 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_sets import make_run, write_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from officina.trainer.config import RunConfig, UseConfig
+from officina.trainer.config import CustomModelConfig, RunConfig, TimelineStage, UseConfig
 from officina.trainer.data import register
+from officina.trainer.data.describe import change as change_policy
 from officina.trainer.data.gate import deadline, explained, judge_run, use_problems
+from officina.trainer.data.order import Mixture
 from officina.trainer.data.policy import Policy, write_policy
+from officina.trainer.data.reader import RowReader
 from officina.trainer.data.register import Entry, Going, Uses, enter, read_entries
+from officina.trainer.data.shard_writer import write_records
 from officina.trainer.errors import DataError
 
 
@@ -131,6 +138,66 @@ def test_starts_at_the_same_moment_keep_the_maximum(first: int, tmp_path: Path, 
     monkeypatch.setattr(register, "tally", looks_late)
     start(mine)
     assert len(entered) <= 1 and [e.run for e in read_entries(folder / "use")] == [f"x.{name}" for name in entered]
+
+
+ROWS_OF = st.fixed_dictionaries({name: st.integers(1, 5).map(float) for name in "asz"})
+
+
+@given(first=ROWS_OF, later=st.one_of(st.none(), ROWS_OF), change=st.integers(1, 40), rows=st.integers(1, 5),
+       steps=st.integers(1, 9), done=st.integers(0, 4), branch=st.booleans(),
+       skip=st.lists(st.builds(lambda a, n: [a, a + n], st.integers(0, 40), st.integers(1, 9)), max_size=2))
+@settings(deadline=None, max_examples=60)
+def test_what_is_planned_and_read_of_a_mixture_is_counted_to_the_row(first, later, change, rows, steps, done, branch, skip,
+                                                                     tmp_path_factory) -> None:
+    """Against a walk over the samples: other sources, new weights, samples left out, and a branch, which counts from its own
+    beginning."""
+    folder = tmp_path_factory.mktemp("mixture")
+    timeline = [TimelineStage(weights=first)] + ([TimelineStage(from_sample=change, weights=later)] if later else [])
+    run = make_run({name: (make_set(folder / name), first[name]) for name in "asz"}, rows=rows, skip=skip, timeline=timeline)
+    run = replace(run, name="one", steps=done + steps)
+    kept = [k for k in range(200) if not any(a <= k < b for a, b in skip)]
+    position = kept[done * rows - 1] + 1 if done else 0
+    begun, stop = position if branch else 0, kept[kept.index(next(k for k in kept if k >= position)) + steps * rows - 1] + 1
+    mixture = Mixture(timeline)
+    names = [mixture.names[number] for number in mixture.place(np.arange(stop))[0]]
+    going = Going("aa", done, position, branch)
+    count, read = names[begun:].count("s"), names[begun:position].count("s")
+    for limit, allowed in ((count, True), (count - 1, False)):
+        change_policy(folder / "s", policy=Policy(max_tokens=max(limit, 0) * 8))
+        assert (not use_problems(run, going)) is (allowed or count == 0)
+    change_policy(folder / "s", policy=Policy(max_tokens=count * 8))
+    enter(run, going)
+    [entry] = read_entries(folder / "s" / "use")
+    assert (entry.first_sample, entry.planned_rows, entry.rows, entry.row_tokens) == (begun, count, 0, 8)
+    uses = Uses(run, "aa")
+    for at, wanted in ((position, read), (stop, count)):
+        uses.record(at)
+        assert read_entries(folder / "s" / "use")[0].rows == wanted
+
+
+def test_a_row_counts_a_record_or_all_that_a_packed_row_may_hold(tmp_path: Path) -> None:
+    write_records(tmp_path / "r", [b"x"] * 9, name="r")
+    change_policy(tmp_path / "r", policy=Policy(max_tokens=10, max_epochs=1))
+    records = replace(make_run({"s": (tmp_path / "r", 1)}, seq_len=1, rows=3), name="one",
+                      model=CustomModelConfig(factory="a:b", loss="a:b", decoder="a:b"))
+    assert not use_problems(replace(records, steps=3))
+    assert "may give 10 tokens to all runs together, and this would make 12" in str(use_problems(replace(records, steps=4))[0])
+    folder = make_set(tmp_path / "s", Policy(max_tokens=9 * 6))  # documents of 50, 31 and 80 tokens, rows of 9
+    packed = replace(make_run({"s": (folder, 1)}, rows=2, packing="best_fit"), name="one", steps=3)
+    assert not use_problems(packed) and "this would make 72" in str(use_problems(replace(packed, steps=4))[0])
+    enter(packed, Going("aa"))
+    [entry] = read_entries(folder / "use")
+    assert (entry.row_tokens, entry.split_rows) == (9, RowReader(packed).rows["s"])
+
+
+def test_the_earliest_end_of_all_sources_stops_the_run(tmp_path: Path) -> None:
+    policies = {"a": Policy(not_after="2931-05-01"), "b": Policy(not_after="2930-01-31"), "c": Policy(),
+                "d": Policy(max_days=9)}
+    run = make_run({name: (make_set(tmp_path / name, policy), 1) for name, policy in policies.items()})
+    assert deadline(run) == (datetime(2930, 2, 1, tzinfo=UTC), "b")
+    enter(run, Going("aa"))
+    ended, source = deadline(run)
+    assert source == "d" and timedelta(days=8) < ended - datetime.now(UTC) <= timedelta(days=9)
 
 
 def test_an_entry_in_words() -> None:
