@@ -13,7 +13,7 @@ from data_sets import make_run, write_tokens
 from officina.trainer.config import RunConfig, SourceConfig
 from officina.trainer.data.ledger import Ledger, audit, read_ledger
 from officina.trainer.data.loader import Loader
-from officina.trainer.data.order import extend_timeline
+from officina.trainer.data.order import Mixture, extend_timeline
 from officina.trainer.errors import DataError
 from officina.trainer.run_dir import LEDGER, save_config
 
@@ -167,6 +167,26 @@ def test_a_wrong_permutation_would_be_found(folders, tmp_path: Path, monkeypatch
     leg(tmp_path, run, 1, 0, 0, 9)
     told = "\n".join(audit(tmp_path).faults)
     assert "rows of epoch 0 a second time" in told and "rows of epoch 0 were left out" in told
+
+
+@pytest.mark.parametrize(("step", "told"), [
+    (-3, ["step 4: source a goes from row 12 on to 9: the mixture lost or repeats rows",
+          "step 4: source a uses 3 rows of epoch 0 a second time"]),
+    (3, ["step 4: source a goes from row 12 on to 15: the mixture lost or repeats rows",
+         "source a: 24 rows of epoch 0 used, planned 27"])])
+def test_a_mixture_that_loses_or_repeats_rows_would_be_found(folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                             step: int, told: list[str]) -> None:
+    """Ledger and audit take the same wrong cursors, as if a change of the mixture had moved them."""
+    place = Mixture.place
+
+    def moved(self: Mixture, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        source, cursor = place(self, samples)
+        return source, np.where(samples >= 12, cursor + step, cursor)
+
+    monkeypatch.setattr(Mixture, "place", moved)
+    run = make_run({"a": (folders["a"], 1)}, rows=4)
+    leg(tmp_path, run, 1, 0, 0, 6)
+    assert set(told) <= set(audit(tmp_path).faults)
 
 
 def test_a_branch_begins_in_the_middle(folders, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from officina.trainer.batch import IGNORE
 from officina.trainer.data.ledger import Ledger, audit, read_ledger
 from officina.trainer.data.loader import Loader, StepData, validation_rows
 from officina.trainer.data.manifest import open_dataset, write_manifest
-from officina.trainer.data.removal import remove
+from officina.trainer.data.megatron import export_megatron
+from officina.trainer.data.removal import remove, removed_documents
 from officina.trainer.data.shard_writer import SplitWriter
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
@@ -137,6 +139,37 @@ def test_steps_before_and_after_a_request_are_both_audited(tmp_path: Path) -> No
     (folder / "ledger.jsonl").write_text(text.replace('{"a":3}', '{"a":4}'))
     with pytest.raises(DataError, match=r"has 3 lists of removed documents, but the run read it with 4"):
         audit(folder)
+
+
+def test_requests_for_one_shard_add_up(tmp_path: Path) -> None:
+    """The second list of a shard does not replace the first, nor is it hidden by it."""
+    write(tmp_path / "d", [8] * 10, shard_bytes=1 << 20)
+    before = fields(steps(tmp_path / "d", 1, rows=9, shuffle=False), "tokens")
+    for number in (6, 1, 3):
+        remove(tmp_path / "d", [number.to_bytes(16).hex()])
+    dataset = open_dataset(tmp_path / "d")
+    for lists, gone in enumerate([[], [6], [1, 6], [1, 3, 6]]):
+        found = removed_documents(dataset, lists)
+        assert {shard: documents.tolist() for shard, documents in found.items()} == (
+            {f"shards/{split}-00000.dls": gone for split in ("train", "validation")} if gone else {})
+    after = fields(steps(tmp_path / "d", 1, rows=9, shuffle=False), "tokens")
+    assert np.array_equal(after, np.where(np.isin(before // 8, [1, 3, 6]), EOS, before))
+    assert export_megatron(tmp_path / "d", tmp_path / "out")["train"][1:] == (7, 56)
+
+
+def test_a_run_that_went_on_with_a_copy_from_before_the_request_is_audited(tmp_path: Path) -> None:
+    """It read the documents again, and its ledger says so: that start heeded no list."""
+    write(tmp_path / "old", [10] * 20)
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    remove(tmp_path / "new", [i.to_bytes(16).hex() for i in range(0, 20, 2)])
+    for first, name in ((1, "new"), (3, "old")):
+        run = make_run({"a": (tmp_path / name, 1)}, rows=4, seq_len=8)
+        with Loader(run, rank=0, world_size=1, position=4 * (first - 1)) as loader, Ledger(tmp_path) as ledger:
+            for step in (first, first + 1):
+                data = loader.next_step()
+                ledger.write(step, data, data.digest)
+    save_config(make_run({"a": (tmp_path / "new", 1)}, rows=4, seq_len=8), tmp_path / "config.yaml")
+    assert audit(tmp_path).faults == [] and audit(tmp_path).removals == [(1, {"a": 1}), (3, {})]
 
 
 def test_names_of_documents(tmp_path: Path) -> None:
