@@ -71,6 +71,15 @@ def test_any_range_of_a_sealed_shard_is_that_of_an_open_one(tmp_path_factory, n:
             Shard(folder / "sealed.dls").read(0, 1)
 
 
+def test_no_nonce_is_used_for_two_blocks() -> None:
+    """Not for equal contents either: equal blocks would be seen to be equal, and under one nonce their tags tell of the key."""
+    seal, content = Seal(KEY), bytes(1000)
+    places = [(block, before, content) for block in (0, 1, 2) for before in (b"", bytes(28), bytes(27) + b"x")]
+    closed = [seal.close(block, content, before) for block, before, content in [*places, (0, b"", content[1:])]]
+    assert len({mark[:12] for _, mark in closed}) == len({sealed[:100] for sealed, _ in closed}) == len(closed)
+    assert seal.close(0, content, b"") == closed[0]
+
+
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_block_of_another_shard_under_the_same_key_is_found_out(tmp_path: Path, block: int) -> None:
     """Put with its mark where it stood there, and with a checksum that fits."""
