@@ -26,7 +26,7 @@ from officina.trainer.data.removal import remove
 from officina.trainer.data.shard_writer import SplitWriter, write_records
 from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES, Shard
 from officina.trainer.data.stage import stage
-from officina.trainer.data.summary import summarise
+from officina.trainer.data.summary import receipt, summarise
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 from officina.trainer.evaluate import held_out
@@ -185,6 +185,10 @@ def test_audit_and_summary_know_of_it_before_and_after_a_repair(data: Path, tmp_
     gone = (read >= 75_000) & (read < 80_000)
     used = summarise(folder).sources["a"]
     assert used.lost == int((in_block & ~gone).sum()) > 50_000 and used.tokens == int((~in_block & ~gone).sum())
+    whole = summarise(folder)
+    assert whole.by_licence == whole.by_contributor == {"not stated": used.tokens}
+    slip = receipt(whole)
+    assert (slip["total"], slip["items"][0]["tokens"], slip["items"][0]["lost"]) == (used.tokens, used.tokens, used.lost)
     flip(data, 1)  # repaired: what was read then is still proved
     assert verify(data).faults == [] and audit(folder).faults == [] and summarise(folder).sources["a"] == used
     text = (folder / "ledger.jsonl").read_text()
