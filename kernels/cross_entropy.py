@@ -74,7 +74,7 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor, *, z_loss: float = 0.0, l
     _check(logits_NV, labels_N, shard)
     own_3N = row_sums(logits_NV, labels_N, first=shard.first if shard else 0, softcap=softcap, impl=impl)
     sums_3N = _Combine.apply(own_3N, shard.combine) if shard else own_3N
-    return losses_of(sums_3N, labels_N, shard.size if shard else logits_NV.shape[1], terms)
+    return losses_of(sums_3N, labels_N, shard.size if shard else logits_NV.shape[1], terms)[0]
 
 
 def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, *, z_loss: float = 0.0, label_smoothing: float = 0.0,
@@ -87,17 +87,17 @@ def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, *, z_loss: float = 0.0, 
         raise ValueError(f"cross_entropy_: logits of strides {logits_NV.stride()} cannot become their gradient; the last "
                          "stride must be 1. Call .contiguous() first")
     with torch.no_grad():
-        losses_N, gradient_NV = loss_and_gradient(logits_NV, labels_N, terms, shard, choose(logits_NV, labels_N, impl))
+        losses_2N, gradient_NV = loss_and_gradient(logits_NV, labels_N, terms, shard, choose(logits_NV, labels_N, impl))
         if gradient_NV is not logits_NV:
             logits_NV.copy_(gradient_NV)
-    return losses_N
+    return losses_2N[0]
 
 
 def cross_entropy_reference(logits_NV: Tensor, labels_N: Tensor, *, z_loss: float = 0.0, label_smoothing: float = 0.0,
                             softcap: float = 0.0) -> Tensor:
     """Same contract in plain torch on a whole vocabulary; the oracle for tests and benchmarks."""
     sums_3N = _row_sums_reference(logits_NV, labels_N, 0, softcap)
-    return losses_of(sums_3N, labels_N, logits_NV.shape[1], Terms(z_loss, label_smoothing, softcap))
+    return losses_of(sums_3N, labels_N, logits_NV.shape[1], Terms(z_loss, label_smoothing, softcap))[0]
 
 
 def row_sums(logits_NV: Tensor, labels_N: Tensor, *, first: int = 0, softcap: float = 0.0, impl: Impl = "auto") -> Tensor:
@@ -116,22 +116,21 @@ def combine_sums(sums_R3N: Tensor) -> Tensor:
 
 
 def losses_of(sums_3N: Tensor, labels_N: Tensor, vocab_size: int, terms: Terms) -> Tensor:
-    """Losses (N,) from the sums over the whole vocabulary."""
+    """Losses from the sums over the whole vocabulary, and the z-loss in each: (2, N)."""
     lse_N, target_N, total_N = sums_3N.unbind()
     losses_N = lse_N - (1 - terms.label_smoothing) * target_N
     if terms.label_smoothing:
         losses_N = losses_N - terms.label_smoothing / vocab_size * total_N
-    if terms.z_loss:
-        losses_N = losses_N + terms.z_loss * lse_N.square()
+    z_N = terms.z_loss * lse_N.square() if terms.z_loss else torch.zeros_like(lse_N)
     # Looking for a wrong label on the host would wait for the device; NaN is noticed wherever losses are.
     no_row_N = (labels_N < 0) | (labels_N >= vocab_size)
-    return losses_N.masked_fill(no_row_N, torch.nan).masked_fill(labels_N == IGNORE, 0.0)
+    return torch.stack([losses_N + z_N, z_N]).masked_fill(no_row_N, torch.nan).masked_fill(labels_N == IGNORE, 0.0)
 
 
 def loss_and_gradient(logits_NV: Tensor, labels_N: Tensor, terms: Terms, shard: VocabShard | None,
                       impl: str) -> tuple[Tensor, Tensor]:
-    """Losses (N,) and the gradient of their sum in the logits (N, V): the logits' own memory for `triton`, wide for
-    `reference`. Not for autograd."""
+    """Losses with the z-loss in each (2, N), and the gradient of the losses' sum in the logits (N, V): the logits' own memory
+    for `triton`, wide for `reference`. Not for autograd."""
     if impl == "reference":
         return _loss_and_gradient_reference(logits_NV, labels_N, terms, shard)
     if shard is None:
@@ -301,14 +300,14 @@ def _gradient_into(out_NV: Tensor, logits_NV: Tensor, labels_N: Tensor, sums_3N:
 
 
 def _loss_and_gradient_(logits_NV: Tensor, labels_N: Tensor, z_loss: float, label_smoothing: float, softcap: float) -> Tensor:
-    losses_N = _empty_losses(logits_NV, labels_N, z_loss, label_smoothing, softcap)
-    _launch("loss_and_gradient", kernels.loss_and_gradient_kernel, logits_NV, labels_N.contiguous(), losses_N, *logits_NV.shape,
-            logits_NV.stride(0), Z_LOSS=z_loss, SMOOTHING=label_smoothing, SOFTCAP=softcap)
-    return losses_N
+    losses_2N = _empty_losses(logits_NV, labels_N, z_loss, label_smoothing, softcap)
+    _launch("loss_and_gradient", kernels.loss_and_gradient_kernel, logits_NV, labels_N.contiguous(), losses_2N,
+            *logits_NV.shape, logits_NV.stride(0), Z_LOSS=z_loss, SMOOTHING=label_smoothing, SOFTCAP=softcap)
+    return losses_2N
 
 
 def _empty_losses(logits_NV: Tensor, labels_N: Tensor, z_loss: float, label_smoothing: float, softcap: float) -> Tensor:
-    return logits_NV.new_empty(logits_NV.shape[0], dtype=wide_dtype(logits_NV.dtype))
+    return logits_NV.new_empty(2, logits_NV.shape[0], dtype=wide_dtype(logits_NV.dtype))
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:

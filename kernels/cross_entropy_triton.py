@@ -132,16 +132,19 @@ def loss_and_gradient_kernel(logits, labels, losses, N, V, stride, Z_LOSS: tl.co
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         label = tl.load(labels + n)
         row = logits + tl.cast(n, tl.int64) * stride
-        loss = tl.zeros([], WIDE)
+        loss, z = tl.zeros([], WIDE), tl.zeros([], WIDE)
         if label == _IGNORE:
             _zero_row(row, V, BLOCK)
         else:
             lse, target, total = _sums_of_row(row, label, V, SMOOTHING > 0, SOFTCAP, WIDE, BLOCK)
             uniform = SMOOTHING / tl.cast(V, WIDE)
-            loss = lse - (1 - SMOOTHING) * target + Z_LOSS * lse * lse
+            if Z_LOSS > 0:
+                z = Z_LOSS * lse * lse
+            loss = lse - (1 - SMOOTHING) * target + z
             if SMOOTHING > 0:  # else 0 x -inf where a row of the vocabulary is switched off
                 loss -= uniform * total
             loss = tl.where((label >= 0) & (label < V), loss, float("nan"))
             _gradient_of_row(row, row, label, V, lse, 1 + 2 * Z_LOSS * lse, SMOOTHING - 1.0, -uniform, SOFTCAP, WIDE,
                              BLOCK)
         tl.store(losses + n, loss)
+        tl.store(losses + N + n, z)

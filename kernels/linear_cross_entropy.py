@@ -47,7 +47,7 @@ _ALIGN = 64
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z_loss: float = 0.0,
                          label_smoothing: float = 0.0, softcap: float = 0.0, shard: VocabShard | None = None,
-                         chunk_tokens: int = 0, impl: Impl = "auto") -> Tensor:
+                         chunk_tokens: int = 0, split: bool = False, impl: Impl = "auto") -> Tensor:
     """Sum of the token losses, 0-dim fp32 (fp64 for fp64 inputs); differentiable once in x and weight.
 
     Args:
@@ -56,6 +56,7 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z
         shard: where weight is a part of the vocabulary's rows. The loss is then that of the whole; the gradient in x is this
             rank's part, which the caller sums over the ranks. Not inside torch.compile(fullgraph=True).
         chunk_tokens: tokens whose logits exist at a time; 0 = a good value for the device.
+        split: the result is (2,): the sum, and the z-loss in it, which has no gradient.
         impl: of the cross-entropy; the matrix products are torch's in either case.
     Raises ValueError where shapes, terms or a named impl do not fit.
     """
@@ -69,8 +70,9 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z
                          f"vocabulary's {shard.size}")
     Terms(z_loss, label_smoothing, softcap)  # raises; numbers are handed on, since torch 2.9 would compile its checks
     chunk_tokens = chunk_tokens or _chunk_tokens(x_ND, V)
-    return _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, z_loss, label_smoothing, softcap, shard, chunk_tokens,
-                                     choose(x_ND, labels_N, impl), torch.is_grad_enabled())
+    sums_2 = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, z_loss, label_smoothing, softcap, shard, chunk_tokens,
+                                       choose(x_ND, labels_N, impl), torch.is_grad_enabled())
+    return sums_2 if split else sums_2[0]
 
 
 @torch.no_grad()
@@ -87,7 +89,7 @@ def linear_token_scores(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, so
     for start in range(0, N, chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         logits = x_ND[rows] @ weight_VD.T
-        scores[0, rows] = _losses(logits, labels_N[rows], terms, None, impl)
+        scores[0, rows] = _losses(logits, labels_N[rows], terms, None, impl)[0]
         scores[1, rows] = logits.argmax(-1) == labels_N[rows]
     return scores
 
@@ -113,18 +115,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 shard: VocabShard | None, chunk_tokens: int, impl: str, grad_enabled: bool) -> Tensor:
         want_dx, want_dweight = (need and grad_enabled for need in ctx.needs_input_grad[:2])
         if torch.compiler.is_compiling() and shard is None:  # one node of the graph, however many chunks
-            loss, dx, dweight = torch.ops.officina.linear_cross_entropy(
+            sums, dx, dweight = torch.ops.officina.linear_cross_entropy(
                 x, weight, labels, z_loss, label_smoothing, softcap, chunk_tokens, impl, want_dx, want_dweight)
         else:  # plain, so that counters of operations and memory see what there is
             terms = Terms(z_loss, label_smoothing, softcap)
-            loss, dx, dweight = _forward(x, weight, labels, terms, shard, chunk_tokens, impl, want_dx, want_dweight)
+            sums, dx, dweight = _forward(x, weight, labels, terms, shard, chunk_tokens, impl, want_dx, want_dweight)
         ctx.save_for_backward(dx, dweight)
         ctx.wanted, ctx.dtypes = (want_dx, want_dweight), (x.dtype, weight.dtype)
-        return loss
+        return sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor | None, ...]:
+        dloss = dsums[0]  # the z-loss is in the loss
         # Scaled in dloss' fp32: rounded to bf16, 1 / step_tokens would put every gradient off by up to 0.4 %. Written in one
         # pass: a product in fp32 first would be as large as the sum of the chunks once more.
         dx, dweight = (torch.mul(d, dloss, out=torch.empty_like(d, dtype=dtype)) if wanted else None
@@ -138,16 +141,17 @@ def _implementation(x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, la
 
 
 def _results(x: Tensor, weight: Tensor, chunk_tokens: int, want_dx: bool, want_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its gradient in x (x's dtype) and in weight (bf16, or at least fp32); empty where it is not wanted."""
+    """Loss with the z-loss in it (2,), its gradient in x (x's dtype) and in weight (bf16, or at least fp32); empty where it is
+    not wanted."""
     wide = wide_dtype(x.dtype)
     narrow = x.dtype == weight.dtype == torch.bfloat16 and x.shape[0] <= NARROW_CHUNKS * chunk_tokens
-    return (x.new_zeros((), dtype=wide), x.new_empty(x.shape if want_dx else 0),
+    return (x.new_zeros(2, dtype=wide), x.new_empty(x.shape if want_dx else 0),
             weight.new_zeros(weight.shape if want_dweight else 0, dtype=x.dtype if narrow else wide))
 
 
 def _forward(x: Tensor, weight: Tensor, labels: Tensor, terms: Terms, shard: VocabShard | None, chunk_tokens: int, impl: str,
              want_dx: bool, want_dweight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    loss, dx, dweight = _results(x, weight, chunk_tokens, want_dx, want_dweight)
+    sums, dx, dweight = _results(x, weight, chunk_tokens, want_dx, want_dweight)
     V, N = weight.shape[0], x.shape[0]
     width = -(-V // _ALIGN) * _ALIGN if impl == "triton" else V
     held = x.new_empty(min(chunk_tokens, N), width)
@@ -156,16 +160,16 @@ def _forward(x: Tensor, weight: Tensor, labels: Tensor, terms: Terms, shard: Voc
         x_c, labels_c = x[rows], labels[rows]
         logits = torch.mm(x_c, weight.T, out=held[:x_c.shape[0], :V])
         if not (want_dx or want_dweight):
-            loss += _losses(logits, labels_c, terms, shard, impl).sum()
+            sums += _losses(logits, labels_c, terms, shard, impl).sum(1)
             continue
         losses, dlogits = loss_and_gradient(logits, labels_c, terms, shard, impl)
-        loss += losses.sum()
+        sums += losses.sum(1)
         dlogits = dlogits.to(x.dtype)
         if want_dx:
             torch.mm(dlogits, weight, out=dx[rows])
         if want_dweight:
             _add_product(dweight, dlogits.T, x_c)
-    return loss, dx, dweight
+    return sums, dx, dweight
 
 
 def _losses(logits: Tensor, labels: Tensor, terms: Terms, shard: VocabShard | None, impl: str) -> Tensor:

@@ -81,10 +81,11 @@ def test_a_last_step_without_learning_rate_is_no_fault_of_the_engine(pool, data,
 
 
 def test_engines_and_ranks_change_at_every_stop(pool, data, tmp_path):
-    begin(tmp_path / "one", plain_run(data))
+    run = plain_run(data, objective=ObjectiveConfig(z_loss=1e-3))
+    begin(tmp_path / "one", run)
     assert lived(pool, tmp_path / "one", 1) == EXIT_DONE
     legs = [(4, FSDP2Config(), 2), (2, ZeroConfig(stage=2), 4), (3, DDPConfig(), 6), (2, ZeroConfig(stage=3), 0)]
-    begin(tmp_path / "many", plain_run(data))
+    begin(tmp_path / "many", run)
     for world_size, engine, stop_after in legs:
         changed(tmp_path / "many", engine=engine)
         status = lived(pool, tmp_path / "many", world_size, stop_after=stop_after)
@@ -93,6 +94,10 @@ def test_engines_and_ranks_change_at_every_stop(pool, data, tmp_path):
         got = losses(tmp_path / "many")[step]
         assert got[0] == pytest.approx(loss, abs=1e-5) and got[1] == pytest.approx(norm, rel=1e-5)
     assert largest_difference(states(tmp_path / "one", 8), states(tmp_path / "many", 8)) <= 1e-5
+
+    z_losses = [[step.z_loss for step in read_metrics(tmp_path / name).steps] for name in ("one", "many")]
+    assert z_losses[0][0] == pytest.approx(1e-3 * math.log(320) ** 2, rel=0.02)  # of logits that say little yet
+    assert z_losses[1] == pytest.approx(z_losses[0], rel=1e-5)
 
     one, many = read_ledger(tmp_path / "one")[0], read_ledger(tmp_path / "many")[0]
     assert [(e.first_sample, e.stop_sample, e.digest) for e in one] == [

@@ -11,7 +11,8 @@ IGNORE = -100
 
 LossFn = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 """`loss(module, fields)` -> 0-dim fp32 SUM of the losses over the loss-bearing tokens (or items) of the micro-batch; or (n,)
-sums, of which the first is that one and the others, without gradient, are what the objective measures beside it.
+sums, of which the first is that one and the others, without gradient, are what the objective measures beside it. What is
+minimised may be more than is shown: the gradient of the first is the objective's.
 
 `module` is the engine's wrapped module and must be called (`module(...)`), never reached around: sharding hooks run there.
 """

@@ -408,7 +408,7 @@ class ObjectiveConfig:
     beta: Annotated[float, Field(gt=0)] = 0.1
     """dpo: how strongly the model is held to the one it began with."""
     z_loss: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the mean squared log-partition function."""
+    """next_token: weight of the mean squared log-partition function; minimised and shown beside the loss, not within it."""
     max_nonfinite_steps: Positive = 5
     """A step with a non-finite gradient norm is skipped; after this many in a row the run stops (exit status 76)."""
     spike_sigma: Annotated[float, Field(ge=0)] = 0.0

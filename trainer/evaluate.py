@@ -74,9 +74,9 @@ def _pairs(engine: Engine, run: RunConfig, ranks: Ranks, step: int, source: str,
         lost = merge_lost({"": lost}, {"": damaged}).get("", {})
         sums += engine.evaluate(batch.to(ranks.device)).double().cpu().numpy()
         pairs += batch.loss_tokens
-    loss, *beside, count = ranks.sum([*sums, pairs])
+    loss, *rewards, count = ranks.sum([*sums, pairs])
     return EvalMetrics(step=step, source=source, loss_nats=loss / max(count, 1), tokens=int(count),
-                       eval_time_s=time.perf_counter() - began_s, **measured(beside, count)), lost
+                       eval_time_s=time.perf_counter() - began_s, **measured(REWARDS, rewards, count)), lost
 
 
 def _answers(sums: np.ndarray, tokens: float) -> dict[str, float]:

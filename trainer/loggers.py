@@ -51,7 +51,7 @@ def values_of(record: StepMetrics | EvalMetrics) -> dict[str, float]:
             if (value := getattr(record, name)) is not None:
                 shown[f"eval/{record.source}/{name}"] = value
         return shown
-    names = ("loss_nats", "grad_norm", "lr", "step_time_s", "data_wait_s", "tokens_per_s", "filled_tokens",
+    names = ("loss_nats", "z_loss", "grad_norm", "lr", "step_time_s", "data_wait_s", "tokens_per_s", "filled_tokens",
              "filled_tokens_per_s", "reward_accuracy", "reward_margin", "mfu_causal", "mfu_full", "peak_memory_bytes")
     shown = {f"train/{name}": getattr(record, name) for name in names}
     shown["train/left_out"] = float(not record.applied)

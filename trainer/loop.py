@@ -15,7 +15,7 @@ from officina.trainer.data.loader import StepData
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_USER, DataError, NoProgressError
 from officina.trainer.evaluate import held_out
 from officina.trainer.metrics import StepMetrics
-from officina.trainer.objective import measured
+from officina.trainer.objective import beside, measured
 from officina.trainer.ranks import Ranks
 from officina.trainer.run_dir import load_config
 from officina.trainer.schedule import lr_factor
@@ -123,7 +123,8 @@ def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_s
         step=job.step, tokens=tokens, loss_nats=loss, grad_norm=result.grad_norm, lr=job.run.optim.lr * lr_factor,
         step_time_s=step_time_s, data_wait_s=data.wait_s, tokens_per_s=tokens_per_s, applied=result.applied,
         spike=spike, filled_tokens=int(filled) or None, filled_tokens_per_s=filled / step_time_s if filled else None,
-        mfu_causal=mfu[0], mfu_full=mfu[1], peak_memory_bytes=peak_bytes, **measured(measures, tokens)))
+        mfu_causal=mfu[0], mfu_full=mfu[1], peak_memory_bytes=peak_bytes,
+        **measured(beside(objective), measures, tokens)))
     if job.ledger is not None:
         job.ledger.write(job.step, data, digest)
 

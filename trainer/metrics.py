@@ -31,7 +31,7 @@ class StepMetrics:
     tokens: int
     """Loss-bearing tokens (records for custom models, pairs for DPO) of this step over all ranks; padding does not count."""
     loss_nats: float
-    """Mean loss of those tokens, before the update."""
+    """Mean loss of those tokens, before the update; of next_token the cross-entropy alone."""
     grad_norm: float
     """Global L2 norm before clipping."""
     lr: float
@@ -50,6 +50,8 @@ class StepMetrics:
     """Tokens of the step that are no padding, trained on or only read; none for custom models."""
     filled_tokens_per_s: float | None = None
     """filled_tokens / step_time_s, over all ranks: the speed of a run that trains on answers only, or on pairs."""
+    z_loss: float | None = None
+    """Mean z-loss of those tokens in nats, minimised beside loss_nats; none = `objective.z_loss` is 0."""
     reward_accuracy: float | None = None
     """DPO: share of the pairs whose chosen answer has the higher reward."""
     reward_margin: float | None = None

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from officina.trainer.batch import IGNORE, LossFn
+from officina.trainer.config import ObjectiveConfig
 from officina.trainer.errors import OfficinaError
 
 REWARDS = ("reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected")
@@ -14,13 +15,19 @@ REWARDS = ("reward_accuracy", "reward_margin", "reward_chosen", "reward_rejected
 
 
 def next_token_loss(z_loss: float = 0.0) -> LossFn:
-    """Cross-entropy plus z_loss times the squared log-partition function, summed over the labels.
+    """Cross-entropy, summed over the labels; and with z_loss the sum of z_loss times their squared log-partition function.
 
-    Without gradient (evaluation) the z-loss is left out: a held-out loss is in nats whatever the objective.
+    The gradient is that of both, the first number the cross-entropy alone: a loss is in nats and can be compared whatever
+    z_loss is. Without gradient (evaluation) the z-loss is left out.
     """
     def loss(module: nn.Module, fields: dict[str, Tensor]) -> Tensor:
-        return module(fields["tokens"], labels_BT=fields["labels"], documents_BT=fields.get("documents"),
-                      positions_BT=fields.get("positions"), z_loss=z_loss if torch.is_grad_enabled() else 0.0)
+        weight = z_loss if torch.is_grad_enabled() else 0.0
+        found = module(fields["tokens"], labels_BT=fields["labels"], documents_BT=fields.get("documents"),
+                       positions_BT=fields.get("positions"), z_loss=weight)
+        if not weight:
+            return found
+        z = found[1].detach()
+        return torch.stack((found[0] - z, z))  # less a number, which leaves the gradient as it is
 
     return loss
 
@@ -63,9 +70,14 @@ def _by_document(values_BT: Tensor, documents_BT: Tensor, n: int) -> Tensor:
     return sums.scatter_add(1, documents_BT.clamp(max=n).long(), values_BT)[:, :n]
 
 
-def measured(sums: Sequence[float], pairs: float) -> dict[str, float]:
-    """The means of `REWARDS`, by name; nothing for objectives that measure nothing beside the loss."""
-    return {name: value / max(pairs, 1) for name, value in zip(REWARDS, sums, strict=True)} if sums else {}
+def beside(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """Names of what the objective's loss function gives beside the loss while it trains, in its order."""
+    return REWARDS if objective.kind == "dpo" else ("z_loss",) if objective.z_loss else ()
+
+
+def measured(names: Sequence[str], sums: Sequence[float], items: float) -> dict[str, float]:
+    """The means of such sums over tokens or pairs, by name."""
+    return {name: value / max(items, 1) for name, value in zip(names, sums, strict=True)}
 
 
 def record_loss(losses_of: Callable[[nn.Module, dict[str, Tensor]], Tensor], path: str) -> LossFn:

@@ -23,6 +23,14 @@ def inputs(N=37, V=53, D=16, dtype=torch.float32, scale=1.0):
     return x, weight, labels
 
 
+@torch.no_grad()
+def z_loss_of(x, weight, labels, terms):
+    """The sum of the squared log-partition functions, written out."""
+    logits, cap = x @ weight.T, terms.get("softcap", 0.0)
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    return terms.get("z_loss", 0.0) * logits.logsumexp(1)[labels != IGNORE].square().sum()
+
+
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("z_loss, label_smoothing", [(0.0, 0.0), (1e-2, 0.0), (1e-2, 0.1)])
 @pytest.mark.parametrize("chunk_tokens", [0, 1, 8, 37, 100])
@@ -30,9 +38,11 @@ def test_loss_and_gradients_equal_the_reference(chunk_tokens, z_loss, label_smoo
     x, weight, labels = inputs()
     terms = {"z_loss": z_loss, "label_smoothing": label_smoothing, "softcap": softcap}
     want = linear_cross_entropy_reference(x, weight, labels, **terms)
-    got = linear_cross_entropy(x, weight, labels, chunk_tokens=chunk_tokens, **terms)
+    got, z = linear_cross_entropy(x, weight, labels, chunk_tokens=chunk_tokens, split=True, **terms)
     torch.testing.assert_close(got, want, atol=0, rtol=2e-6)
+    torch.testing.assert_close(z, z_loss_of(x, weight, labels, terms), atol=0, rtol=2e-6)
     assert got.dtype == torch.float32 and got.dim() == 0
+    assert torch.equal(linear_cross_entropy(x, weight, labels, chunk_tokens=chunk_tokens, **terms), got)
     for g, w in zip(torch.autograd.grad(got * 0.3, (x, weight)), torch.autograd.grad(want * 0.3, (x, weight)), strict=True):
         torch.testing.assert_close(g, w, atol=2e-6, rtol=1e-5)
 
@@ -50,6 +60,10 @@ def test_with_the_kernel_it_is_as_exact_as_plain_torch(terms, dtype):
     assert_same_bits(function, (x, weight, labels))
     with torch.no_grad():
         torch.testing.assert_close(function(x, weight, labels), linear_cross_entropy_reference(x, weight, labels, **terms))
+    want = z_loss_of(x.float(), weight.float(), labels, terms)
+    for part in (weight, weight.requires_grad_()):  # without gradient, and with
+        z = linear_cross_entropy(x, part, labels, chunk_tokens=5, split=True, impl="triton", **terms)[1]
+        torch.testing.assert_close(z, want, atol=0, rtol=1e-6 if dtype == torch.float32 else 1e-3)
 
 
 @interpreted
@@ -91,11 +105,11 @@ def on_a_rank(ranks):
         dist.all_gather(found, own)
         return combine_sums(torch.stack(found))
 
-    loss = linear_cross_entropy(x, part, labels, shard=VocabShard(rank * 26, 52, combine), chunk_tokens=10, z_loss=0.1,
-                                label_smoothing=0.1, softcap=3.0)
-    dx, dpart = torch.autograd.grad(loss, (x, part))
+    sums = linear_cross_entropy(x, part, labels, shard=VocabShard(rank * 26, 52, combine), chunk_tokens=10, z_loss=0.1,
+                                label_smoothing=0.1, softcap=3.0, split=True)
+    dx, dpart = torch.autograd.grad(sums[0], (x, part))
     dist.all_reduce(dx)
-    return loss.item(), dx.tolist(), dpart.tolist()
+    return sums.tolist(), dx.tolist(), dpart.tolist()
 
 
 def test_two_ranks_share_a_vocabulary(pool):
@@ -103,8 +117,9 @@ def test_two_ranks_share_a_vocabulary(pool):
     x, weight, labels = inputs(V=52, dtype=torch.float64)
     loss = linear_cross_entropy_reference(x, weight, labels, z_loss=0.1, label_smoothing=0.1, softcap=3.0)
     dx, dweight = (grad.tolist() for grad in torch.autograd.grad(loss, (x, weight)))
-    for own_loss, own_dx, _ in found:
-        torch.testing.assert_close(own_loss, loss.item())
+    z = z_loss_of(x, weight, labels, {"z_loss": 0.1, "softcap": 3.0})
+    for own_sums, own_dx, _ in found:
+        torch.testing.assert_close(own_sums, [loss.item(), z.item()])
         torch.testing.assert_close(own_dx, dx)
     torch.testing.assert_close([*found[0][2], *found[1][2]], dweight)
 
@@ -120,8 +135,9 @@ def test_parts_of_a_vocabulary_make_the_whole_in_the_kernel():
     for a in (0, 30):
         part = weight.detach()[a:a + 30].clone().requires_grad_()
         shard = VocabShard(a, 60, lambda own: combine_sums(sums))
-        loss = linear_cross_entropy(x, part, labels, shard=shard, impl="triton", **terms)
+        loss, z = linear_cross_entropy(x, part, labels, shard=shard, split=True, impl="triton", **terms)
         torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+        torch.testing.assert_close(z, z_loss_of(x, weight, labels, terms), rtol=1e-5, atol=0)
         parts.append(torch.autograd.grad(loss, (x, part)))
     torch.testing.assert_close(parts[0][0] + parts[1][0], dx, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat([parts[0][1], parts[1][1]]), dweight, rtol=1e-4, atol=1e-5)

@@ -183,12 +183,12 @@ def test_evaluation_leaves_the_z_loss_out():
 
     def module(tokens, **arguments):
         given.append((arguments["z_loss"], arguments["documents_BT"]))
-        return torch.zeros(())
+        return torch.tensor((5.0, 3.0)) if arguments["z_loss"] else torch.tensor(2.0)
 
     fields = {"tokens": torch.zeros(1, 1), "labels": torch.zeros(1, 1)}
-    next_token_loss(0.1)(module, fields)
+    assert next_token_loss(0.1)(module, fields).tolist() == [2.0, 3.0]  # the cross-entropy, and what it does not hold
     with torch.no_grad():
-        next_token_loss(0.1)(module, fields)
+        assert next_token_loss(0.1)(module, fields).tolist() == 2.0
     assert given == [(0.1, None), (0.0, None)]
 
 

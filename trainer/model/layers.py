@@ -96,14 +96,15 @@ class Vocabulary(nn.Module):
         self.softcap, self.impl = config.logit_softcap, config.kernels
 
     def forward(self, x: Tensor, use: str, labels_BT: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
-        """`embed`: (B, T) -> (B, T, D). `logits`: (B, T, D) -> (B, T, V) fp32. `loss`: -> 0-dim fp32 sum.
+        """`embed`: (B, T) -> (B, T, D). `logits`: (B, T, D) -> (B, T, V) fp32. `loss`: -> 0-dim fp32 sum, or with
+        z_loss (2,), see `linear_cross_entropy`.
         `scores`: -> (2, B, T) fp32, see `linear_token_scores`; with gradient, which computes the logits once more."""
         if use == "embed":
             return F.embedding(x, self.weight)
         weight = self.weight.to(x.dtype)
         if use == "loss":
             return linear_cross_entropy(x.flatten(0, -2), weight, labels_BT.flatten(), z_loss=z_loss, softcap=self.softcap,
-                                        impl=self.impl)
+                                        split=z_loss > 0, impl=self.impl)
         if use == "scores":
             labels_N = labels_BT.flatten()
             if not torch.is_grad_enabled():

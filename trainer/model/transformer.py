@@ -125,7 +125,8 @@ class Transformer(nn.Module):
         Args:
             documents_BT: a number per document; attention stays within it. None: each row is one document.
             positions_BT: place of each token for RoPE; None: counted from the beginning of the row or cache.
-            z_loss: weight of the squared log-partition function in the loss.
+            z_loss: weight of the squared log-partition function in the loss; the result then is (2,): that sum, and the z-loss
+                in it, which has no gradient.
             scores: with labels, the loss of each and whether it is the most likely token: (2, B, T) instead of the sum.
             cache: keys and values of the tokens before these; these are added to it. Not with documents.
         """

@@ -69,7 +69,7 @@ def test_a_windowed_cache_holds_the_window_only():
 def test_without_labels_every_parameter_gets_a_zero_gradient(index):
     module = filled(CONFIGS[index])
     tokens = torch.randint(0, 37, (2, 9))
-    loss = module(tokens, labels_BT=torch.full_like(tokens, IGNORE), z_loss=1e-3)
+    loss = module(tokens, labels_BT=torch.full_like(tokens, IGNORE), z_loss=1e-3)[0]
     loss.backward()
     assert loss.item() == 0 and loss.dtype == torch.float32
     assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
@@ -127,8 +127,8 @@ def test_labels_give_the_sum_of_the_losses_of_the_logits():
     labels[0, :7] = IGNORE
     want = torch.nn.functional.cross_entropy(module(tokens).flatten(0, 1), labels.flatten(), reduction="sum")
     torch.testing.assert_close(module(tokens, labels_BT=labels), want, atol=0, rtol=2e-6)
-    with_z = want + 0.1 * module(tokens).logsumexp(-1).square()[labels != IGNORE].sum()
-    torch.testing.assert_close(module(tokens, labels_BT=labels, z_loss=0.1), with_z, atol=0, rtol=2e-6)
+    z = 0.1 * module(tokens).logsumexp(-1).square()[labels != IGNORE].sum()
+    torch.testing.assert_close(module(tokens, labels_BT=labels, z_loss=0.1), torch.stack((want + z, z)), atol=0, rtol=2e-6)
 
 
 def test_scores_with_gradient_are_those_of_the_logits_and_so_is_their_gradient():

@@ -32,6 +32,7 @@ from officina.trainer.config import (
 from officina.trainer.model.build import build_model
 from officina.trainer.model.nf4 import RoundedSource
 from officina.trainer.model.targets import choose
+from officina.trainer.objective import next_token_loss
 from officina.trainer.parallel.engine import Parts, build_engine
 from officina.trainer.state import PARAM, Piece
 
@@ -64,6 +65,7 @@ class Case:
     precision: str = "fp32"
     objective: str = "next_token"
     """dpo: rows of two preference pairs; see `global_batch`."""
+    z_loss: float = 0.0
     packed: bool = True
     rows: int = ROWS
     seq_len: int = SEQ_LEN
@@ -86,7 +88,7 @@ class Case:
     def run(self) -> RunConfig:
         engine = replace(ENGINES[self.engine], recompute=self.recompute, compile=self.compile)
         return RunConfig(engine=engine, model=self.model, adapter=self.adapter, optim=self.optim,
-                         objective=ObjectiveConfig(kind=self.objective, beta=0.5),
+                         objective=ObjectiveConfig(kind=self.objective, beta=0.5, z_loss=self.z_loss),
                          batch=BatchConfig(global_tokens=self.rows * self.seq_len, seq_len=self.seq_len))
 
 
@@ -212,10 +214,11 @@ def _reference(case: Case) -> Trace:
     losses, norms, applied = [], [], []
     for step in range(case.steps):
         fields = global_batch(step, case)
-        loss = (_reference_dpo if case.objective == "dpo" else built.loss_fn)(module, fields) / items_of(fields)
+        z = _reference_z_loss(module, fields, case.z_loss) if case.z_loss else 0.0
+        loss = (_reference_dpo if case.objective == "dpo" else next_token_loss())(module, fields) / items_of(fields)
         for parameter in named.values():
             parameter.grad = None
-        loss.backward()
+        (loss + z / items_of(fields)).backward()
         losses.append(loss.item())
         norm = torch.nn.utils.clip_grad_norm_(named.values(), optim.clip_norm or float("inf")).item()
         norms.append(float("nan") if step == case.poison[0] else norm)
@@ -228,6 +231,12 @@ def _reference(case: Case) -> Trace:
         _reference_muon(optim, by_muon, momenta, lr_factor(step))
     state = {(name, PARAM): p.detach().double().numpy().reshape(-1) for name, p in whole.items()}
     return Trace(losses, norms, applied, state, sum(applied))
+
+
+def _reference_z_loss(module, fields: Mapping[str, Tensor], weight: float) -> Tensor:
+    """Of all logits, summed over the labels; the losses of a `Trace` are without it (section 5 of arXiv:2204.02311)."""
+    logits = module(fields["tokens"], documents_BT=fields.get("documents"), positions_BT=fields.get("positions"))
+    return weight * logits[fields["labels"] != IGNORE].exp().sum(-1).log().square().sum()
 
 
 def _reference_dpo(module, fields: Mapping[str, Tensor]) -> Tensor:

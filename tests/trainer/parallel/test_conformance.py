@@ -86,7 +86,7 @@ def test_engine_conforms_whole_grid(pool, engine, ranks, splits, packed, rows):
     ("ddp", 2, OTHER), ("fsdp2", 4, OTHER), ("hsdp", 4, TIED), ("zero2", 3, TIED), ("zero3", 2, OTHER)])
 def test_tied_and_unlike_models_conform(pool, engine, ranks, model):
     # At lr 1e-3 the second model is chaotic: its fp32 reference is 3e-4 (norm) away from its fp64 one after 20 steps.
-    case = Case(engine, model=model, optim=replace(ADAMW, lr=3e-4))
+    case = Case(engine, model=model, optim=replace(ADAMW, lr=3e-4), z_loss=1e-3 if model is OTHER else 0.0)
     away = distance(expected(case), trace(pool, ranks, case))
     assert away.within(), away
 
