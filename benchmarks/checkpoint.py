@@ -137,7 +137,7 @@ class Bench:
 
     def check_officina(self) -> float:
         with open_checkpoint(self.folder / "officina", ranks=self.ranks) as opened:
-            return self.timed(lambda: verify_loaded(self.state.pieces(), opened, self.ranks))
+            return self.timed(lambda: verify_loaded(self.state.pieces, opened, self.ranks))
 
     def cold(self, name: str, load: Callable[[], float]) -> Callable[[], float]:
         """The same load with this case's files dropped from the page cache."""

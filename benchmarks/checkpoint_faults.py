@@ -190,7 +190,7 @@ def kill_trial(folder: Path, rng: random.Random, context, *, asynchronous: bool,
         others = rng.choice((1, 3))
         save_step(run_dir, step, world_size=others)
         with open_checkpoint(run_dir) as opened:
-            verify_loaded(cut(state_at(step), 0, 1), opened)
+            verify_loaded(lambda: cut(state_at(step), 0, 1), opened)
             good = opened.step == step and opened.world_size == others
         return KillOutcome(good, in_save, "" if good else f"took step {opened.step} after saving {step}")
     except (CheckpointError, AssertionError) as e:

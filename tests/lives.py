@@ -84,6 +84,17 @@ def inject(fault: str, rank: int):
 
         assemble.build_engine = build
         return lambda: setattr(assemble, "build_engine", real)
+    if fault == "other weights":  # than the checkpoint's, one of them on rank 0
+        real_fill = assemble._fill
+
+        def fill(engine_, *args):
+            found = real_fill(engine_, *args)
+            if rank == 0:
+                next(engine_.module.parameters()).data.view(-1)[0] += 1
+            return found
+
+        assemble._fill = fill
+        return lambda: setattr(assemble, "_fill", real_fill)
     if fault == "shifted data":  # after a resume the data is one sample late
         real_init = loader.Loader.__init__
 

@@ -105,6 +105,17 @@ def test_engines_and_ranks_change_at_every_stop(pool, data, tmp_path):
     assert audit(tmp_path / "many").ok
 
 
+def test_a_load_into_bf16_is_checked_as_well(pool, data, tmp_path):
+    """What was saved in fp32 is held rounded, what was saved in bf16 as it is, and else the run does not go on."""
+    begin(tmp_path / "run", plain_run(data, steps=2))
+    assert lived(pool, tmp_path / "run", 1) == EXIT_DONE
+    for steps in (3, 4):
+        changed(tmp_path / "run", precision="bf16_pure", steps=steps)
+        with pytest.raises(RankFailure, match=r"embed\.weight param: the engine holds other values than were saved"):
+            lived(pool, tmp_path / "run", 1, fault="other weights")
+        assert lived(pool, tmp_path / "run", 1) == EXIT_DONE
+
+
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(pool, data, tmp_path):
     begin(tmp_path / "run", plain_run(data, engine=DDPConfig()))
     assert lived(pool, tmp_path / "run", 3, stop_after=5) == EXIT_CONTINUE

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ from officina.trainer.model.build import Built, build_model
 from officina.trainer.model.flops import flops_per_token
 from officina.trainer.model.peaks import peak_bf16_flops
 from officina.trainer.parallel.engine import Engine, Parts, build_engine, resolve_precision
+from officina.trainer.parallel.precision import storage_dtype
 from officina.trainer.preference import References, references
 from officina.trainer.profile import Profiler
 from officina.trainer.progress import Progress
@@ -211,8 +213,8 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
 
         opened = _newest_checkpoint(run_dir, ranks)
         state, frozen = _fill(engine, run, run_dir, built, shapes, opened, ranks, stack)
-        if opened is not None and precision != "bf16_pure":  # which holds fewer bits than were saved
-            verify_loaded(_trained(engine, frozen), opened, ranks)
+        if opened is not None:
+            verify_loaded(partial(_trained, engine, frozen), opened, ranks, held=storage_dtype(precision))
 
         loader = stack.enter_context(Loader(run, rank=ranks.rank, world_size=ranks.world_size, position=state.position,
                                             device=ranks.device))

@@ -7,7 +7,7 @@ and files. One changed element always changes the sum, several do with probabili
 hashing, Carter and Wegman 1979). About 3 GB/s on one core, against 26 GB/s for xxh3, which cannot be added.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -85,16 +85,17 @@ def state_hashes(pieces: Iterator[Piece], *, slots: set[str] | None = None) -> d
     return shares
 
 
-def verify_loaded(pieces: Iterator[Piece], opened: OpenCheckpoint, ranks: RankGroup | None = None, *,
-                  slots: set[str] | None = None) -> None:
+def verify_loaded(pieces: Callable[[], Iterator[Piece]], opened: OpenCheckpoint, ranks: RankGroup | None = None, *,
+                  slots: set[str] | None = None, held: torch.dtype = torch.float32) -> None:
     """Raise CheckpointError unless the engine now holds exactly what was saved. Collective; one sum over the ranks.
 
-    pieces: `engine.export_state()` after `import_state(opened)`, on whatever engine and number of ranks. slots: compare
-    only these (a branch that starts with fresh moments loads `param` alone). An engine that keeps its state in fewer
-    bits than were saved (fp32 into bf16_pure) cannot hold it exactly and must not be asked.
+    pieces: `engine.export_state` after `import_state(opened)`, on whatever engine and number of ranks. slots: compare
+    only these (a branch that starts with fresh moments loads `param` alone). held: what the engine keeps its state in. Where
+    bf16 cannot hold what was saved (by a run in fp32 that goes on in bf16_pure), it must hold that, rounded: then what
+    differs is read a second time, and there is a second sum.
     """
     ranks = ranks or Alone()
-    shares = state_hashes(pieces, slots=slots)
+    shares = state_hashes(pieces(), slots=slots)
     keys = sorted(k for k in opened.content if slots is None or k[1] in slots)
     unknown = sorted(shares.keys() - set(keys))
     table = [float(len(unknown))]
@@ -102,7 +103,7 @@ def verify_loaded(pieces: Iterator[Piece], opened: OpenCheckpoint, ranks: RankGr
         share, elements = shares.get(key, (0, 0))
         table += [float(elements), *_limbs(share)]
     table = ranks.sum(table)
-    faults = []
+    faults, others = [], []
     sizes = {n: shape for n, (shape, _) in opened.tensors().items()}
     for i, (name, slot) in enumerate(keys):
         elements, *limbs = table[1 + 4 * i:5 + 4 * i]
@@ -110,7 +111,10 @@ def verify_loaded(pieces: Iterator[Piece], opened: OpenCheckpoint, ranks: RankGr
         if elements != numel:
             faults.append(f"{name} {slot}: the engine holds {elements:.0f} of {numel} elements")
         elif _join(limbs) != opened.content[name, slot]:
-            faults.append(f"{name} {slot}: the engine holds other values than were saved")
+            others.append((name, slot))
+    if others and held != torch.float32:
+        others = _other_than_rounded(pieces(), opened, others, held, ranks)
+    faults += [f"{name} {slot}: the engine holds other values than were saved" for name, slot in others]
     if table[0]:
         which = ", ".join(map(" ".join, unknown[:4])) or "on another rank"
         faults.append(f"the engine holds what was not saved: {which}")
@@ -119,6 +123,18 @@ def verify_loaded(pieces: Iterator[Piece], opened: OpenCheckpoint, ranks: RankGr
         raise CheckpointError(f"after loading {opened.path} the engine's state is not the saved one:\n  " +
                               "\n  ".join(faults[:8]) + more +
                               "\nNot the files are at fault but the engine or memory. Try another engine: engine=fsdp2")
+
+
+def _other_than_rounded(pieces: Iterator[Piece], opened: OpenCheckpoint, keys: list[Key], held: torch.dtype,
+                        ranks: RankGroup) -> list[Key]:
+    """Those of `keys` of which some rank holds other values than were saved, rounded to `held`. Collective."""
+    found = dict.fromkeys(keys, 0.0)
+    for p in pieces:
+        if (p.name, p.slot) in found:
+            saved = opened.read(p.name, p.slot, p.start, p.stop)
+            rounded = saved.to(held).float() if saved.dtype == torch.float32 else saved
+            found[p.name, p.slot] += not torch.equal(p.values.detach().cpu().to(rounded.dtype), rounded)
+    return [key for key, wrong in zip(keys, ranks.sum(list(found.values())), strict=True) if wrong]
 
 
 def verify_changed(before: Mapping[Key, tuple[int, int]], after: Mapping[Key, tuple[int, int]],

@@ -70,9 +70,9 @@ def test_value_is_fixed():
 def test_loaded_state_is_compared_on_any_world(tmp_path):
     save_step(tmp_path, 1, world_size=3)
 
-    def check(ranks, state):
+    def check(ranks, state, held=torch.float32):
         with open_checkpoint(tmp_path, ranks=ranks) as opened:
-            verify_loaded(cut(state, ranks.rank, ranks.world_size), opened, ranks)
+            verify_loaded(lambda: cut(state, ranks.rank, ranks.world_size), opened, ranks, held=held)
 
     on_ranks(2, lambda r: check(r, state_at(1)))
     wrong = state_at(1)
@@ -84,12 +84,20 @@ def test_loaded_state_is_compared_on_any_world(tmp_path):
     with pytest.raises(CheckpointError, match="what was not saved: w momentum"):
         on_ranks(2, lambda r: check(r, {**state_at(1), ("w", "momentum"): torch.ones(3)}))
 
+    rounded = {key: values.bfloat16().float() for key, values in state_at(1).items()}
+    on_ranks(2, lambda r: check(r, rounded, torch.bfloat16))
+    with pytest.raises(CheckpointError, match="embed param: the engine holds other values than were saved"):
+        on_ranks(2, lambda r: check(r, rounded))
+    rounded["embed", "param"][1000] += 2**12  # on one of the ranks
+    with pytest.raises(CheckpointError, match=r"one:\n  embed param: the engine holds other values than were saved\nNot"):
+        on_ranks(2, lambda r: check(r, rounded, torch.bfloat16))
+
 
 def test_only_the_slots_that_were_loaded_are_compared(tmp_path):
     save_step(tmp_path, 1)
     state = {k: v if k[1] == "param" else v * 0 for k, v in state_at(1).items()}
     with open_checkpoint(tmp_path) as opened:
-        verify_loaded(cut(state, 0, 1), opened, slots={"param"})
+        verify_loaded(lambda: cut(state, 0, 1), opened, slots={"param"})
 
 
 def test_first_step_must_change_parameters():

@@ -70,7 +70,7 @@ def test_any_layout_to_any_other(case, segment_bytes, asynchronous):
                     got = opened.read(p.name, p.slot, p.start, p.stop)
                     assert got.dtype == p.values.dtype
                     assert torch.equal(got.view(torch.uint8), p.values.view(torch.uint8))
-                verify_loaded(iter(wanted[ranks.rank]), opened, ranks)
+                verify_loaded(lambda: iter(wanted[ranks.rank]), opened, ranks)
                 assert opened.tensors() == {n: (tuple(t.shape), (s,)) for (n, s), t in state.items()}
 
         on_ranks(len(wanted), load)
@@ -143,4 +143,4 @@ def test_state_on_a_gpu(tmp_path):
         assert on_ranks(1, save)[0].status == "saved"
         with open_checkpoint(tmp_path) as opened:
             assert holds(opened, state_at(5, elements=30_000_000))
-            verify_loaded(cut(state, 0, 1), opened)
+            verify_loaded(lambda: cut(state, 0, 1), opened)
