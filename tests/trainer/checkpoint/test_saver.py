@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,6 +276,56 @@ def test_old_checkpoint_that_cannot_be_removed_is_a_note(tmp_path, monkeypatch):
     outcome = save(saver, 2)
     assert outcome.status == "saved" and outcome.problem is None
     assert "step-00000001 is superseded and could not be removed: Permission denied" in outcome.note
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_commit_appears_when_all_else_is_on_the_disk(tmp_path, monkeypatch, asynchronous):
+    """No power is cut here: what a cut would lose is counted, from the calls that change the disk and those that sync it."""
+    lost, synced, at_commit, paths = set(), set(), [], {}
+
+    def watch(name, note):
+        real = getattr(os, name)
+
+        def watched(*args, **kwargs):
+            found = real(*args, **kwargs)
+            note(found, *args)
+            return found
+
+        monkeypatch.setattr(os, name, watched)
+
+    def opened(fd, path, flags, *_):
+        paths[fd] = Path(path)
+        if flags & os.O_CREAT and Path(path).suffix != ".tmp":  # a name that does not have to last
+            lost.add(Path(path).parent)
+
+    def renamed(_, old, new):
+        if Path(new).name == COMMIT:
+            at_commit.append(sorted(lost))
+        lost.add(Path(new).parent)
+
+    def fsynced(_, fd):
+        lost.discard(paths[fd])
+        synced.add(paths[fd].relative_to(tmp_path).as_posix())
+
+    watch("open", opened)
+    watch("mkdir", lambda _, path, *mode: lost.add(Path(path).parent))
+    watch("pwrite", lambda _, fd, *rest: lost.add(paths[fd]))
+    watch("ftruncate", lambda _, fd, size: lost.add(paths[fd]))
+    watch("fsync", fsynced)
+    watch("rename", renamed)
+    watch("replace", renamed)
+
+    def work(ranks):
+        for steps in ((1, 2), (2,)):  # the second start writes step 2 anew
+            saver = Saver(tmp_path, ranks, CheckpointConfig(asynchronous=asynchronous), "run")
+            for step in steps:
+                outcome = save(saver, step, None, ranks.rank, 2)
+                assert (saver.wait() or outcome).status == "saved"
+
+    on_ranks(2, work)
+    assert at_commit == [[], [], []] and not lost
+    step = "checkpoints/step-00000002"
+    assert {".", "checkpoints", step, f"{step}/rank-00000.bin", f"{step}/rank-00001.json", f"{step}/COMMIT.tmp"} <= synced
 
 
 def test_a_rank_that_holds_nothing(tmp_path):
