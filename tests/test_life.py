@@ -1,5 +1,6 @@
 """The life of a run, whole: start, stop, resume on other ranks and engines, and what happens when something breaks."""
 
+import gzip
 import json
 import math
 from dataclasses import replace
@@ -17,6 +18,7 @@ from officina.trainer.config import (
     LrScheduleConfig,
     MuonConfig,
     ObjectiveConfig,
+    ProfileConfig,
     SingleConfig,
     ZeroConfig,
 )
@@ -120,6 +122,16 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(pool, data, tmp_path):
     begin(tmp_path / "run", plain_run(data, engine=DDPConfig()))
     assert lived(pool, tmp_path / "run", 3, stop_after=5) == EXIT_CONTINUE
     assert read_metrics(tmp_path / "run").generations[-1].stop.step == 5 and committed_steps(tmp_path / "run")[-1] == 5
+
+
+def test_a_profile_is_of_the_chosen_step_and_rank(pool, data, tmp_path):
+    profile = ProfileConfig(steps=[1, 1], ranks=[1])
+    begin(tmp_path / "run", plain_run(data, steps=3, engine=DDPConfig(), profile=profile))
+    assert lived(pool, tmp_path / "run", 2) == EXIT_DONE
+    [trace] = (tmp_path / "run/profile").iterdir()
+    assert trace.name == "steps-00000001-00000001.rank-00001.trace.json.gz"
+    seen = [event.get("name") for event in json.loads(gzip.open(trace).read())["traceEvents"]]
+    assert seen.count("DistributedDataParallel.forward") == 1 + 2  # what only the first step does, and its micro-batches
 
 
 def test_one_ranks_clock_stops_all_before_the_job_ends(pool, data, tmp_path):
