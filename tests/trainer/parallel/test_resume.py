@@ -99,11 +99,12 @@ def test_any_engine_goes_on_from_any_other(pool, halves, one, other):
     assert found.optimizer_steps == WHOLE
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
-def test_four_two_three_ranks(pool, engine):
+@pytest.mark.parametrize("engines", [
+    *([name] * 3 for name in ("ddp", "fsdp2", "zero1", "zero2", "zero3")),
+    ["hsdp", "hsdp", "fsdp2"]], ids="-".join)  # 3 ranks make no groups of 2
+def test_four_two_three_ranks(pool, engines):
     state, losses = None, []
-    for first, ranks in ((0, 4), (4, 2), (7, 3)):
-        steps = {0: 4, 4: 3, 7: 3}[first]
+    for engine, ranks, first, steps in zip(engines, (4, 2, 3), (0, 4, 7), (4, 3, 3), strict=True):
         found = join(pool.run(ranks, TRAIN, Case(engine, steps=steps, first=first), state, "moments"))
         state, losses = found.state, losses + found.losses
     away = distance(reference(Case(steps=10)), found, first=7)
