@@ -54,7 +54,7 @@ def evaluate(args: argparse.Namespace) -> int:
     status = start(folder, run, os.environ)
     if status == EXIT_DONE and not (env and env.rank):
         results = read_results(folder)
-        _tell(run_dir, results)
+        _tell(run_dir, results, run.batch_unit)
         print(f"Wrote {folder / RESULTS}")
     return status
 
@@ -115,14 +115,16 @@ def _wait_for(folder: Path, run: RunConfig, request: Request) -> None:
 
 
 # ---- telling -------------------------------------------------------------------------------------------------------
-def _tell(run_dir: Path, results: Results) -> None:
+def _tell(run_dir: Path, results: Results, unit: str) -> None:
     screen = console()
     ranks = f"{results.world_size} rank{'s' * (results.world_size > 1)}"
     screen.print(f"{run_dir} at step {results.step:,}, {results.engine} on {ranks}", markup=False)
     if results.held_out:
-        shown = table("source", "language", "tokens", "nats/token", "bits/byte", "perplexity")
+        text = unit == "tokens"  # a user's own loss is of records, in whatever unit
+        shown = table("source", "language", "tokens", "nats/token", "bits/byte", "perplexity") if text else table(
+            "source", unit, "loss")
         for found in results.held_out:
-            shown.add_row(found["source"], "", *_numbers(found))
+            shown.add_row(*(found["source"], "", *_numbers(found)) if text else (found["source"], *_numbers(found)[:2]))
             for name, of in sorted(found["languages"].items(), key=lambda item: -item[1]["tokens"]):
                 shown.add_row("", name, *_numbers(of))
         screen.print(shown)

@@ -7,7 +7,7 @@ import pytest
 from officina.launch import eval_commands
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import LaunchError
-from officina.trainer.evaluation import REQUEST, RESULTS, Request
+from officina.trainer.evaluation import REQUEST, RESULTS, Request, Results
 from officina.trainer.run_dir import CONFIG, load_config
 
 
@@ -34,3 +34,13 @@ def test_a_rank_does_not_take_the_run_of_an_earlier_evaluation(tmp_path, monkeyp
     eval_commands._make_ready(folder, changed, request)
     eval_commands._wait_for(folder, changed, request)
     assert load_config(folder).seed == changed.seed
+
+
+def test_what_is_told_of_a_users_own_loss_is_no_perplexity(tmp_path, capsys):
+    found = {"source": "tiles", "tokens": 1256, "loss_nats": 0.5, "languages": {}, "lost_blocks": 0}
+    told = []
+    for unit in ("records", "tokens"):
+        eval_commands._tell(tmp_path, Results(step=3, run_id="a", engine="ddp", world_size=2, held_out=[found]), unit)
+        told.append(capsys.readouterr().out)
+    assert all(word in told[0] for word in ("records", "1,256", "0.5000"))
+    assert not any(word in told[0] for word in ("token", "perplexity")) and "1.65" in told[1]

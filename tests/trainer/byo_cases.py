@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from officina.trainer import loop
 from officina.trainer.config import (
     AdamWConfig,
     BatchConfig,
@@ -58,6 +59,13 @@ def train(ranks, example: str, folder: str, engine: str, steps: int):
     held = [(p.name, p.slot, p.start, p.values.detach().cpu().clone().numpy()) for p in made.export_state()]
     made.close()
     return losses, norms, held
+
+
+def live(ranks, run_dir: str) -> int:
+    """The whole loop on one of the examples."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))
+    return loop.train(Path(run_dir), ranks)
 
 
 class Tied(nn.Module):

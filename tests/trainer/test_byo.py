@@ -1,21 +1,25 @@
 """Users' own models: the two examples under every engine, end to end by the command line, and every refusal."""
 
 import importlib
-import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from officina.trainer.config import CustomModelConfig, DecoderConfig, RunConfig
-from officina.trainer.errors import ConfigError, OfficinaError
+from officina.trainer.config import BatchConfig, CustomModelConfig, DecoderConfig, LoggingConfig, RunConfig
+from officina.trainer.errors import EXIT_DONE, ConfigError, OfficinaError
+from officina.trainer.metrics import read_metrics
 from officina.trainer.model.build import build_model, check_attention, check_kernels, resolve
 from officina.trainer.objective import next_token_loss, record_loss
 from officina.trainer.parallel.tensors import materialize
 from officina.trainer.state import PARAM
+from tests.lives import begin, losses
 from tests.trainer import byo_cases
 from tests.trainer.byo_cases import EXAMPLES, run_of
 
@@ -66,23 +70,37 @@ def test_the_examples_train_alike_under_every_engine(example, reference, pool, e
             np.testing.assert_allclose(state[name, slot], values, atol=1e-5, err_msg=name)
 
 
-def test_by_the_command_line_on_two_ranks_and_resumed_under_another_engine(tmp_path):
-    importlib.import_module("time_series").make_data(str(tmp_path / "load"), n_train=512, n_validation=32)
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES), "OMP_NUM_THREADS": "1"}
-    words = ["model=custom", "model.factory=time_series:build", "model.loss=time_series:loss",
-             "model.decoder=time_series:decode", f"data.sources.load.path={tmp_path / 'load'}", "batch.seq_len=1",
-             "batch.global_tokens=32", "batch.micro_rows=16", "optim.lr=3e-3", "lr_schedule.warmup_steps=5",
-             "lr_schedule.kind=constant", "precision=fp32", "logging.tensorboard=false", "eval.every_steps=15"]
-    for command in (["train", *words, "name=load", "engine=fsdp2", "ranks=2", "steps=30"],
-                    ["resume", "runs/load", "engine=ddp", "ranks=3", "steps=60"]):
-        done = subprocess.run([sys.executable, "-m", "officina.launch.cli", *command], cwd=tmp_path, env=environment,
-                              capture_output=True, text=True, timeout=240)
+def test_the_commands_of_the_page_train_a_vision_transformer_and_resume_it(tmp_path):
+    """As they stand in docs/bring_your_own_model.md, but for fewer steps and tiles."""
+    page = (EXAMPLES.parent / "docs/bring_your_own_model.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    make, *commands = map(shlex.split, re.findall(r"^    ((?:python |PYTHONPATH=)examples\W.*)", page, re.MULTILINE))
+    assert make == ["python", "examples/vision_transformer.py", "data/tiles"]
+    importlib.import_module("vision_transformer").make_data(str(tmp_path / "data/tiles"), n_train=128, n_validation=32)
+    paths = filter(None, [str(EXAMPLES), os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    fewer = {"steps=100": "steps=8", "lr_schedule.warmup_steps=10": "lr_schedule.warmup_steps=1", "steps=200": "steps=12"}
+    for path, officina, *words in commands:
+        assert (path, officina) == ("PYTHONPATH=examples", "officina")
+        done = subprocess.run([sys.executable, "-m", "officina.launch.cli", *(fewer.get(word, word) for word in words)],
+                              cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "runs/load/metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss_nats" in line and line.get("event") is None]
-    assert [line["step"] for line in steps] == list(range(1, 61))
-    first, last = (sum(line["loss_nats"] for line in part) / 10 for part in (steps[:10], steps[-10:]))
-    assert last < 0.5 * first
+    found = read_metrics(tmp_path / "runs/vit")
+    assert [(g.start.action, g.start.engine, g.start.world_size, g.last_step) for g in found.generations] == [
+        ("start", "fsdp2", 2, 8), ("resume", "ddp", 3, 12)]
+    assert [step.step for step in found.steps] == list(range(1, 13)) and {step.tokens for step in found.steps} == {64}
+    assert found.steps[-1].loss_nats < 0.9 * found.steps[0].loss_nats and found.evals[-1].step == 12
+
+
+def test_a_time_series_goes_through_the_loop_and_on_under_another_engine(tmp_path, pool):
+    importlib.import_module("time_series").make_data(str(tmp_path / "load"), n_train=96, n_validation=16)
+    run = replace(run_of("time_series", str(tmp_path / "load")), batch=BatchConfig(global_tokens=7, seq_len=1, micro_rows=2),
+                  threads=1, logging=LoggingConfig(tensorboard=False))  # 7 records: some rank's last batch lacks one
+    for name, legs in (("whole", [(1, "single", 4)]), ("parts", [(2, "fsdp2", 2), (3, "ddp", 4)])):
+        for ranks, engine, steps in legs:
+            begin(tmp_path / name, replace(run, engine=byo_cases.ENGINES[engine], steps=steps))
+            assert set(pool.run(ranks, "tests.trainer.byo_cases:live", str(tmp_path / name))) == {EXIT_DONE}
+    whole, parts = (np.array(list(losses(tmp_path / name).values())) for name in ("whole", "parts"))
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
 def test_ties_and_buffers_survive_the_meta_device():
