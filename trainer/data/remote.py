@@ -97,7 +97,8 @@ class Store:
             except (FileNotFoundError, DataError):
                 raise
             except Exception as exc:  # each driver has errors of its own
-                if isinstance(exc, PermissionError) or getattr(exc, "status", 0) in (401, 403):
+                if isinstance(exc, PermissionError) or getattr(exc, "status", 0) in (401, 403) or (
+                        "Credentials" in type(exc).__name__):  # drivers of S3 and others find none
                     raise DataError(f"{self.url}/{name}: the store refuses ({_told(exc)}). Give the credentials that its "
                                     "driver looks for, such as ~/.aws/credentials, or ask the owner for access.") from exc
                 if attempt == TRIES - 1:
@@ -109,7 +110,8 @@ class Store:
 def _told(exc: Exception) -> str:
     """Its words, without addresses: those may carry a signature."""
     words = [word for word in str(exc).split() if "://" not in word and "=" not in word]
-    return f"{type(exc).__name__}: {' '.join(words)[:200]}".rstrip(": ")
+    said = " ".join(words)[:200] or ("nothing came in time" if isinstance(exc, TimeoutError) else "")
+    return f"{type(exc).__name__}: {said}".rstrip(": ")
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------------

@@ -1,15 +1,14 @@
-"""Data sets in stores: a real S3 server on this host, and an HTTP server that is slow, cuts off, lies and refuses."""
+"""Data sets in stores, over HTTP and over S3's protocol, from servers that are slow, cut off, lie and refuse."""
 
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_sets import make_run, write_tokens
+from stores import Fault, Served, answer, busy, cut_off, over_http, over_s3, refused, slow, sound, too_short, whole, wrong
 
 from officina.trainer.data import remote
 from officina.trainer.data.chat import CHAT_TEMPLATE
@@ -49,28 +48,32 @@ def digests(folder: Path, steps: int = 12, **how: object) -> list[int]:
         return [loader.next_step().digest for _ in range(steps)]
 
 
-# ---- S3 ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def bucket(corpus: Path) -> Iterator[str]:
-    """URL of the data set in a bucket of moto's S3 server."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "y"), ("AWS_DEFAULT_REGION", "us-east-1")):
-            patch.setenv(key, value)
-        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        server.start()
-        _, port = server.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        patch.setenv("FSSPEC_S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        system = s3fs.S3FileSystem(endpoint_url=f"http://127.0.0.1:{port}", skip_instance_cache=True)
-        system.mkdir("bucket")
-        system.put(str(corpus), "bucket/corpus", recursive=True)
-        yield "s3://bucket/corpus"
-        server.stop()
+def stores(corpus: Path) -> Iterator[dict[str, Served]]:
+    """The data set in each kind of store."""
+    with over_http(corpus) as of_http, over_s3(corpus) as of_s3:
+        yield {"http": of_http, "s3": of_s3}
 
 
+@pytest.fixture(params=["http", "s3"])
+def served(request: pytest.FixtureRequest, stores: dict[str, Served]) -> Served:
+    """A store without faults so far."""
+    stores[request.param].faults.clear()
+    return stores[request.param]
+
+
+only_http = pytest.mark.parametrize("served", ["http"], indirect=True)
+"""What no protocol changes."""
+
+
+@pytest.fixture
+def bucket(stores: dict[str, Served]) -> str:
+    """URL of the data set in S3."""
+    stores["s3"].faults.clear()
+    return stores["s3"].url
+
+
+# ---- S3 ------------------------------------------------------------------------------------------------------------
 def test_s3_on_demand_gives_the_same_rows_and_keeps_its_budget(bucket: str, corpus: Path, tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("officina.trainer.data.stage_remote.LEAST_BUDGET_BYTES", 1)
@@ -116,183 +119,113 @@ def test_processes_beside_each_other_keep_the_budget_together(tmp_path: Path) ->
 
 
 # ---- faults --------------------------------------------------------------------------------------------------------
-Fault = Callable[[BaseHTTPRequestHandler, bytes], bool]
-"""Answers a request for a part of a shard in its own way; False = it leaves that to the server."""
-
-
-@pytest.fixture
-def served(corpus: Path) -> Iterator[tuple[str, list[Fault]]]:
-    """URL of the data set on an HTTP server with ranges, and the faults of the next requests for shards."""
-    faults: list[Fault] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
-        def do_GET(self) -> None:
-            path = corpus.parent / self.path.lstrip("/").split("?")[0]
-            if not path.is_file():
-                self.send_error(404)
-                return
-            content, status = path.read_bytes(), 200
-            if given := self.headers.get("Range"):
-                a, _, b = given.removeprefix("bytes=").partition("-")
-                content, status = content[int(a):int(b) + 1], 206
-            if status == 206 and path.suffix == ".dls" and faults and faults.pop(0)(self, content):
-                return
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/corpus", faults
-    server.shutdown()
-    server.server_close()
-
-
-def answer(handler: BaseHTTPRequestHandler, content: bytes, length: int | None = None, status: int = 206) -> bool:
-    handler.send_response(status)
-    handler.send_header("Content-Length", str(len(content) if length is None else length))
-    handler.end_headers()
-    handler.wfile.write(content)
-    return True
-
-
-def cut_off(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
-    answer(handler, content[:len(content) // 2], len(content))
-    handler.close_connection = True
-    return True
-
-
-def too_short(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
-    return answer(handler, content[:-3])
-
-
-def slow(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
-    time.sleep(1.5)  # longer than TIMEOUT_S; this is the fault itself, not a wait for something
-    return False
-
-
-def wrong(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
-    return answer(handler, content[:-1000] + bytes(1000))
-
-
-def busy(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
-    return answer(handler, b"", status=503)
-
-
-def whole(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
-    return answer(handler, content + content, status=200)
-
-
-def refused(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
-    return answer(handler, b"", status=403)
-
-
 @pytest.mark.parametrize("fault", [cut_off, too_short, slow, wrong, busy])
-def test_a_passing_fault_changes_nothing(served: tuple[str, list[Fault]], corpus: Path, tmp_path: Path, fault: Fault) -> None:
+def test_a_passing_fault_changes_nothing(served: Served, corpus: Path, tmp_path: Path, fault: Fault) -> None:
     """At the header, at the footer, and at blocks."""
-    url, faults = served
-    stage_from_store(url, tmp_path / "here", on_demand=True)
-    sound: Fault = lambda handler, content: False  # noqa: E731
-    faults += [fault, sound, fault, sound, sound, fault, fault]
+    stage_from_store(served.url, tmp_path / "here", on_demand=True)
+    served.faults += [fault, sound, fault, sound, sound, fault, fault]
     assert digests(tmp_path / "here") == digests(corpus)
-    assert not faults
+    assert not served.faults
 
 
-def test_a_store_that_refuses_or_is_gone_stops_the_run_with_its_name(served: tuple[str, list[Fault]], tmp_path: Path) -> None:
-    url, faults = served
-    stage_from_store(url, tmp_path / "here", on_demand=True)
-    faults += [whole]
+def test_a_store_that_refuses_or_is_gone_stops_the_run_with_its_name(served: Served, tmp_path: Path) -> None:
+    stage_from_store(served.url, tmp_path / "here", on_demand=True)
+    served.faults += [whole]
     with pytest.raises(DataError, match=r"this server gives whole files alone"):
-        stage_from_store(url, tmp_path / "other", on_demand=True)
-    with pytest.raises(DataError, match=r"its shards are in http.*without --on-demand"):
+        stage_from_store(served.url, tmp_path / "other", on_demand=True)
+    with pytest.raises(DataError, match=r"its shards are in (http|s3):.*without --on-demand"):
         verify(tmp_path / "here")
-    faults += [refused]
-    with pytest.raises(DataError, match=r"/corpus/shards/train-0000\d\.dls: the store refuses \(.*403.*credentials"):
+    served.faults += [refused]
+    with pytest.raises(DataError, match=r"/corpus/shards/train-0000\d\.dls: the store refuses \(.*(403|Access Denied).*"
+                                        "credentials"):
         digests(tmp_path / "here")
-    faults[:] = [busy] * 1000
-    with pytest.raises(DataError, match=r"train-0000\d\.dls: cannot be read after 4 tries .*503.*officina data stage"):
+    served.faults[:] = [busy] * 1000
+    in_time = "nothing came in time"  # S3's driver asks again by itself for as long as we wait
+    with pytest.raises(DataError, match=rf"train-0000\d\.dls: cannot be read after 4 tries .*(503|{in_time}).*data stage"):
         digests(tmp_path / "here")
 
 
-def test_a_block_that_is_always_wrong_is_set_aside_and_never_kept(served: tuple[str, list[Fault]], corpus: Path,
-                                                                  tmp_path: Path) -> None:
-    url, _ = served
-    path = corpus / "shards" / "train-00000.dls"
-    whole = path.read_bytes()
-    stage_from_store(url, tmp_path / "here", on_demand=True)
-    try:
-        path.write_bytes(whole[:HEADER_BYTES + GRANULE_BYTES + 9] + b"\x55" + whole[HEADER_BYTES + GRANULE_BYTES + 10:])
-        with Loader(make_run({"a": (tmp_path / "here", 1)}, seq_len=512, rows=32), rank=0, world_size=1, position=0) as loader:
-            lost = [loader.next_step().lost for _ in range(30)]
-    finally:
-        path.write_bytes(whole)
-    assert {str(step["a"]) for step in lost if step} == {"{'shards/train-00000.dls': [1]}"}
+def test_s3_without_credentials_is_told_what_to_give(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name, value in (("HOME", str(tmp_path)), ("AWS_EC2_METADATA_DISABLED", "true")):  # nor where it looks next
+        monkeypatch.setenv(name, value)
+    with pytest.raises(DataError, match=r"dataset\.json: the store refuses \(NoCredentialsError.*~/\.aws/credentials"):
+        stage_from_store(bucket, tmp_path / "here")
+    S3FileSystem.clear_instance_cache()
+
+
+def one_bit_wrong(first_byte: int, at: int) -> tuple[Fault, list[str]]:
+    """A fault of every request for the part of the first shard that begins at `first_byte`, and those requests."""
+    asked: list[str] = []
+
+    def fault(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
+        if "train-00000" not in handler.path or f"bytes={first_byte}-" not in handler.headers["Range"]:
+            return False
+        asked.append(handler.headers["Range"])
+        return answer(handler, content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+
+    return fault, asked
+
+
+def losses(folder: Path) -> set[str]:
+    """What the steps of an epoch name as lost."""
+    with Loader(make_run({"a": (folder, 1)}, seq_len=512, rows=32), rank=0, world_size=1, position=0) as loader:
+        return {str(lost["a"]) for lost in (loader.next_step().lost for _ in range(37)) if lost}
+
+
+def test_a_block_that_is_always_wrong_is_set_aside_and_never_kept(served: Served, corpus: Path, tmp_path: Path) -> None:
+    stage_from_store(served.url, tmp_path / "here", on_demand=True)
+    served.faults += [one_bit_wrong(HEADER_BYTES + GRANULE_BYTES, 9)[0]] * 10_000
+    assert losses(tmp_path / "here") == {"{'shards/train-00000.dls': [1]}"}
     kept = {piece.name for piece in (tmp_path / "here" / PIECES).iterdir()}
     name = open_dataset(corpus).shards[0].sha256[:24]
     assert f"{name}-00001" in kept and f"{name}-00002" not in kept
 
 
-def test_a_piece_that_stays_wrong_is_asked_for_only_when_it_is_met(served: tuple[str, list[Fault]], tmp_path: Path,
+def test_a_piece_that_stays_wrong_is_asked_for_only_when_it_is_met(served: Served, tmp_path: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     """Not for each row of the sound blocks that it holds beside the wrong one."""
     monkeypatch.setattr(remote, "PIECE_BYTES", 4 * GRANULE_BYTES)
-    url, faults = served
-    stage_from_store(url, tmp_path / "here", on_demand=True)
-    asked: list[str] = []
-
-    def wrong_block(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
-        asked.append(handler.path + handler.headers["Range"])
-        if not asked[-1].startswith(f"/corpus/shards/train-00000.dlsbytes={HEADER_BYTES}-"):
-            return False
-        return answer(handler, content[:GRANULE_BYTES + 9] + b"\x55" + content[GRANULE_BYTES + 10:])
-
-    faults += [wrong_block] * 10_000
-    with Loader(make_run({"a": (tmp_path / "here", 1)}, seq_len=512, rows=32), rank=0, world_size=1, position=0) as loader:
-        lost = [loader.next_step().lost for _ in range(30)]
-    assert {str(step["a"]) for step in lost if step} == {"{'shards/train-00000.dls': [1]}"}
-    wrong = [each for each in asked if f"bytes={HEADER_BYTES}-" in each and "train-00000" in each]
-    assert TRIES <= len(wrong) <= 2 * TRIES
+    stage_from_store(served.url, tmp_path / "here", on_demand=True)
+    fault, asked = one_bit_wrong(HEADER_BYTES, GRANULE_BYTES + 9)
+    served.faults += [fault] * 10_000
+    assert losses(tmp_path / "here") == {"{'shards/train-00000.dls': [1]}"}
+    assert TRIES <= len(asked) <= 2 * TRIES
 
 
-def test_a_store_that_is_changed_under_a_run_stops_it(served: tuple[str, list[Fault]], tmp_path: Path,
+@only_http
+def test_a_store_that_is_changed_under_a_run_stops_it(served: Served, tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that were sound when they were checked, and have gone to make room since."""
     monkeypatch.setattr("officina.trainer.data.stage_remote.LEAST_BUDGET_BYTES", 1)
-    url, faults = served
-    stage_from_store(url, tmp_path / "here", GRANULE_BYTES, on_demand=True)
+    stage_from_store(served.url, tmp_path / "here", GRANULE_BYTES, on_demand=True)
     with Loader(make_run({"a": (tmp_path / "here", 1)}, seq_len=512, rows=32, prefetch_batches=1), rank=0, world_size=1,
                 position=0) as loader:
         for _ in range(40):  # more than an epoch: every block was checked
             loader.next_step()
-        faults += [lambda handler, content: answer(handler, bytes(len(content)))] * 10_000
+        served.faults += [lambda handler, content: answer(handler, bytes(len(content)))] * 10_000
         with pytest.raises(DataError, match=r"train-0000\d\.dls: bytes \d+ to \d+ are not those any more .*Restore the file"):
             for _ in range(10):
                 loader.next_step()
 
 
-def test_removed_documents_of_a_set_in_a_store_are_not_read(served: tuple[str, list[Fault]], corpus: Path,
-                                                            tmp_path: Path) -> None:
-    url, _ = served
+@only_http
+def test_removed_documents_of_a_set_in_a_store_are_not_read(served: Served, corpus: Path, tmp_path: Path) -> None:
     asked = Path(shutil.copytree(corpus, corpus.parent / "asked"))
     (asked / CHAT_TEMPLATE).write_text("{{ messages }}")
     remove(asked, [f"shards/train-00000.dls:{i}" for i in range(30)])
-    stage_from_store(url.replace("corpus", "asked"), tmp_path / "here", on_demand=True)
+    stage_from_store(served.url.replace("corpus", "asked"), tmp_path / "here", on_demand=True)
     assert digests(tmp_path / "here") == digests(asked) != digests(corpus)
     assert (tmp_path / "here" / CHAT_TEMPLATE).read_text() == "{{ messages }}"
 
 
-def test_a_piece_damaged_here_is_fetched_again(served: tuple[str, list[Fault]], corpus: Path, tmp_path: Path) -> None:
-    url, _ = served
-    stage_from_store(url, tmp_path / "here", on_demand=True)
+@only_http
+def test_a_piece_damaged_here_is_fetched_again(served: Served, corpus: Path, tmp_path: Path) -> None:
+    stage_from_store(served.url, tmp_path / "here", on_demand=True)
     wanted = digests(tmp_path / "here")
     for first in (0, 1):  # with the header, and without
         assert len(list((tmp_path / "here" / PIECES).iterdir())) == 14  # without a budget, all of them stay
@@ -303,13 +236,12 @@ def test_a_piece_damaged_here_is_fetched_again(served: tuple[str, list[Fault]], 
         assert digests(tmp_path / "here") == wanted == digests(corpus)
 
 
-def test_wrong_files_are_named_when_staged_whole(served: tuple[str, list[Fault]], corpus: Path, tmp_path: Path) -> None:
-    url, faults = served
-    faults += [wrong]
+def test_wrong_files_are_named_when_staged_whole(served: Served, tmp_path: Path) -> None:
+    served.faults += [wrong]
     with pytest.raises(DataError, match=r"cannot be staged:\n  - .*train-00000\.dls: sha256"):
-        stage_from_store(url, tmp_path / "here")
+        stage_from_store(served.url, tmp_path / "here")
     assert not (tmp_path / "here" / MANIFEST).exists() and not list((tmp_path / "here").rglob("*.tmp"))
-    stage_from_store(url, tmp_path / "here")
+    stage_from_store(served.url, tmp_path / "here")
     shutil.rmtree(tmp_path / "here" / "shards")
     with pytest.raises(DataError, match=r"cannot be opened"):
         digests(tmp_path / "here")  # a whole copy does not go to the store
