@@ -9,7 +9,7 @@ step.
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from officina.trainer.data.manifest import Dataset, ShardEntry
+from officina.trainer.data.remote import Store, is_url
 from officina.trainer.data.shards import GRANULE_BYTES, Lost, Shard, merge_lost
 from officina.trainer.errors import DataError
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:  # the loader needs torch, a login node has none
     from officina.trainer.ranks import Ranks
 
 ORIGIN = "staged.json"
-"""In a staged copy, where it was copied from: {"origin": FOLDER}. Part of neither manifest nor fingerprint."""
+"""In a staged copy, where it was copied from: {"origin": FOLDER or URL}. Part of neither manifest nor fingerprint."""
+STORE_TIMEOUT_S = 10.0
+"""For a block from the store that a copy came from: all ranks wait, and a compute node may not reach it at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,15 @@ class Mended:
     tokens: int
     """Tokens of the block (bytes, of records)."""
     how: Literal["re-read", "re-staged", "lost"]
+    why: str = ""
+    """Why the origin could not be asked, if it could not."""
 
     def told(self) -> str:
         """A sentence for the log."""
+        not_asked = f" (from where it was staged it cannot be had: {self.why})" if self.why else ""
         what = {"re-read": "was sound when it was read once more past the cache",
                 "re-staged": "was taken from the origin of the staged copy",
-                "lost": f"is set aside: its {self.tokens:,} tokens give no loss"}[self.how]
+                "lost": f"is set aside: its {self.tokens:,} tokens give no loss{not_asked}"}[self.how]
         where = f"{self.shard}: block {self.block} (bytes {self.first_byte:,} to {self.stop_byte:,})"
         return f"{where} did not match its checksum and {what}"
 
@@ -53,17 +59,30 @@ class Mended:
 def mend(dataset: Dataset, entry: ShardEntry, shard: Shard, block: int) -> Mended:
     """Get the bytes of a damaged block from somewhere, or set it aside; afterwards `shard` no longer stumbles over it."""
     start, stop = shard.byte_span(block)
-    how = "lost"
-    origin = origin_of(dataset.folder)
+    how, why = "lost", ""
     if shard.accept(block, read_past_cache(shard.path, start, stop)):
         how = "re-read"
-    elif origin and shard.accept(block, content := read_past_cache(origin / entry.path, start, stop)):
-        how = "re-staged"
-        _write_back(shard.path, content, start)
-    else:
+    elif origin := origin_of(dataset.folder):
+        content, why = _from_origin(origin, entry.path, start, stop, lambda content: shard.is_sound(start, content))
+        if shard.accept(block, content):
+            how = "re-staged"
+            _write_back(shard.path, content, start)
+    if how == "lost":
         shard.set_aside({*shard.lost, block})
     first, last = shard.token_span(block)
-    return Mended(str(shard.path), block, start, stop, last - first, how)
+    return Mended(str(shard.path), block, start, stop, last - first, how, why)
+
+
+def _from_origin(origin: str, name: str, start: int, stop: int, sound: Callable[[bytes], bool]) -> tuple[bytes, str]:
+    """Bytes [start, stop) of a file where a copy came from; fewer or none if it has no more, and why a store gives none."""
+    if not is_url(origin):
+        return read_past_cache(Path(origin) / name, start, stop), ""
+    try:
+        return Store(origin, STORE_TIMEOUT_S).read(name, start, stop, sound), ""
+    except FileNotFoundError:
+        return b"", f"{origin}/{name} is not there"
+    except DataError as exc:
+        return b"", str(exc)
 
 
 def read_past_cache(path: Path, start: int, stop: int) -> bytes:
@@ -103,10 +122,10 @@ def _write_back(path: Path, content: bytes, start: int) -> None:
         os.close(file)
 
 
-def origin_of(folder: Path) -> Path | None:
-    """Where a staged copy was copied from; none if it is none, or if the origin is not known."""
+def origin_of(folder: Path) -> str | None:
+    """Folder or URL that a staged copy was copied from; none if it is none, or if the origin is not known."""
     try:
-        return Path(json.loads((folder / ORIGIN).read_bytes())["origin"])
+        return str(json.loads((folder / ORIGIN).read_bytes())["origin"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -46,9 +46,9 @@ def is_url(folder: str | Path) -> bool:
 class Store:
     """What lies below a URL."""
 
-    def __init__(self, url: str) -> None:
-        """Raises DataError if nothing here can speak to it."""
-        self.url = url.split("?")[0].rstrip("/")
+    def __init__(self, url: str, timeout_s: float | None = None) -> None:
+        """timeout_s: for one answer; none = `TIMEOUT_S`. Raises DataError if nothing here can speak to it."""
+        self.url, self._timeout_s = url.split("?")[0].rstrip("/"), timeout_s
         try:
             import fsspec
 
@@ -72,7 +72,8 @@ class Store:
             if getattr(self._system, "async_impl", False):  # only there a time limit can be set
                 from fsspec.asyn import sync
 
-                content = sync(self._system.loop, self._system._cat_file, path, start=start, end=stop, timeout=TIMEOUT_S)
+                content = sync(self._system.loop, self._system._cat_file, path, start=start, end=stop,
+                               timeout=self._timeout_s or TIMEOUT_S)
             else:
                 content = self._system.cat_file(path, start=start, end=stop)
             if start is not None and stop is not None and len(content) > stop - start:

@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from officina.trainer.data.chat import CHAT_TEMPLATE
+from officina.trainer.data.integrity import ORIGIN
 from officina.trainer.data.manifest import (
     MANIFEST,
     SHARDS,
@@ -59,6 +60,8 @@ def stage_from_store(url: str, out: str | Path, budget_bytes: int | None = None,
         if faults:
             raise DataError(f"{store.url} cannot be staged:\n" + "\n".join(f"  - {fault}" for fault in faults) +
                             f"\nRestore these files in the store; what is whole stays in {out}, and the same command goes on.")
+        if not on_demand:
+            write_whole(out / ORIGIN, json.dumps({"origin": store.url}).encode())
         for name in (*(name for name in small if name != MANIFEST), MANIFEST):
             if name == MANIFEST and on_demand:
                 whole = sum(entry.bytes for entry in dataset.shards)

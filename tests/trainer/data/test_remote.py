@@ -1,5 +1,6 @@
 """Data sets in stores, over HTTP and over S3's protocol, from servers that are slow, cut off, lie and refuse."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -46,6 +47,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def digests(folder: Path, steps: int = 12, **how: object) -> list[int]:
     with Loader(make_run({"a": (folder, 1)}, seq_len=512, rows=32, **how), rank=0, world_size=1, position=0) as loader:
         return [loader.next_step().digest for _ in range(steps)]
+
+
+def epoch(folder: Path) -> tuple[list[int], set[str], list[str]]:
+    """Digests of an epoch's steps, what they name as lost, and what is said of blocks."""
+    with Loader(make_run({"a": (folder, 1)}, seq_len=512, rows=32), rank=0, world_size=1, position=0) as loader:
+        found = [loader.next_step() for _ in range(37)]
+    return ([step.digest for step in found], {str(step.lost["a"]) for step in found if step.lost},
+            [text for step in found for text in step.mended])
 
 
 @pytest.fixture(scope="module")
@@ -171,16 +180,10 @@ def one_bit_wrong(first_byte: int, at: int) -> tuple[Fault, list[str]]:
     return fault, asked
 
 
-def losses(folder: Path) -> set[str]:
-    """What the steps of an epoch name as lost."""
-    with Loader(make_run({"a": (folder, 1)}, seq_len=512, rows=32), rank=0, world_size=1, position=0) as loader:
-        return {str(lost["a"]) for lost in (loader.next_step().lost for _ in range(37)) if lost}
-
-
 def test_a_block_that_is_always_wrong_is_set_aside_and_never_kept(served: Served, corpus: Path, tmp_path: Path) -> None:
     stage_from_store(served.url, tmp_path / "here", on_demand=True)
     served.faults += [one_bit_wrong(HEADER_BYTES + GRANULE_BYTES, 9)[0]] * 10_000
-    assert losses(tmp_path / "here") == {"{'shards/train-00000.dls': [1]}"}
+    assert epoch(tmp_path / "here")[1] == {"{'shards/train-00000.dls': [1]}"}
     kept = {piece.name for piece in (tmp_path / "here" / PIECES).iterdir()}
     name = open_dataset(corpus).shards[0].sha256[:24]
     assert f"{name}-00001" in kept and f"{name}-00002" not in kept
@@ -193,7 +196,7 @@ def test_a_piece_that_stays_wrong_is_asked_for_only_when_it_is_met(served: Serve
     stage_from_store(served.url, tmp_path / "here", on_demand=True)
     fault, asked = one_bit_wrong(HEADER_BYTES, GRANULE_BYTES + 9)
     served.faults += [fault] * 10_000
-    assert losses(tmp_path / "here") == {"{'shards/train-00000.dls': [1]}"}
+    assert epoch(tmp_path / "here")[1] == {"{'shards/train-00000.dls': [1]}"}
     assert TRIES <= len(asked) <= 2 * TRIES
 
 
@@ -245,3 +248,51 @@ def test_wrong_files_are_named_when_staged_whole(served: Served, tmp_path: Path)
     shutil.rmtree(tmp_path / "here" / "shards")
     with pytest.raises(DataError, match=r"cannot be opened"):
         digests(tmp_path / "here")  # a whole copy does not go to the store
+
+
+def damage(copy: Path, *blocks: int) -> None:
+    """Of the copy's first shard."""
+    path = copy / "shards" / "train-00000.dls"
+    content = bytearray(path.read_bytes())
+    for block in blocks:
+        content[HEADER_BYTES + block * GRANULE_BYTES + 77] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("fault", [sound, wrong, cut_off, busy])
+def test_a_whole_copy_is_mended_from_its_store(served: Served, corpus: Path, tmp_path: Path, fault: Fault) -> None:
+    """Block by block, also by a store that answers badly at first; afterwards the copy is as it was staged."""
+    stage_from_store(served.url, tmp_path / "here")
+    damage(tmp_path / "here", 1, 3)
+    asked: list[str] = []
+
+    def noted(handler: BaseHTTPRequestHandler, content: bytes) -> bool:
+        asked.append(handler.headers["Range"])
+        return len(asked) == 1 and fault(handler, content)
+
+    served.faults += [noted] * 1000
+    found, lost, said = epoch(tmp_path / "here")
+    assert found == epoch(corpus)[0] and not lost
+    assert len(said) == 2 and all("was taken from the origin of the staged copy" in text for text in said)
+    firsts = [HEADER_BYTES + block * GRANULE_BYTES for block in (1, 3)]
+    assert set(asked) == {f"bytes={first}-{first + GRANULE_BYTES - 1}" for first in firsts}
+    assert verify(tmp_path / "here").faults == []
+    asked.clear()
+    assert epoch(tmp_path / "here") == (found, set(), []) and not asked
+
+
+def test_a_block_that_its_store_does_not_give_is_set_aside_and_said_why(served: Served, tmp_path: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    stage_from_store(served.url, tmp_path / "here")
+    damage(tmp_path / "here", 2)
+    for fault, why in ((refused, r"train-00000\.dls: the store refuses"), (slow, r"cannot be read after 4 tries")):
+        monkeypatch.setattr("officina.trainer.data.integrity.STORE_TIMEOUT_S", 0.2)
+        served.faults[:] = [fault] * 1000
+        _, lost, [said] = epoch(tmp_path / "here")
+        assert lost == {"{'shards/train-00000.dls': [2]}"}
+        assert re.search(rf"block 2 .*is set aside: its 65,536 tokens give no loss \(from where it was staged .*{why}", said)
+    served.faults[:] = [one_bit_wrong(HEADER_BYTES + 2 * GRANULE_BYTES, 9)[0]] * 1000
+    _, lost, [said] = epoch(tmp_path / "here")
+    assert lost == {"{'shards/train-00000.dls': [2]}"} and said.endswith("tokens give no loss")
+    served.faults.clear()  # the store is well again: so is a run that goes on
+    assert epoch(tmp_path / "here")[1] == set()
