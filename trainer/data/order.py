@@ -239,7 +239,7 @@ class Order:
     def __init__(self, mixture: Mixture, sources: Mapping[str, SourceRows], *, seed: int, shuffle: bool,
                  block: int = 1) -> None:
         self.mixture, self.names = mixture, mixture.names
-        self._sources, self._seed, self._shuffle, self._block = sources, seed, shuffle, block
+        self._sources, self._seed, self._shuffle, self.block = sources, seed, shuffle, block
 
     def place(self, samples: np.ndarray) -> Places:
         """Source, cursor, epoch and row of each global sample index in `samples`, (n,) int64."""
@@ -262,8 +262,8 @@ class Order:
         if not self._shuffle or known.rows == 1:
             return index
         keys = round_keys(self._seed, known.fingerprint, epoch)
-        if self._block > 1:
-            return permute_blocks(index, known.rows, self._block, keys)
+        if self.block > 1:
+            return permute_blocks(index, known.rows, self.block, keys)
         return permute(index, known.rows, keys)
 
 

@@ -3,7 +3,8 @@
 The order is known in advance, so a disk need not wait for the rows, nor the rows for the disk: blocks that were not met yet
 are verified by threads of their own while the loader's thread makes the batches before them. Of blocks that were, the kernel
 is told which bytes come next, if the data are too large to have stayed in memory. How far ahead is bounded in bytes and grows
-from nothing, so that the first batch waits for itself alone. Data in a store come in pieces, and are not read ahead.
+from nothing, so that the first batch waits for itself alone. Of data in a store whole pieces are fetched ahead. If not all of
+them may stay, so few that they stay until they are needed.
 """
 
 import os
@@ -16,6 +17,7 @@ from operator import itemgetter
 
 import numpy as np
 
+from officina.trainer.data import remote
 from officina.trainer.data.plan import PlannedStep, plan_steps
 from officina.trainer.data.reader import RowReader
 from officina.trainer.data.shards import DTYPES, GRANULE_BYTES
@@ -27,6 +29,8 @@ AHEAD_BYTES = 32 << 20
 AHEAD_STEPS = 128
 TASK_BLOCKS = 16
 """That a thread verifies in one go: its turn costs as much as the hashes of some."""
+NODE_SHARE = 8
+"""Ranks that may share the pieces of a store on a node: each reads ahead no more than this part of what may be kept."""
 TASK_RANGES = 32
 """That a thread tells the kernel in one go."""
 
@@ -46,9 +50,13 @@ class ReadAhead:
         self._begun = 0  # how many of these are being read
         self._served = 0
         self._reading: deque[tuple[int, Future]] = deque()
-        self._blocks = _Blocks(reader) if not reader.records else None
+        self._blocks = [_Blocks(reader, stored=stored) for stored in (False, True)] if not reader.records else []
         row_bytes = max(DTYPES[s.dataset.manifest.dtype].itemsize for s in reader.streams.values()) * reader.seq_len
         self._most = min(AHEAD_STEPS, max(1, AHEAD_BYTES // (max(len(own), 1) * row_bytes)))
+        if budgets := [stream.pieces.budget_bytes for stream in reader.streams.values() if not stream.stays_here]:
+            fetched = max(row_bytes, remote.PIECE_BYTES // reader.order.block)  # for a row that stands alone, a whole piece
+            steps = min(budgets) // NODE_SHARE // (max(len(own), 1) * fetched)
+            self._most, self._blocks = (min(self._most, steps), self._blocks) if steps else (self._most, self._blocks[:1])
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="officina-ahead")
 
     def next(self, position: int) -> PlannedStep:
@@ -58,11 +66,12 @@ class ReadAhead:
             self._begun = 0
             self._plan(position)
         ahead = min(self._most, 2 * self._served)
-        if self._blocks is not None and ahead and self._begun <= ahead // 2:
+        if self._blocks and ahead and self._begun <= ahead // 2:
             while len(self._steps) <= ahead:
                 self._plan(self._steps[-1].stop)
             steps = list(islice(self._steps, self._begun, ahead + 1))
-            for number, work in self._blocks.work(steps, self._served + self._begun):
+            tasks = [task for blocks in self._blocks for task in blocks.work(steps, self._served + self._begun)]
+            for number, work in sorted(tasks, key=itemgetter(0)):
                 self._reading.append((number, self._pool.submit(work)))
             self._begun = ahead + 1
         while self._reading and self._reading[0][0] <= self._served:
@@ -83,28 +92,33 @@ Task = tuple[int, Callable[[], object]]
 
 
 class _Blocks:
-    """The blocks of all sources' shards, numbered end to end: which lie under which rows, and which were met."""
+    """The blocks of all sources' shards, numbered end to end: which lie under which rows, and which were met.
 
-    def __init__(self, reader: RowReader) -> None:
-        names, self._seq_len = reader.order.names, reader.seq_len
+    stored: of the sources in a store, in place of their blocks the pieces; else of all others.
+    """
+
+    def __init__(self, reader: RowReader, *, stored: bool = False) -> None:
+        names, self._seq_len, self._stored = reader.order.names, reader.seq_len, stored
         streams = {number: reader.streams[name] for number, name in enumerate(names)
-                   if name in reader.streams and not reader.streams[name].is_remote}
+                   if name in reader.streams and (reader.streams[name].pieces is not None) is stored}
+        self._block_bytes = remote.PIECE_BYTES if stored else GRANULE_BYTES
         self._shards = [(stream, i) for stream in streams.values() for i in range(len(stream.entries))]
         counts = np.asarray([len(stream.entries) for stream in streams.values()], np.int64)
         tokens = np.concatenate([np.empty(0, np.int64), *(np.diff(stream.token_starts) for stream in streams.values())])
         self._itemsize = np.repeat(
             np.asarray([DTYPES[stream.dataset.manifest.dtype].itemsize for stream in streams.values()], np.int64), counts)
         self._token_starts = np.append(0, np.cumsum(tokens))
-        self._block_starts = np.append(0, np.cumsum(-(-tokens * self._itemsize // GRANULE_BYTES)))
+        self._block_starts = np.append(0, np.cumsum(-(-tokens * self._itemsize // self._block_bytes)))
         self._base, self._cut = np.zeros(len(names), np.int64), np.zeros(len(names), bool)
         self._base[list(streams)] = self._token_starts[np.cumsum(counts) - counts]
         self._packed = {number: stream.plan for number, stream in streams.items() if stream.plan is not None}
         self._cut[[number for number in streams if number not in self._packed]] = True
         self._met = np.zeros(int(self._block_starts[-1]), bool)
-        self._forgotten = int((tokens * self._itemsize).sum()) > memory_bytes() // 2
+        self._forgotten = not stored and int((tokens * self._itemsize).sum()) > memory_bytes() // 2
+        self._stays = np.repeat(np.asarray([stream.stays_here for stream in streams.values()], bool), counts)
 
     def work(self, steps: list[PlannedStep], first: int) -> list[Task]:
-        """What to read for `steps`, numbered from `first` on; in the order in which they need it."""
+        """What to read for `steps`, numbered from `first` on."""
         if not self._forgotten and self._met.all():
             return []
         source, row = (np.concatenate([getattr(step.places, name) for step in steps]) for name in ("source", "row"))
@@ -113,16 +127,16 @@ class _Blocks:
         if not len(shard):
             return []
         size, base = self._itemsize[shard], self._block_starts[shard]
-        low, high = base + start * size // GRANULE_BYTES, base + (stop * size - 1) // GRANULE_BYTES
+        low, high = base + start * size // self._block_bytes, base + (stop * size - 1) // self._block_bytes
         counts = high - low + 1
         before = np.cumsum(counts) - counts
         block = np.repeat(low - before, counts) + np.arange(counts.sum())
         new = ~self._met[block]
-        tasks = self._to_verify(block[new], np.repeat(step, counts)[new]) if new.any() else []
+        tasks = self._to_meet(block[new], np.repeat(step, counts)[new]) if new.any() else []
         if self._forgotten:
             known = ~np.logical_or.reduceat(new, before)
             tasks += self._to_tell(shard[known], start[known], stop[known], step[known])
-        return sorted(tasks, key=itemgetter(0))
+        return tasks
 
     def _ranges(self, source: np.ndarray, row: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, ...]:
         """Shard, first token and end in it, and step, of all that lies under the rows (n,): (m,) int64 each."""
@@ -147,18 +161,19 @@ class _Blocks:
                 return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
             start, stop, step = end[over], stop[over], step[over]
 
-    def _to_verify(self, block: np.ndarray, step: np.ndarray) -> list[Task]:
+    def _to_meet(self, block: np.ndarray, step: np.ndarray) -> list[Task]:
         order = np.lexsort((step, block))
         block, first = np.unique(block[order], return_index=True)
         step = step[order][first]
-        self._met[block] = True
         shard = np.searchsorted(self._block_starts, block, side="right") - 1
+        self._met[block] = self._stays[shard]
         by_step = np.argsort(step, kind="stable")
         inside = block - self._block_starts[shard]
-        return [(int(step[part[0]]), partial(self._verify, shard[part].tolist(), inside[part].tolist()))
-                for part in np.split(by_step, range(TASK_BLOCKS, len(by_step), TASK_BLOCKS))]
+        size = 1 if self._stored else TASK_BLOCKS
+        return [(int(step[part[0]]), partial(self._meet, shard[part].tolist(), inside[part].tolist()))
+                for part in np.split(by_step, range(size, len(by_step), size))]
 
-    def _verify(self, shards: list[int], blocks: list[int]) -> None:
+    def _meet(self, shards: list[int], blocks: list[int]) -> None:
         by_shard: dict[int, list[int]] = {}
         for shard, block in zip(shards, blocks, strict=True):
             by_shard.setdefault(shard, []).append(block)

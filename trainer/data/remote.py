@@ -139,7 +139,7 @@ class Pieces:
     """The pieces of a data set that lie here."""
 
     def __init__(self, folder: Path, remote: Remote) -> None:
-        self.folder, self.store, self._budget = folder / PIECES, Store(remote.url), remote.budget_bytes
+        self.folder, self.store, self.budget_bytes = folder / PIECES, Store(remote.url), remote.budget_bytes
         self._since_look = remote.budget_bytes  # look at the first
 
     def keep(self, name: str, content: bytes) -> None:
@@ -153,9 +153,13 @@ class Pieces:
             temporary.unlink(missing_ok=True)
             return
         self._since_look += len(content)
-        if self._since_look > self._budget // 100:  # so that ten processes beside each other keep the budget too
+        if self._since_look > self.budget_bytes // 100:  # so that ten processes beside each other keep the budget too
             self._since_look = 0
             self._make_room()
+
+    def keeps(self, entries: list[ShardEntry]) -> bool:
+        """May all of these shards lie here together?"""
+        return sum(entry.bytes for entry in entries) <= self.budget_bytes * 9 // 10
 
     def _make_room(self) -> None:
         found = []
@@ -167,7 +171,7 @@ class Pieces:
             found.append((stat.st_mtime, stat.st_size, entry.path))
         used = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
-            if used <= self._budget * 9 // 10:
+            if used <= self.budget_bytes * 9 // 10:
                 return
             Path(path).unlink(missing_ok=True)
             used -= size
@@ -199,6 +203,13 @@ class RemoteFile:
                     if not self._read_here(number, start - first, out[:n]):
                         out[:n] = self._fetch(number)[start - first:start - first + n]
             start, out, number = start + n, out[n:], number + 1
+
+    def fetch(self, piece: int) -> None:
+        """Have a piece of the tokens here, counted from 0, as one read now, so that it stays until it is needed."""
+        try:
+            os.utime(self._path(piece + 1))
+        except OSError:
+            self.read_into(self._bounds[piece + 1], memoryview(bytearray(1)))
 
     def _read_here(self, number: int, offset: int, out: memoryview) -> bool:
         if (content := self._unsound.get(number)) is not None:

@@ -246,6 +246,11 @@ class Shard:
                 first = i
         self._check_granules(new)
 
+    def fetch(self, pieces: list[int]) -> None:
+        """Have pieces of its tokens here, if it is in a store; any thread may. Raises DataError."""
+        for piece in pieces if self._remote is not None else ():
+            self._remote.fetch(piece)
+
     def will_need(self, start: int, stop: int) -> None:
         """Begin to read tokens [start, stop) without waiting for them."""
         self._will_need(self._first_byte + start * self.data.itemsize, self._first_byte + stop * self.data.itemsize)

@@ -54,7 +54,8 @@ class Stream:
         self._opening: dict[int, Lock] = {}
         self._buffers = Buffers()
         remote = remote_of(dataset.folder)
-        self._pieces = Pieces(dataset.folder, remote) if remote else None
+        self.pieces = Pieces(dataset.folder, remote) if remote else None
+        """Of shards in a store."""
         self._removed_starts, self._removed_stops = removed_spans(dataset, self.entries, removals, self.shard)
         self._blank = dataset.manifest.tokenizer.eos_id if dataset.manifest.tokenizer else 0
         self.plan: Plan | None = None
@@ -107,26 +108,27 @@ class Stream:
 
     def _opened(self, entry: ShardEntry) -> Shard:
         path = self.dataset.folder / entry.path
-        if self.is_remote and not path.exists():
+        if self.pieces is not None and not path.exists():
             return self._open_remote(path, entry)
         return Shard(path, entry, pread=reads_by_pread(path.parent, self._read), seal=self.dataset.seal)
 
     @property
-    def is_remote(self) -> bool:
-        """Are its shards in a store?"""
-        return self._pieces is not None
+    def stays_here(self) -> bool:
+        """Does what was read once remain, so that it need not be fetched again?"""
+        return self.pieces is None or self.pieces.keeps(self.dataset.shards)
 
     def meet(self, number: int, blocks: list[int]) -> None:
-        """Verify blocks of a shard before a row needs them, on any thread. The row that needs a damaged one says so."""
+        """Verify blocks of a shard before a row needs them, on any thread; of a set in a store, fetch pieces instead. The row
+        that needs what is damaged or cannot be had says so."""
         try:
             shard = self.shard(number)
-            shard.read_ahead(blocks)
+            (shard.fetch if self.pieces is not None else shard.read_ahead)(blocks)
             _ = shard.ends  # compared with its checksum once
         except DataError:
             return
 
     def _open_remote(self, path: Path, entry: ShardEntry) -> Shard:
-        file = RemoteFile(self._pieces, entry, DTYPES[self.dataset.manifest.dtype].itemsize, HEADER_BYTES)
+        file = RemoteFile(self.pieces, entry, DTYPES[self.dataset.manifest.dtype].itemsize, HEADER_BYTES)
         for left in reversed(range(TRIES)):
             try:
                 shard = Shard(path, entry, remote=file, seal=self.dataset.seal)

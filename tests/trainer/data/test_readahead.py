@@ -1,5 +1,6 @@
 """Reading ahead: which blocks, when, and on which threads; and that it changes nothing."""
 
+import os
 import threading
 from collections import defaultdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from officina.trainer.config import RunConfig
-from officina.trainer.data import readahead
+from officina.trainer.data import readahead, remote, stage_remote
 from officina.trainer.data.loader import Loader
 from officina.trainer.data.readahead import ReadAhead
 from officina.trainer.data.reader import RowReader
@@ -142,18 +143,82 @@ def test_the_kernel_is_told_what_comes_where_memory_is_small(
 def test_what_is_read_ahead_is_bounded_and_grows_from_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readahead, "AHEAD_BYTES", 6 * 4 * 1024 * 4)  # six steps of four rows
     ahead, position, asked = ReadAhead(RowReader(run_over(folder)), 4, range(4)), 0, []
-    work = ahead._blocks.work
+    [blocks, _] = ahead._blocks
+    work = blocks.work
 
     def told(steps: list, first: int) -> list:
         asked.append((ahead._served, first + len(steps) - 1))
         return work(steps, first)
 
-    monkeypatch.setattr(ahead._blocks, "work", told)
+    monkeypatch.setattr(blocks, "work", told)
     for _ in range(60):
         position = ahead.next(position).stop
     ahead.close()
     assert asked[:2] == [(1, 3), (2, 6)] and max(last - now for now, last in asked) == 6
     assert [now for now, _ in asked[3:]] == list(range(asked[3][0], 60, 4))  # half of it at a time
+
+
+# ---- stores ----------------------------------------------------------------------------------------------------------
+@pytest.fixture()
+def fetched(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], list[str]]:
+    """The threads that fetched each piece of tokens, by shard and number; pieces are as large as blocks."""
+    pytest.importorskip("fsspec")
+    found: dict[tuple[str, int], list[str]] = defaultdict(list)
+    fetch = remote.RemoteFile._fetch
+
+    def told(file: remote.RemoteFile, number: int) -> bytes:
+        if 0 < number < len(file._bounds) - 2:  # no header, no footer
+            found[Path(file.entry.path).name, number - 1].append(threading.current_thread().name)
+        return fetch(file, number)
+
+    monkeypatch.setattr(remote.RemoteFile, "_fetch", told)
+    monkeypatch.setattr(remote, "PIECE_BYTES", GRANULE_BYTES)
+    monkeypatch.setattr(stage_remote, "LEAST_BUDGET_BYTES", 1)
+    return found
+
+
+@pytest.mark.parametrize("how", [{}, {"packing": "best_fit"}, {"shuffle_block": 64}], ids=str)
+def test_pieces_of_a_store_are_fetched_before_their_step_and_once(folder: Path, fetched: dict, tmp_path: Path,
+                                                                  how: dict) -> None:
+    stage_remote.stage_from_store(f"file://{folder}", tmp_path / "here", on_demand=True)
+    run = run_over(folder, **how)
+    with Loader(run_over(tmp_path / "here", **how), rank=0, world_size=1, position=0) as loader:
+        steps = loader._reader.rows["a"] // 4
+        found = [loader.next_step().digest for _ in range(steps)]
+    reader = RowReader(run)
+    of_first = {(f"train-{shard:05d}.dls", block) for _, shard, block in
+                blocks_of(reader, [("a", row) for row in reader.place(np.arange(4)).row.tolist()])}
+    assert len(fetched) == 25 and all(len(threads) == 1 for threads in fetched.values())
+    for piece, [thread] in fetched.items():
+        assert thread.startswith("officina-ahead") != (piece in of_first)
+    assert found == [reader.digest(np.arange(4 * i, 4 * i + 4)) for i in range(steps)]
+
+
+@pytest.mark.parametrize("block", [64, 1])
+def test_no_more_is_fetched_ahead_than_may_be_kept(folder: Path, fetched: dict, tmp_path: Path, block: int) -> None:
+    """A third of the pieces may stay: that is room for what blocks of rows need next, and too little for scattered rows."""
+    stage_remote.stage_from_store(f"file://{folder}", tmp_path / "here", 10 * GRANULE_BYTES, on_demand=True)
+    with Loader(run_over(tmp_path / "here", shuffle_block=block), rank=0, world_size=1, position=0) as loader:
+        first = loader.next_step()
+        early = sum(map(len, fetched.values()))
+        found = [first.digest, *(loader.next_step().digest for _ in range(2 * loader._reader.rows["a"] // 4))]
+        here = [path.stat().st_size for path in (tmp_path / "here" / remote.PIECES).iterdir()]
+    threads = [thread for of_piece in fetched.values() for thread in of_piece]
+    ahead = sum(thread.startswith("officina-ahead") for thread in threads)
+    assert sum(here) <= 10 * GRANULE_BYTES and len(fetched) == 25
+    assert ahead == 0 if block == 1 else len(threads) - ahead <= early and len(threads) < 4 * 25
+    reader = RowReader(run_over(folder, shuffle_block=block))
+    assert found == [reader.digest(np.arange(4 * i, 4 * i + 4)) for i in range(len(found))]
+
+
+def test_a_piece_that_is_here_is_not_the_next_to_go(folder: Path, fetched: dict, tmp_path: Path) -> None:
+    stage_remote.stage_from_store(f"file://{folder}", tmp_path / "here", on_demand=True)
+    stream = RowReader(run_over(tmp_path / "here")).streams["a"]
+    stream.meet(0, [1])
+    [piece] = (tmp_path / "here" / remote.PIECES).glob("*-00002")
+    os.utime(piece, (1000, 1000))
+    stream.meet(0, [1])
+    assert piece.stat().st_mtime > 1000 and fetched == {("train-00000.dls", 1): ["MainThread"]}
 
 
 def test_a_shard_that_is_gone_stops_the_step_that_needs_it_and_none_before(tmp_path: Path) -> None:
