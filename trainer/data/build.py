@@ -30,7 +30,7 @@ from officina.trainer.data.seal import read_seal
 from officina.trainer.data.shards import SHARD_BYTES
 from officina.trainer.data.sources import Progress, TextSource, find_sources, standard_library
 from officina.trainer.data.tokenizer import EOS, dtype_of, given_tokenizer, tokenizer_info, train_tokenizer
-from officina.trainer.data.work_folder import claimed, place_shards, prepare
+from officina.trainer.data.work_folder import PLAN, claimed, full_disk_told, place_shards, prepare
 from officina.trainer.data.workers import cores, run_jobs
 from officina.trainer.errors import DataError
 
@@ -97,10 +97,10 @@ def build(folder: str | Path, options: BuildOptions,
     """Build the data set in `folder`; it counts as one only when its dataset.json stands, which is written last.
 
     Raises DataError if `folder` holds a data set or another unfinished build already, if an input is missing or damaged or
-    has more bad rows than allowed, or if nothing is left to train on.
+    has more bad rows than allowed, if the disk is full, or if nothing is left to train on.
     """
     folder, workers = Path(folder), options.workers or cores()
-    if (folder / MANIFEST).exists() and not options.overwrite:
+    if (folder / MANIFEST).exists() and not (folder / WORK / PLAN).exists() and not options.overwrite:
         raise DataError(f"{folder} holds a data set already. Show it with `officina data inspect {folder}`, "
                         "build into another folder, or replace it with --overwrite.")
     sealed = read_seal(options.seal, what="--seal").key_id if options.seal else ""
@@ -115,7 +115,7 @@ def build(folder: str | Path, options: BuildOptions,
     info = None if given is None else tokenizer_info(given, eos)
     parts = plan_parts(sources, options.shard_bytes)
     hides = bool(sealed) or options.about.get("personal_data") == "present" or bool(options.about.get("sensitive"))
-    with claimed(folder):
+    with full_disk_told(folder), claimed(folder):
         prepare(folder, _plan(sources, options, filters, info, chat), options.overwrite)
         jobs = [Job(part=i, work=folder / WORK, pieces=pieces, fields=options.fields, filters=tuple(options.filters),
                     max_bad_rows=options.max_bad_rows, chat=chat, hides_text=hides) for i, pieces in enumerate(parts)]

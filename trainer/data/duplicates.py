@@ -40,9 +40,9 @@ def find_duplicates(runs: Sequence[tuple[int, Path]], drops: Sequence[Path]) -> 
         for part, numbers in _repeated(here, owner):
             found += len(numbers)
             with open(drops[part], "ab") as file:
-                numbers.astype("<u8").tofile(file)
+                file.write(numbers.astype("<u8").tobytes())  # numpy's tofile does not say that a disk is full
     for path in drops:
-        np.sort(np.fromfile(path, "<u8")).tofile(path)
+        path.write_bytes(np.sort(np.fromfile(path, "<u8")).tobytes())
     return found
 
 

@@ -1,5 +1,6 @@
 """Writes shards, `officina.trainer.data.shards`: under a temporary name, and renamed when they are whole and on the disk."""
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -146,7 +147,8 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Remove what was written."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk does not take what is left in memory
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 

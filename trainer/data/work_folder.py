@@ -1,6 +1,7 @@
 """The folder of a build: claimed by one process, cleared or gone on with, and its shards put in their places."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -15,6 +16,9 @@ from officina.trainer.data.packing import FOLDER as PLANS
 from officina.trainer.data.parts import TRAIN, VALIDATION, Segment
 from officina.trainer.data.shards import Shard
 from officina.trainer.errors import DataError
+
+PLAN = "plan.json"
+"""In the work folder: all that the result depends on. While it is there, the build is not finished."""
 
 
 @contextlib.contextmanager
@@ -36,15 +40,28 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Raise DataError where no more bytes or files can be written, or a quota is used up."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(f"{folder}: the build stopped ({exc.strerror}). What is finished is kept: make room there, and the "
+                        "same command goes on with it.") from exc
+
+
 def prepare(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
     """Go on with an unfinished build of the same, or clear the folder: first the manifest, then the rest."""
-    stands, file = (folder / MANIFEST).exists(), folder / WORK / "plan.json"
-    if file.exists() and not stands:
+    stands, file = (folder / MANIFEST).exists(), folder / WORK / PLAN
+    if file.exists():
         before = json.loads(file.read_bytes())
         differing = [key for key in plan if before.get(key) != json.loads(json.dumps(plan[key]))]
-        if not differing:
+        if not differing and not (stands and overwrite):
+            (folder / MANIFEST).unlink(missing_ok=True)  # it was written, but not what comes after it
             return
-        if not overwrite and any((folder / WORK).glob("part-*.json")):
+        if not overwrite and (stands or any((folder / WORK).glob("part-*.json"))):
             raise DataError(f"{folder} holds an unfinished build with other {', '.join(differing)}. Give the same words to go "
                             "on with it, or discard it with --overwrite.")
     (folder / MANIFEST).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The first of each digest stays, whatever the parts, runs and ranges."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from officina.trainer.data import duplicates
+from tests.lives import mend, spoil
 
 FIXTURES = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -30,3 +32,14 @@ def test_against_a_set(tmp_path: Path, parts: list[list[int]], run: int, at_once
         patch.setattr(duplicates, "RANGE_DOCUMENTS", at_once)
         found = duplicates.find_duplicates(runs, drops)
     assert [np.fromfile(path, "<u8").tolist() for path in drops] == wanted and found == sum(map(len, wanted))
+
+
+def test_a_full_disk_loses_no_duplicate_in_silence(mount: Callable[..., Path], tmp_path: Path) -> None:
+    disk = mount("size=64k")
+    duplicates.write_run(tmp_path / "run", bytes(16) * 9, 0)
+    spoil(disk, "full disk")
+    with pytest.raises(OSError, match="No space left on device"):
+        duplicates.find_duplicates([(0, tmp_path / "run")], [disk / "drops"])
+    mend(disk)
+    assert duplicates.find_duplicates([(0, tmp_path / "run")], [disk / "drops"]) == 8
+    assert np.fromfile(disk / "drops", "<u8").tolist() == list(range(1, 9))

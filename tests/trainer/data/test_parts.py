@@ -3,23 +3,29 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from officina.launch.cli import main
 from officina.trainer.data import scan, workers
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.documents import Fields, document_id
-from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.manifest import MANIFEST, WORK, open_dataset
 from officina.trainer.data.parts import count_words
 from officina.trainer.data.shards import Shard
 from officina.trainer.data.stream import Stream
 from officina.trainer.data.verify import verify
+from officina.trainer.data.work_folder import PLAN
 from officina.trainer.errors import DataError
 
 
@@ -224,6 +230,46 @@ def test_a_killed_worker_is_said_and_an_error_stops_the_others() -> None:
     with pytest.raises(DataError, match=r"job 1 is broken"):
         workers.run_jobs(_fails, range(4), 2, lambda done: None)
     assert time.monotonic() - begun < 25
+
+
+def test_a_full_disk_is_said_and_the_build_goes_on_when_there_is_room(
+        corpus: Path, tmp_path: Path, small_parts: None, mount: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
+    """Wherever it is when the disk is full: there is always a little more room than before."""
+    options = BuildOptions(inputs=[corpus], about={"name": "x"}, **OPTIONS)
+    build(tmp_path / "whole", options)
+    disk, reached, described_last = mount("size=12k"), [], False
+    assert main(["data", "build", f"{disk}/cli", str(corpus), "--vocab-size", "300", "--workers", "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"{disk}/cli: the build stopped (No space left on device). What is finished is kept: make room" in said
+    assert "Traceback" not in said
+    shutil.rmtree(disk / "cli")
+    with pytest.raises(DataError, match=r"the build stopped \(No space left"):  # met by a worker
+        build(disk / "pool", replace(options, workers=2))
+    shutil.rmtree(disk / "pool")
+    for pages in range(3, 1000):
+        mount(f"size={4 * pages}k", again=True)
+        try:
+            build(disk / "out", options, lambda phase, *_: reached.append(phase))
+            break
+        except DataError as full:
+            assert "the build stopped (No space left on device)" in str(full)
+        reached.append("full")
+        if described_last := (disk / "out" / MANIFEST).exists():  # only croissant.json is missing
+            assert verify(disk / "out").faults == []
+            plan = (disk / "out" / WORK / PLAN).read_bytes()
+        shards = list((disk / "out").rglob("*.dls*"))
+        assert not [path for path in shards if path.suffix == ".tmp"]
+        assert [fault for path in shards for fault in Shard(path).check_all()] == []
+    stopped_in = {before for before, now in pairwise(reached) if now == "full" != before}
+    assert stopped_in >= {"reading", "tokens"} and reached.count("full") > 20 and described_last
+    assert content(disk / "out") == content(tmp_path / "whole")
+    mount("size=64m", again=True)
+    (disk / "out" / WORK).mkdir()  # a kill while the work folder was being removed
+    (disk / "out" / WORK / PLAN).write_bytes(plan)
+    with pytest.raises(DataError, match=r"unfinished build with other validation\. Give the same words"):
+        build(disk / "out", replace(options, validation=0.3))
+    build(disk / "out", options)
+    assert content(disk / "out") == content(tmp_path / "whole")
 
 
 def test_one_build_at_a_time(corpus: Path, tmp_path: Path) -> None:
