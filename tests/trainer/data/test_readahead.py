@@ -202,7 +202,7 @@ def test_no_more_is_fetched_ahead_than_may_be_kept(folder: Path, fetched: dict, 
         first = loader.next_step()
         early = sum(map(len, fetched.values()))
         found = [first.digest, *(loader.next_step().digest for _ in range(2 * loader._reader.rows["a"] // 4))]
-        here = [path.stat().st_size for path in (tmp_path / "here" / remote.PIECES).iterdir()]
+    here = [path.stat().st_size for path in (tmp_path / "here" / remote.PIECES).iterdir()]
     threads = [thread for of_piece in fetched.values() for thread in of_piece]
     ahead = sum(thread.startswith("officina-ahead") for thread in threads)
     assert sum(here) <= 10 * GRANULE_BYTES and len(fetched) == 25
