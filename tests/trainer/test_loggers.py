@@ -125,5 +125,5 @@ def test_a_tracker_that_hangs_holds_up_neither_the_steps_nor_the_end(monkeypatch
     for number in range(1, 20):
         trackers.write(step(number, 1.0))
     trackers.close()
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 60  # it would have waited for an hour
     assert "too slow" in said[0] and "slow did not answer" in said[1] and len(said) == 2
