@@ -341,7 +341,7 @@ def _attend(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr
         start = _edge(0, before, begin, behind) * N
         norm = gl.zeros([ROWS], gl.float32, row_layout)
         top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-        p, norm, top, _ = _weigh(s, norm, top, start, seen, scale, cap, True, SOFTCAP, N, score_layout)
+        p, norm, top, _fade = _weigh(s, norm, top, start, seen, scale, cap, True, SOFTCAP, N, score_layout)
         state = (gl.zeros([ROWS, D], gl.float32, out_layout),
                  gl.convert_layout(p.to(v.dtype), weight_layout, assert_trivial=True), norm, top)
         edges = (c + before, begin - c, behind - c)

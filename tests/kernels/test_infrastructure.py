@@ -114,6 +114,8 @@ def test_a_kernel_compiles_without_a_gpu_and_its_costs_are_read(arch):
     lean = compile_for(scale_kernel, arguments, Config(1, 1024, 4, 1, {"waves_per_eu": 2}), arch)
     assert 4 < lean.registers < 64 and lean.spill_bytes == 0 and lean.shared_bytes == 0
     assert (".target sm_" if arch.startswith("sm") else "amdgcn") in lean.assembly
+    if arch in ("sm_90", "gfx942"):  # one of each maker is enough
+        return
     N = 512 * (32 if arch.startswith("sm") else 64)  # 512 registers a thread: more than any of them has, beside the rest
     greedy = compile_for(greedy_kernel, {"x": "*fp32", "N": N}, Config(1, N, 1, 1), arch)
     assert greedy.spill_bytes > 0 and greedy.registers > lean.registers

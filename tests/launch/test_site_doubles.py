@@ -148,7 +148,8 @@ def done(run_dir: Path, folder: Path) -> None:
     assert cli.main(["data", "audit", str(run_dir)]) == 0, log(folder)
 
 
-@pytest.mark.parametrize("site", FOUR)
+@pytest.mark.parametrize("site", [
+    pytest.param(site, marks=[] if site in ("lumi-g", "leonardo-booster") else pytest.mark.slow) for site in FOUR])
 def test_a_run_comes_to_its_end(site, tmp_path, monkeypatch):
     check(site, RUNS[site], tmp_path, monkeypatch)
 
