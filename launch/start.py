@@ -1,5 +1,6 @@
 """What happens before the ranks: words become a run, the run is judged, and its directory is made ready. Torch-free."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from officina.configs.compose import Composed, compose_all, recompose
 from officina.trainer.checkpoint.layout import Unreadable, checkpoints_dir, read_commit, step_dir
 from officina.trainer.checkpoint.verify import list_checkpoints
 from officina.trainer.config import RunConfig
+from officina.trainer.data.manifest import sync_folder
 from officina.trainer.data.register import Going
 from officina.trainer.data.register import enter as enter_registers
 from officina.trainer.environment import code_diff, describe
@@ -237,6 +239,9 @@ def write_start(plan: Plan, world_size: int | None) -> None:
             changes=[{"key": c.key, "old": c.old, "new": c.new} for c in plan.changes], forced=plan.forced,
             origin=_origin_record(plan) if plan.action == "branch" else None))
         save_config(plan.run, plan.run_dir / CONFIG)
+        sync_folder(plan.run_dir)
+        with contextlib.suppress(OSError):  # that a power cut loses no run whose checkpoints are durable; not all may read it
+            sync_folder(plan.run_dir.parent)
     except OSError as error:
         raise unwritable(plan.run_dir, error) from error
     enter_registers(plan.run, replace(plan.going(), run_id=read_run_id(plan.run_dir)))

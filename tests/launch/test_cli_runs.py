@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -167,7 +168,9 @@ def test_one_start_at_a_time(home):
 def test_a_start_that_never_saved_may_be_repeated(home):
     words = [*TINY, "data.sources.python.path=one", "name=again"]
     plan = plan_train([w.replace("=one", f"={home}/one") for w in words], home / "runs", world_size=None).checked()
-    write_start(plan, 1)
+    with mock.patch("officina.launch.start.sync_folder") as sync:
+        write_start(plan, 1)
+    assert [call.args for call in sync.call_args_list] == [(plan.run_dir,), (plan.run_dir.parent,)]
     (plan.run_dir / "metrics.jsonl").write_text('{"step": 1}\n')
     officina(home, "train", *words)
     history = read_history(plan.run_dir)

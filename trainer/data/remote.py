@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -47,7 +48,12 @@ class Store:
     """What lies below a URL."""
 
     def __init__(self, url: str, timeout_s: float | None = None) -> None:
-        """timeout_s: for one answer; none = `TIMEOUT_S`. Raises DataError if nothing here can speak to it."""
+        """timeout_s: for one answer; none = `TIMEOUT_S`. Raises DataError if nothing here can speak to it, or if the URL
+        carries a name or password, which would be written down beside the data."""
+        if "@" in urlsplit(url).netloc:
+            where = f"{url.split('://')[0]}://...@{urlsplit(url).netloc.rpartition('@')[2]}"
+            raise DataError(f"{where}: the URL carries credentials. Leave them out, and give those that its driver looks for, "
+                            "such as ~/.aws/credentials or ~/.netrc")
         self.url, self._timeout_s = url.split("?")[0].rstrip("/"), timeout_s
         try:
             import fsspec

@@ -65,7 +65,7 @@ def stage_from_store(url: str, out: str | Path, budget_bytes: int | None = None,
         for name in (*(name for name in small if name != MANIFEST), MANIFEST):
             if name == MANIFEST and on_demand:
                 whole = sum(entry.bytes for entry in dataset.shards)
-                remote = Remote(url.rstrip("/"), budget_bytes or whole * 10 // 9 + 1)  # nine tenths of it are filled
+                remote = Remote(store.url, budget_bytes or whole * 10 // 9 + 1)  # nine tenths of it are filled
                 write_whole(out / REMOTE, (json.dumps(asdict(remote), indent=1) + "\n").encode())
             content = (Path(scratch) / name).read_bytes()
             (out / name).parent.mkdir(parents=True, exist_ok=True)

@@ -154,6 +154,12 @@ def test_a_store_that_refuses_or_is_gone_stops_the_run_with_its_name(served: Ser
         digests(tmp_path / "here")
 
 
+def test_credentials_in_a_url_are_refused_and_not_repeated(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"http://\.\.\.@store\.example: the URL carries credentials") as caught:
+        stage_from_store("http://me:secret@store.example/corpus", tmp_path / "out", 2 << 30, on_demand=True)
+    assert "secret" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
 def test_s3_without_credentials_is_told_what_to_give(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from s3fs import S3FileSystem
 
