@@ -148,8 +148,17 @@ class KillOutcome:
     detail: str = ""
 
 
+def _wait_for_a_save(run_dir: Path) -> None:
+    """Until one is under way, or for a few seconds: on a busy machine saves are a small part of the time."""
+    for _ in range(5_000):
+        if any(not (folder / COMMIT).exists() for folder in checkpoints_dir(run_dir).iterdir()):
+            return
+        time.sleep(0.0005)
+
+
 def kill_trial(folder: Path, rng: random.Random, context, *, asynchronous: bool, world_size: int = 2) -> KillOutcome | None:
-    """Start ranks, kill one or all with SIGKILL at a random moment after the first commit, look at what is left.
+    """Start ranks, kill one or all with SIGKILL at a random moment after the first commit, half of the times in the next save,
+    and look at what is left.
 
     None if the ranks ended or came to no first commit (a machine that is paused or overloaded): nobody was killed.
     """
@@ -168,6 +177,8 @@ def kill_trial(folder: Path, rng: random.Random, context, *, asynchronous: bool,
             return None
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.3))
+    if rng.random() < 0.5:
+        _wait_for_a_save(run_dir)
     for p in processes if rng.random() < 0.5 else [rng.choice(processes)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(p.pid, signal.SIGKILL)

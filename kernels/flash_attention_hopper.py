@@ -135,7 +135,7 @@ def _edge(j, before, begin, behind):
 @_jit
 def _publish(plan, plan_full, turn, numbers):
     """Tell the consumers of the turn-th tile: first row, head, then what `_edge` takes, blocks that need a mask, blocks."""
-    slot = turn % 3
+    slot = turn % plan_full.shape[0]
     for i in gl.static_range(7):
         plan.index(slot * 7 + i).store(gl.full([1], numbers[i], gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
     mbarrier.arrive(plan_full.index(slot))
@@ -149,8 +149,8 @@ def _told(plan, i):
 @_jit
 def _read_plan(plan, plan_full, turn):
     """What `_publish` told."""
-    slot = turn % 3
-    mbarrier.wait(plan_full.index(slot), turn // 3 & 1)
+    slot = turn % plan_full.shape[0]
+    mbarrier.wait(plan_full.index(slot), turn // plan_full.shape[0] & 1)
     at = slot * 7
     return (_told(plan, at), _told(plan, at + 1), _told(plan, at + 2), _told(plan, at + 3), _told(plan, at + 4),
             _told(plan, at + 5), _told(plan, at + 6))
@@ -387,12 +387,13 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, spans, counter, B, H, 
     CONSUMERS: gl.constexpr = M // ROWS
     N: gl.constexpr = k_desc.block_type.shape[2]
     D: gl.constexpr = q_desc.block_type.shape[3]
+    PLANS: gl.constexpr = 3
 
     q = gl.allocate_shared_memory(q_desc.dtype, [2 * CONSUMERS, 1, 1, ROWS, D], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, N, D], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, N, D], v_desc.layout)
-    plan = gl.allocate_shared_memory(gl.int32, [3 * 7, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    plan_full = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    plan = gl.allocate_shared_memory(gl.int32, [PLANS * 7, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    plan_full = gl.allocate_shared_memory(gl.int64, [PLANS, 1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2 * CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -400,7 +401,7 @@ def forward_kernel(q_desc, k_desc, v_desc, out_desc, lse, spans, counter, B, H, 
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(3):
+    for i in gl.static_range(PLANS):
         mbarrier.init(plan_full.index(i), count=1)
     for i in gl.static_range(2 * CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)

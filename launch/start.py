@@ -239,11 +239,11 @@ def write_start(plan: Plan, world_size: int | None) -> None:
             changes=[{"key": c.key, "old": c.old, "new": c.new} for c in plan.changes], forced=plan.forced,
             origin=_origin_record(plan) if plan.action == "branch" else None))
         save_config(plan.run, plan.run_dir / CONFIG)
-        sync_folder(plan.run_dir)
-        with contextlib.suppress(OSError):  # that a power cut loses no run whose checkpoints are durable; not all may read it
-            sync_folder(plan.run_dir.parent)
     except OSError as error:
         raise unwritable(plan.run_dir, error) from error
+    for folder in (plan.run_dir, plan.run_dir.parent):  # so that a power cut loses no run whose checkpoints are durable
+        with contextlib.suppress(OSError):  # who writes into a folder need not be allowed to open it
+            sync_folder(folder)
     enter_registers(plan.run, replace(plan.going(), run_id=read_run_id(plan.run_dir)))
 
 

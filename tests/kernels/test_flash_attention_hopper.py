@@ -134,7 +134,8 @@ MUTANTS = {
     "the loader does not wait for queries to be read": ("mbarrier.wait(q_empty.index(own), (turn // 2 & 1) ^ 1)", "pass"),
     "the loader waits for the wrong round": ("((past + j) // STAGES & 1) ^ 1", "(past + j) // STAGES & 1"),
     "the loader forgets the blocks of the tile before": ("        past += n\n        turn += 1", "        turn += 1"),
-    "a plan is read before it is there": ("mbarrier.wait(plan_full.index(slot), turn // 3 & 1)", "pass"),
+    "a plan is read before it is there": ("mbarrier.wait(plan_full.index(slot), turn // plan_full.shape[0] & 1)", "pass"),
+    "a plan is overwritten before it is read": ("PLANS: gl.constexpr = 3", "PLANS: gl.constexpr = 1"),
     "a tile is left out": ("gl.num_programs(0) + gl.atomic_add", "gl.num_programs(0) + 1 + gl.atomic_add"),
     "a consumer does not wait for queries": ("mbarrier.wait(q_full.index(place), tile // 2 & 1)", "pass"),
     "a consumer does not wait for keys": (
@@ -197,6 +198,7 @@ def test_the_emulator_finds_each_fault(name):
                 assert_as_exact(qkv(H=4, G=2, T=52, D=64, dtype=BF16))
                 assert_as_exact(qkv(T=30, S=91, D=64, dtype=BF16), causal=False)
                 assert_as_exact(qkv(T=30, S=64, D=64, dtype=BF16), causal=False)
+                assert_as_exact(qkv(H=12, G=12, T=9, S=7, D=64, dtype=BF16), causal=False)  # tiles of one block
             except AssertionError:
                 return True
         return False
