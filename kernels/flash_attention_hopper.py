@@ -257,16 +257,24 @@ def _first_scores(tile, c, tiles, barriers, WHO: gl.constexpr, PING_PONG: gl.con
 
 
 @_jit
-def _weigh(s, norm, top, start, seen, scale, cap, MASKED: gl.constexpr, SOFTCAP: gl.constexpr, N: gl.constexpr,
-           layout: gl.constexpr):
-    """Weights of a block of scores, norm and top with it, and the factor on what was summed before it; log2 units."""
+def _weigh(s, norm, top, start, seen, at_begin, at_end, scale, cap, MASKED: gl.constexpr, SOFTCAP: gl.constexpr,
+           N: gl.constexpr, layout: gl.constexpr):
+    """Weights of a block of scores, norm and top with it, and the factor on what was summed before it; log2 units.
+
+    MASKED: rows may begin to see within the block only if it is `at_begin`, and cease to only if it is `at_end`.
+    """
     first, end = seen
     if SOFTCAP:
         s = cap * _tanh(s * scale)
         scale = 1.0
     if MASKED:
-        keys = gl.expand_dims(start + gl.arange(0, N, gl.SliceLayout(0, layout)), 0)
-        s = gl.where((keys >= gl.expand_dims(first, 1)) & (keys < gl.expand_dims(end, 1)), s, float("-inf"))
+        # The two bits of a column's number in which wgmma's layout tells threads apart go to the rows' side, once a row:
+        # what a thread compares are then constants of its instructions.
+        keys = gl.expand_dims(gl.arange(0, N, gl.SliceLayout(0, layout)), 0)
+        if at_begin:
+            s = gl.where((keys & ~6) >= gl.expand_dims(first - start, 1) - (keys & 6), s, float("-inf"))
+        if at_end:
+            s = gl.where((keys & ~6) < gl.expand_dims(end - start, 1) - (keys & 6), s, float("-inf"))
     new_top = gl.maximum(top, gl.max(s, 1) * scale)
     shift = gl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top  # -inf less -inf is NaN
     p = gl.exp2(s * scale - gl.expand_dims(shift, 1))
@@ -294,7 +302,8 @@ def _step(c, edges, state, q, tiles, barriers, seen, scale, cap, MASKED: gl.cons
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(k_empty.index(stage))
     start = _edge(c, edges[0], edges[1], edges[2]) * N
-    new_p, norm, top, fade = _weigh(s, norm, top, start, seen, scale, cap, MASKED, SOFTCAP, N, layouts[0])
+    new_p, norm, top, fade = _weigh(s, norm, top, start, seen, c < edges[0], (c >= edges[0]) | edges[3], scale, cap,
+                                    MASKED, SOFTCAP, N, layouts[0])
     out, p = warpgroup_mma_wait(0, deps=(out, p))  # p: its registers are read until then
     mbarrier.arrive(v_empty.index(last))
     out *= gl.expand_dims(gl.convert_layout(fade, gl.SliceLayout(1, layouts[1]), assert_trivial=True), 1)
@@ -341,10 +350,12 @@ def _attend(work, WHO: gl.constexpr, CAUSAL: gl.constexpr, SOFTCAP: gl.constexpr
         start = _edge(0, before, begin, behind) * N
         norm = gl.zeros([ROWS], gl.float32, row_layout)
         top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-        p, norm, top, _fade = _weigh(s, norm, top, start, seen, scale, cap, True, SOFTCAP, N, score_layout)
+        both = masked == n if CAUSAL else True  # without whole blocks, one may lie at both edges; True: a register less
+        p, norm, top, _fade = _weigh(s, norm, top, start, seen, before > 0, (before == 0) | both, scale, cap, True, SOFTCAP,
+                                     N, score_layout)
         state = (gl.zeros([ROWS, D], gl.float32, out_layout),
                  gl.convert_layout(p.to(v.dtype), weight_layout, assert_trivial=True), norm, top)
-        edges = (c + before, begin - c, behind - c)
+        edges = (c + before, begin - c, behind - c, both)
         for c_now in range(c + 1, c + masked):
             state = _step(c_now, edges, state, q, tiles, barriers, seen, scale, cap, True, SOFTCAP, WHO, PING_PONG, STAGES,
                           layouts)

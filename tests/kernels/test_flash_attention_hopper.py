@@ -175,6 +175,14 @@ MUTANTS = {
     "the last out is not waited for": ("STAGES))\n    tma.store_wait(0)\n", "STAGES))\n"),
     "out goes to the rows of another": ("row + WHO * ROWS, 0], place)", "row, 0], place)"),
     "edges are not masked": ("seen, scale, cap, True, SOFTCAP, WHO", "seen, scale, cap, False, SOFTCAP, WHO"),
+    "begins are not masked": ("if at_begin:", "if False:"),
+    "ends are not masked": ("if at_end:", "if False:"),
+    "a tile's first block begins nobody": ("seen, before > 0,", "seen, before < 0,"),
+    "a tile's first block ends nobody": ("(before == 0) | both", "before < 0"),
+    "later blocks begin nobody": ("seen, c < edges[0],", "seen, c < 0,"),
+    "later blocks end nobody": ("(c >= edges[0]) | edges[3]", "c < 0"),
+    "no block is at both edges": ("both = masked == n if CAUSAL else True", "both = n < 0"),
+    "a column's own bits are dropped": ("(first - start, 1) - (keys & 6)", "(first - start, 1)"),
     "the wrong blocks are masked": ("gl.where(j < masked, _edge", "gl.where(j < masked - 1, _edge"),
     "a tile without edges has none masked": ("masked = gl.maximum(masked, 1)", "masked = gl.maximum(masked, 0)"),
     "the sum is not faded": ("    out *= gl.expand_dims(gl.convert_layout(fade", "    gl.expand_dims(gl.convert_layout(fade"),
@@ -199,6 +207,8 @@ def test_the_emulator_finds_each_fault(name):
                 assert_as_exact(qkv(T=30, S=91, D=64, dtype=BF16), causal=False)
                 assert_as_exact(qkv(T=30, S=64, D=64, dtype=BF16), causal=False)
                 assert_as_exact(qkv(H=12, G=12, T=9, S=7, D=64, dtype=BF16), causal=False)  # tiles of one block
+                assert_as_exact(qkv(H=2, T=70, D=64, dtype=BF16), window=45)  # blocks at one edge
+                assert_as_exact(qkv(H=2, T=40, D=64, dtype=BF16), window=3)  # and at both
             except AssertionError:
                 return True
         return False
