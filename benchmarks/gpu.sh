@@ -54,9 +54,10 @@ fi
 
 status=0
 [[ ${#tiny[@]} -gt 0 ]] && export OFFICINA_GPU_TESTS_ON=cpu
+at_once=${TESTS_AT_ONCE:-$(nproc)}  # asked before the next line, which nproc obeys
 export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1  # compiling takes most of the time: many tests at once, a thread each
 tests=("$python" -m pytest -m gpu -v --tb short -p no:cacheprovider --durations 10)
-"$python" -c "import xdist" 2> /dev/null && tests+=(--numprocesses "${TESTS_AT_ONCE:-$(nproc)}")
+"$python" -c "import xdist" 2> /dev/null && tests+=(--numprocesses "$at_once")
 hopper=(tests/gpu/test_flash_attention_hopper*.py)
 timeout -k 5 "${TESTS_S:-180}" "${tests[@]}" tests/gpu "${hopper[@]/#/--ignore=}" 2>&1 | tee "$out/tests.log" || status=1
 # By themselves: their warps wait for each other, so a fault may be a program without end.

@@ -74,17 +74,20 @@ def measure_parts() -> MemoryParts:
     """
     import torch
 
-    tensors, optimizers, parameters = [], [], []
+    from officina.trainer.optim import Optimizer
+
+    tensors, moments, parameters = [], [], []
     for thing in gc.get_objects():
         kind = type(thing)  # isinstance would call __class__ of strange objects
         if issubclass(kind, torch.Tensor):
             # A sharded parameter is a DTensor that says so, of no subclass.
             is_parameter = issubclass(kind, torch.nn.Parameter) or getattr(thing, "_is_param", False)
             (parameters if is_parameter else tensors).append(thing)
+        elif issubclass(kind, Optimizer):
+            moments += thing.moments()
         elif issubclass(kind, torch.optim.Optimizer):
-            optimizers.append(thing)
-    moments = [value for optimizer in optimizers for state in optimizer.state.values() if isinstance(state, dict)
-               for value in state.values() if isinstance(value, torch.Tensor)]
+            moments += [value for state in thing.state.values() if isinstance(state, dict)
+                        for value in state.values() if isinstance(value, torch.Tensor)]
     seen: set[tuple[str, int]] = set()
     return MemoryParts(parameters=_storage_bytes(parameters, seen),
                        gradients=_storage_bytes([p.grad for p in parameters if p.grad is not None], seen),

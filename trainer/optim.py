@@ -3,9 +3,8 @@
 Works on whole tensors and on FSDP2's DTensors alike; DeepSpeed takes only the groups and `new_adamw`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ def _is_norm_or_embedding(name: str, child: nn.Module) -> bool:
 
 
 def new_adamw(config: AdamWConfig, groups: Groups, params: Mapping[str, nn.Parameter]) -> torch.optim.AdamW:
-    """torch's AdamW over the decayed and the plain parameters: the fused kernel, one pass over memory, on CPU and GPU."""
+    """torch's AdamW over the decayed and the plain parameters, for DeepSpeed: fused, one pass over memory, on CPU and GPU."""
     members = [{"params": [params[name] for name in names], "weight_decay": decay}
                for names, decay in ((groups.decayed, config.weight_decay), (groups.plain, 0.0)) if names]
     return torch.optim.AdamW(members, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
@@ -75,14 +74,20 @@ def new_adamw_state(tensor: Tensor, steps: int = 0) -> dict[str, Tensor]:
 class Optimizer:
     """AdamW, and Muon where the configuration asks for it. State exists from the beginning, so memory does not grow later.
 
-    fp32 parameters where Triton kernels run are updated by `adamw_step_`, all others by torch's fused AdamW.
+    fp32 parameters where Triton kernels run are updated by `adamw_step_`, all others by the fused operator of torch's AdamW,
+    which is called here without `torch.optim`: that would import torch.compile's machinery at its first step, a second and
+    1,300 modules in every rank.
     """
 
     def __init__(self, config: AdamWConfig, groups: Groups, params: Mapping[str, nn.Parameter], split: Split,
                  impl: Impl = "auto") -> None:
+        self._config, self._local = config, split.local
         self._params = {name: params[name] for name in (*groups.decayed, *groups.plain)}
-        self._adamw = new_adamw(config, groups, params) if self._params else None
-        self._lr, self._local = config.lr, split.local
+        self._lists: dict[tuple[float, torch.dtype], list[str]] = {}
+        """Names by weight decay and dtype: what one call may update."""
+        for names, decay in ((groups.decayed, config.weight_decay), (groups.plain, 0.0)):
+            for name in names:
+                self._lists.setdefault((decay, params[name].dtype), []).append(name)
         self._by_kernel = impl != "reference" and all(
             p.dtype == torch.float32 and p.is_contiguous() and why_not_triton(p) is None for p in self._params.values())
         self._muon = None
@@ -93,41 +98,45 @@ class Optimizer:
     def reset(self, steps: int) -> None:
         """Zero moments, and the bias correction as after `steps` steps."""
         self._steps = steps
-        for parameter in self._params.values():
-            self._adamw.state[parameter] = new_adamw_state(parameter.detach(), steps)
+        self._moments = {name: {slot: torch.zeros_like(parameter.detach()) for slot in (EXP_AVG, EXP_AVG_SQ)}
+                         for name, parameter in self._params.items()}
         if self._muon:
             self._muon.reset()
 
     def step(self, lr_factor: float) -> None:
         """Update every parameter that has a gradient, with the learning rates of the configuration x lr_factor."""
-        if self._adamw:
-            for group in self._adamw.param_groups:
-                group["lr"] = self._lr * lr_factor
-                if self._by_kernel:
-                    self._step_by_kernel(group)
-            if not self._by_kernel:
-                self._adamw.step()
-            self._steps += 1
+        for (decay, _), names in self._lists.items():
+            self._step_adamw([name for name in names if self._params[name].grad is not None], decay, lr_factor)
+        self._steps += 1
         if self._muon:
             self._muon.step(lr_factor)
 
     @torch.no_grad()
-    def _step_by_kernel(self, group: Mapping[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
+    def _step_adamw(self, names: Sequence[str], weight_decay: float, lr_factor: float) -> None:
+        if not names:
             return
-        states = [self._adamw.state[p] for p in params]
-        columns = params, (p.grad for p in params), (s[EXP_AVG] for s in states), (s[EXP_AVG_SQ] for s in states)
-        tensors = [[self._local(tensor) for tensor in column] for column in columns]
-        step = torch.full((), float(self._steps), device=tensors[0][0].device)  # a launch; a copy would wait
-        adamw_step_(*tensors, step, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-                    weight_decay=group["weight_decay"], impl="triton")
+        params, moments = [self._params[name] for name in names], [self._moments[name] for name in names]
+        columns = params, (p.grad for p in params), (m[EXP_AVG] for m in moments), (m[EXP_AVG_SQ] for m in moments)
+        tensors = [[self._local(tensor.detach()) for tensor in column] for column in columns]
+        config, device = self._config, tensors[0][0].device
+        numbers = dict(lr=config.lr * lr_factor, beta1=config.beta1, beta2=config.beta2, eps=config.eps,
+                       weight_decay=weight_decay)
+        if self._by_kernel:
+            step = torch.full((), float(self._steps), device=device)  # a launch; a copy would wait
+            adamw_step_(*tensors, step, **numbers, impl="triton")
+        else:
+            step = torch.full((), float(self._steps + 1), device=device)
+            torch._fused_adamw_(*tensors, [], [step] * len(names), **numbers, amsgrad=False, maximize=False)
+
+    def moments(self) -> list[Tensor]:
+        """All of the state that this rank holds."""
+        return [tensor for state in self._moments.values() for tensor in state.values()] + (
+            list(self._muon.momentum.values()) if self._muon else [])
 
     def slots(self, name: str) -> Iterable[tuple[str, Tensor]]:
         """(slot, this rank's part) of the state of a parameter; nothing where another rank holds it or it is frozen."""
-        if name in self._params:
-            state = self._adamw.state[self._params[name]]
-            return [(EXP_AVG, state[EXP_AVG]), (EXP_AVG_SQ, state[EXP_AVG_SQ])]
+        if name in self._moments:
+            return self._moments[name].items()
         if self._muon and name in self._muon.momentum:
             return [(MOMENTUM, self._muon.momentum[name])]
         return []
