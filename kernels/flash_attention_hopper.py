@@ -31,6 +31,7 @@ Shapes and the names of lengths as in flash_attention_triton.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,6 +82,11 @@ def why_not_hopper(arch: str, head_dim: int, n_keys: int, dtype: torch.dtype) ->
     if head_dim % STRIDE_ELEMENTS:
         return f"heads are {head_dim} wide, it takes multiples of {STRIDE_ELEMENTS}"
     return None if n_keys else "there are no keys"
+
+
+def with_softcap(config: Config, softcap: bool) -> Config:
+    """Where there is one, two groups at most: its tanh takes registers that three do not have."""
+    return replace(config, block_m=min(config.block_m, 2 * ROWS)) if softcap else config
 
 
 def constants(config: Config) -> dict[str, int]:

@@ -84,7 +84,7 @@ def _forward_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s
     G, S = k.shape[1:3]
     q, k, v = map(hopper.loadable, (q, k, v))
     key = key_of(D, causal, 16)
-    config = look_up("flash_attention_forward_hopper", FORWARD_HOPPER, "sm_90", key)
+    config = hopper.with_softcap(look_up("flash_attention_forward_hopper", FORWARD_HOPPER, "sm_90", key), softcap > 0)
     tiles = _descriptors((q, k, v, out), hopper.tile_rows(config), key[0])
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)  # of tiles that are taken
     programs = min(B * H * -(-T // config.block_m), multiprocessors(q.device))
@@ -197,6 +197,7 @@ def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes
             continue
         key = key_of(head_dim, triangle, 16)
         config = look_up(f"flash_attention_{name}", table, arch, key)
+        config = hopper.with_softcap(config, softcap) if module is hopper else config
         types = {**dict.fromkeys(("lse", "delta"), "*fp32"), **dict.fromkeys(("scale", "cap", "dscale"), "fp32"),
                  "spans": "*i32" if packed else None, "counter": "*i32", "CAUSAL": triangle, "SOFTCAP": softcap,
                  **module.constants(config)}

@@ -106,6 +106,7 @@ def test_single_rows_heads_queries_and_keys_compile(only):
 def test_a_softcap_spills_little():
     """It takes registers that the tiles were not made for; the tables know no softcap."""
     check("sm_90", only="forward", spills=72, head_dims=(128,), causal=(True,), softcap=True, packed=True)
+    check("sm_90", only="forward_hopper", head_dims=(64, 128), causal=(True,), softcap=True, packed=True)
 
 
 @pytest.mark.slow

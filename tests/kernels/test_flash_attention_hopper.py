@@ -301,22 +301,23 @@ def test_the_public_function_takes_it_and_hoppers_backward_pass():
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-@pytest.mark.parametrize("head_dim,causal", itertools.product((64, 80, 128, 256), (False, True)))
-def test_what_is_launched_is_what_the_compile_test_compiles(head_dim, causal, packed):
+@pytest.mark.parametrize("head_dim,causal,softcap", [
+    *itertools.product((64, 80, 128, 256), (False, True), (0.0,)), (64, True, 30.0), (128, True, 30.0)])
+def test_what_is_launched_is_what_the_compile_test_compiles(head_dim, causal, softcap, packed):
     """Up to the compiler: types, constants and alignment that Triton's launcher finds are those that `compilations` states."""
     q, k, v = qkv(B=2, H=8, G=2, T=70, D=head_dim, dtype=BF16)
     spans = document_spans(documents(2, 70, 20)) if packed else None
     driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0,
                              get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", 90, 32))
-    [(_, kernel, arguments, config)] = [case for case in launch.compilations(
-        "sm_90", head_dims=(head_dim,), causal=(causal,), packed=packed) if case[0].startswith("forward_hopper")]
+    cases = launch.compilations("sm_90", head_dims=(head_dim,), causal=(causal,), packed=packed, softcap=softcap > 0)
+    [(_, kernel, arguments, config)] = [case for case in cases if case[0].startswith("forward_hopper")]
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(driver)
     try:
         with (mock.patch.object(launch, "arch_of", lambda device: "sm_90"),
               mock.patch.dict(FORWARD_PATH, {("sm_90", max(64, launch.padded(head_dim)), causal): "hopper"}),
               mock.patch.object(type(kernel), "_do_compile", autospec=True, return_value=None) as compiled):
-            forward(q, k, v, causal=causal, spans=spans)
+            forward(q, k, v, causal=causal, spans=spans, softcap=softcap)
     finally:
         triton.runtime.driver._active = before
         kernel.device_caches.clear()
