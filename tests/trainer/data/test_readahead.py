@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from officina.trainer.config import RunConfig
-from officina.trainer.data import readahead, remote, stage_remote
+from officina.trainer.data import readahead, remote, stage_remote, storage
 from officina.trainer.data.loader import Loader
 from officina.trainer.data.readahead import ReadAhead
 from officina.trainer.data.reader import RowReader
@@ -233,20 +233,27 @@ def test_a_shard_that_is_gone_stops_the_step_that_needs_it_and_none_before(tmp_p
     assert stop == 16 * (4 * 15 - 1)
 
 
-def test_packed_rows_are_read_several_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_over(folder, packing="best_fit", read="pread")
-    mapped = RowReader(run_over(folder, packing="best_fit", read="mmap"))
+@pytest.mark.parametrize("packing", ["cut", "best_fit"])
+def test_rows_that_must_be_waited_for_are_read_several_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                                               packing: str) -> None:
+    """A slow read sends the rest to threads, and all of the next call; a fast call brings them back."""
+    reader, mapped = (RowReader(run_over(folder, packing=packing, read=read)) for read in ("pread", "mmap"))
     samples = np.arange(64)
-    reader = RowReader(run)
     reader.read(samples)  # verified
     threads: list[str] = []
-    fill = FileArray.fill
+    fill, me = FileArray.fill, threading.current_thread().name
 
     def told(self: FileArray, at: int, out: memoryview) -> None:
-        threads.append(threading.current_thread().name)
+        threads.append(threading.current_thread().name.rpartition("_")[0] or me)
         fill(self, at, out)
 
     monkeypatch.setattr(FileArray, "fill", told)
-    rows = reader.read(samples)
-    assert len(threads) >= 64 and {name.rpartition("_")[0] for name in threads} == {"officina-read"}
-    assert rows.digest == mapped.digest(samples) and np.array_equal(rows.tokens, mapped.read(samples).tokens)
+    for slow_s, before, by_others in ((0.0, True, range(50, 200)), (0.0, False, range(50, 200)),
+                                      (60.0, True, range(1, 200)), (60.0, False, range(1))):
+        monkeypatch.setattr(storage, "SLOW_S", slow_s)
+        storage._of_thread.slow = before
+        threads.clear()
+        rows = reader.read(samples)
+        assert len(threads) >= 64 and threads.count("officina-read") in by_others
+        assert storage._of_thread.slow == (slow_s == 0)
+        assert rows.digest == mapped.digest(samples) and np.array_equal(rows.tokens, mapped.read(samples).tokens)
