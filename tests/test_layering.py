@@ -1,6 +1,7 @@
 """The architecture, as tests: imports point one way, login nodes need no torch, importing changes nothing."""
 
 import ast
+import os
 import subprocess
 import sys
 from functools import cache
@@ -198,6 +199,21 @@ def test_the_command_line_loads_no_torch():
     heavy = {"torch", "hydra", "numpy", "pydantic"}
     program = f"import sys, officina.launch.cli; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_rank_that_compiles_nothing_does_not_load_the_compiler():
+    """A second of processor time, and many hundred files that all ranks would read at once from a parallel file system."""
+    program = """
+import sys
+from officina.trainer.rank_env import LONE
+from officina.trainer.ranks import start_ranks
+from tests.trainer.parallel.cases import Case, train
+train(start_ranks(LONE, device="cpu", threads=1), Case("single", steps=1))
+print("torch" in sys.modules, "torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONSAFEPATH": "", "PYTHONPATH": str(ROOT)})
+    assert done.stdout.strip() == "True False", done.stderr
 
 
 # ---- importing changes nothing -------------------------------------------------------------------------------

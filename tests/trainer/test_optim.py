@@ -9,7 +9,7 @@ from torch import nn
 from officina.trainer.config import AdamWConfig, DecoderConfig, MuonConfig
 from officina.trainer.model.build import build_transformer
 from officina.trainer.muon import Muon, Split, orthogonalize
-from officina.trainer.optim import Groups, Optimizer, group_parameters, new_adamw
+from officina.trainer.optim import Groups, Optimizer, group_parameters, new_adamw, new_adamw_state
 
 DECODER = DecoderConfig(vocab_size=64, n_layers=2, d_model=16, n_heads=2, d_ff=32, qk_norm="head", qkv_bias=True, mlp_bias=True)
 
@@ -68,6 +68,33 @@ def test_weight_decay_and_rates_reach_the_optimizer():
                           dict(module.named_parameters()))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
     assert {(g["lr"], g["betas"], g["eps"], g["fused"]) for g in optimizer.param_groups} == {(0.5, (0.8, 0.7), 1e-3, True)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_is_torchs_to_the_bit(dtype):
+    """Two decay groups, rates of a schedule, a parameter without a gradient, and moments that begin after some steps."""
+    torch.manual_seed(0)
+    config = AdamWConfig(lr=0.01, beta1=0.8, beta2=0.7, eps=1e-6, weight_decay=0.25)
+    groups = Groups(("a", "b"), ("c", "d"), ())
+    ours = {name: nn.Parameter(torch.randn(3, 5, dtype=torch.float32 if name == "b" else dtype)) for name in "abcd"}
+    theirs = {name: nn.Parameter(p.detach().clone()) for name, p in ours.items()}
+    optimizer, wanted = Optimizer(config, groups, ours, Split()), new_adamw(config, groups, theirs)
+    optimizer.reset(3)
+    for parameter in theirs.values():
+        wanted.state[parameter] = new_adamw_state(parameter.detach(), 3)
+    for step in range(5):
+        for name in "abcd":
+            ours[name].grad = None if name == "d" else torch.randn(3, 5).to(ours[name].dtype)
+            theirs[name].grad = ours[name].grad
+        for group in wanted.param_groups:
+            group["lr"] = config.lr * (1 - step / 10)
+        optimizer.step(1 - step / 10)
+        wanted.step()
+    for name in "abcd":
+        assert torch.equal(ours[name], theirs[name])
+        for slot, tensor in optimizer.slots(name):
+            assert torch.equal(tensor, wanted.state[theirs[name]][slot])
+    assert {slot for slot, _ in optimizer.slots("a")} == {"exp_avg", "exp_avg_sq"} and len(optimizer.moments()) == 8
 
 
 def test_adamw_without_any_parameter_of_its_own():

@@ -238,17 +238,17 @@ def at_once(work: Callable[[Sequence[T]], object], each: Sequence[T]) -> None:
     What lies in memory is done here, one after the other: eight threads that take turns at Python's lock need four times as
     long. From the first that was slow on the rest goes to threads, and so does all of the next call, until one was fast.
     """
-    begun, n = time.perf_counter(), 0
+    begun, done = time.perf_counter(), 0
     if not getattr(_of_thread, "slow", False):
-        for n, one in enumerate(each, 1):
+        for one in each:
             work([one])
-            now = time.perf_counter()
+            done, now = done + 1, time.perf_counter()
             if now - begun > SLOW_S:
                 break
             begun = now
         else:
             return
-    rest = each[n:]
+    rest = each[done:]
     size = -(-len(rest) // THREADS)
     if size:
         pool = _pool(os.getpid())  # by process: a fork has none of the threads
