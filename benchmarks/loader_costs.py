@@ -181,7 +181,8 @@ def verification(folder: Path, repeats: int) -> dict[str, Any]:
                 stream = loader._reader.streams["bench"]
                 for number in range(len(stream.entries)):
                     stream.shard(number)._checked[:] = known
-                loader._ahead._blocks._met[:] = known
+                for blocks in loader._ahead._blocks:
+                    blocks._met[:] = known
                 begun, cpu = time.perf_counter(), time.process_time()
                 for _ in range(loader._reader.rows["bench"] // BATCH):
                     loader.next_step()
