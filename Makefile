@@ -16,7 +16,7 @@ demo-finetune: venv ## adapt the demo's model with LoRA, evaluate, merge, export
 	$(BIN)/officina demo --finetune
 
 test: venv lint ## everything but the full counts and what needs a GPU
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-full: venv lint ## also the full counts (hours)
 	$(BIN)/python -m pytest
