@@ -24,18 +24,16 @@ def held(ranks, case: Case) -> dict[str, int]:
         found = {"parameters": _bytes(parameters), "gradients": _bytes([p.grad for p in parameters if p.grad is not None])}
         engine.step(1.0)
         optimizer = getattr(engine, "_optimizer", None)
-        torch_optimizers = [optimizer] if optimizer is not None else [engine.module.optimizer.optimizer]
-        found["moments"] = sum(_moments(o) for o in torch_optimizers)
+        found["moments"] = _bytes(optimizer.moments()) if optimizer else _moments(engine.module.optimizer.optimizer)
         return found
     finally:
         engine.close()
 
 
-def _moments(optimizer) -> int:
-    inner = [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
-    inner = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else inner
-    states = [state for one in inner for state in one.state.values()]
-    return _bytes([v for state in states for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1])
+def _moments(optimizer: torch.optim.Optimizer) -> int:
+    """Of the optimizer that DeepSpeed drives."""
+    return _bytes([value for state in optimizer.state.values() for value in state.values()
+                   if isinstance(value, torch.Tensor) and value.numel() > 1])
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
