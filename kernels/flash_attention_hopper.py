@@ -35,10 +35,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from officina.kernels.dispatch import triton
 from officina.kernels.flash_attention_triton import _blocks, _keys_seen, _place, _tanh
+from officina.kernels.hopper_descriptors import STRIDE_ELEMENTS
 from officina.kernels.tables import Config
 
 try:
@@ -51,7 +51,6 @@ try:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 except ImportError:  # no triton, or one without Gluon
     gluon = None
 
@@ -62,8 +61,6 @@ ROWS = 64
 REGISTERS = {2: 240, 3: 160}
 """Number of consumers -> registers of a thread in each; with the loader's they fill the multiprocessor's 65,536."""
 LOADER_REGISTERS = 24
-STRIDE_ELEMENTS, STRIDE_LIMIT_BYTES = 8, 2**40
-"""TMA takes strides that are multiples of 16 bytes, less than this."""
 
 
 def _jit(function: Any) -> Any:
@@ -98,32 +95,6 @@ def constants(config: Config) -> dict[str, int]:
 def tile_rows(config: Config) -> dict[str, int]:
     """The kernel's descriptors and the rows of their tiles."""
     return {"q_desc": ROWS, "k_desc": config.block_n, "v_desc": config.block_n, "out_desc": ROWS}
-
-
-def loadable(x: Tensor) -> Tensor:
-    """x itself, or a copy where TMA could not walk it."""
-    steps = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    fits = all(0 < s < STRIDE_LIMIT_BYTES // x.element_size() and s % STRIDE_ELEMENTS == 0 for s in steps)
-    return x if fits and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-
-
-def descriptor(x_BHTD: Tensor, rows: int, width: int) -> Any:
-    """For copies of tiles (rows, width) of one head. What lies outside the tensor is read as 0 and not written."""
-    # The stride of an axis of one is never used, but must be a legal one.
-    strides = [stride if size > 1 else x_BHTD.shape[-1] for size, stride in zip(x_BHTD.shape, x_BHTD.stride(), strict=True)]
-    shape = [1, 1, rows, width]
-    return TensorDescriptor(x_BHTD, list(x_BHTD.shape), [*strides[:-1], 1], shape, _layout(shape))
-
-
-def descriptor_type(dtype: str, rows: int, width: int) -> str:
-    """Triton's name of the type of such a descriptor, for compiling without one; `bf16` or `fp16`."""
-    shape = [1, 1, rows, width]
-    return f"tensordesc<{dtype}{shape},{_layout(shape)!r}>"
-
-
-def _layout(shape: list[int]) -> Any:
-    """Of 16-bit elements in shared memory: swizzled as TMA and wgmma both know it."""
-    return gl.NVMMASharedLayout.get_default_for(shape, gl.float16)
 
 
 @_jit

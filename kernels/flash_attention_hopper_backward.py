@@ -23,8 +23,6 @@ Shapes and the names of lengths as in flash_attention_triton.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +37,6 @@ if hopper.gluon is not None:
     from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_init
 
     from officina.kernels.flash_attention_hopper import (
-        TensorDescriptor,
         fence_async_shared,
         gl,
         mbarrier,
@@ -85,20 +82,6 @@ def queries_tiles(config: Config) -> dict[str, int]:
 def spaced(x_BHT: Tensor) -> Tensor:
     """x with rows that each begin at a multiple of 16 bytes: a copy by TMA that begins elsewhere is an illegal instruction."""
     return F.pad(x_BHT, (0, -x_BHT.shape[-1] % ALIGNED)) if x_BHT.shape[-1] % ALIGNED else x_BHT
-
-
-def numbers_descriptor(x: Tensor, rows: int) -> Any:
-    """For copies of `rows` fp32 numbers of a contiguous tensor, taken as one row. What lies beyond its end is read as 0."""
-    return TensorDescriptor(x.view(-1), [x.numel()], [1], [rows], _numbers_layout(rows))
-
-
-def numbers_type(rows: int) -> str:
-    """Triton's name of the type of such a descriptor, for compiling without one."""
-    return f"tensordesc<fp32[{rows}],{_numbers_layout(rows)!r}>"
-
-
-def _numbers_layout(rows: int) -> Any:
-    return gl.NVMMASharedLayout.get_default_for([rows], gl.float32)
 
 
 # ---- what the two kernels share ------------------------------------------------------------------------------------

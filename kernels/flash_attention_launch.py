@@ -12,6 +12,7 @@ from torch import Tensor
 from officina.kernels import flash_attention_hopper as hopper
 from officina.kernels import flash_attention_hopper_backward as hopper_backward
 from officina.kernels import flash_attention_triton as kernels
+from officina.kernels import hopper_descriptors as descriptors
 from officina.kernels.dispatch import log_once
 from officina.kernels.flash_attention_tables import (
     BACKWARD_FUSED,
@@ -82,7 +83,7 @@ def _forward_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s
                     window: int, softcap: float) -> None:
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
-    q, k, v = map(hopper.loadable, (q, k, v))
+    q, k, v = map(descriptors.loadable, (q, k, v))
     key = key_of(D, causal, 16)
     config = hopper.with_softcap(look_up("flash_attention_forward_hopper", FORWARD_HOPPER, "sm_90", key), softcap > 0)
     tiles = _descriptors((q, k, v, out), hopper.tile_rows(config), key[0])
@@ -94,7 +95,7 @@ def _forward_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s
 
 
 def _descriptors(tensors: Sequence[Tensor], tile_rows: Mapping[str, int], width: int) -> list[Any]:
-    return [hopper.descriptor(x, rows, width) if x.dim() == 4 else hopper_backward.numbers_descriptor(x, rows)
+    return [descriptors.descriptor(x, rows, width) if x.dim() == 4 else descriptors.numbers_descriptor(x, rows)
             for x, rows in zip(tensors, tile_rows.values(), strict=True)]
 
 
@@ -138,7 +139,7 @@ def _backward_hopper(dout: Tensor, lse: Tensor, delta: Tensor, q: Tensor, k: Ten
                      dv: Tensor, spans: Tensor | None, causal: bool, scale: float, window: int, softcap: float) -> None:
     B, H, T, D = q.shape
     G, S = k.shape[1:3]
-    q, k, v, dout = map(hopper.loadable, (q, k, v, dout))
+    q, k, v, dout = map(descriptors.loadable, (q, k, v, dout))
     key = key_of(D, causal, 16)
     lengths, numbers = (B, H, H // G, T, S), (window or T + S, *_units(scale, softcap), scale)
     switches = {"CAUSAL": causal, "SOFTCAP": softcap > 0}
@@ -203,7 +204,7 @@ def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes
                  **module.constants(config)}
         for tile, rows in tile_rows(config).items():
             numbers = tile in ("lse_desc", "delta_desc")
-            types[tile] = hopper_backward.numbers_type(rows) if numbers else hopper.descriptor_type(dtype, rows, key[0])
+            types[tile] = descriptors.numbers_type(rows) if numbers else descriptors.descriptor_type(dtype, rows, key[0])
         switches = "".join((" causal" * triangle, " packed" * packed, " softcap" * softcap))
         yield (f"{name} {dtype} head_dim={head_dim}{switches}", kernel,
                {parameter: types.get(parameter, "i32") for parameter in kernel.arg_names}, config)

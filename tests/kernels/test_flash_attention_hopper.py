@@ -15,6 +15,7 @@ import torch
 from officina.kernels import dispatch
 from officina.kernels import flash_attention_hopper as hopper
 from officina.kernels import flash_attention_launch as launch
+from officina.kernels import hopper_descriptors as descriptors
 from officina.kernels.dispatch import triton
 from officina.kernels.flash_attention import flash_attention, flash_attention_reference
 from officina.kernels.flash_attention_tables import FORWARD_HOPPER, FORWARD_PATH
@@ -236,13 +237,14 @@ def test_what_tma_can_walk_is_not_copied_and_descriptors_are_legal():
     q = torch.zeros(2, 20, 4, 64, dtype=BF16).transpose(1, 2)
     alone = torch.zeros(1280, dtype=BF16).as_strided((1, 1, 20, 64), (3, 5, 64, 1))  # strides of axes of one mean nothing
     for x in (q, q.contiguous(), q[:, 1:, 3:], q[..., :24], alone):
-        assert hopper.loadable(x) is x
-        made = hopper.descriptor(x, 64, 64)
+        assert descriptors.loadable(x) is x
+        made = descriptors.descriptor(x, 64, 64)
         assert made.shape == list(x.shape) and made.block_shape == [1, 1, 64, 64] and made.strides[-1] == 1
         assert all(stride % 8 == 0 and stride > 0 for stride in made.strides[:-1])
         assert made.base.data_ptr() == x.data_ptr() and made.layout.swizzle_byte_width == 128
     for x in (q[..., 4:44], q.transpose(2, 3), q[:, :1].expand(q.shape), torch.zeros(2, 20, 4, 68, dtype=BF16)[..., :64]):
-        assert hopper.loadable(x) is not x and hopper.loadable(x).is_contiguous() and torch.equal(hopper.loadable(x), x)
+        copy = descriptors.loadable(x)
+        assert copy is not x and copy.is_contiguous() and torch.equal(copy, x)
 
 
 @pytest.mark.parametrize("shape,strides", [((1, 1, 520), (0, 0, 2**22)), ((2, 2, 5), (2**32, 2**31, 64))],
@@ -256,7 +258,7 @@ def test_offsets_beyond_32_bits(shape, strides):
         file.truncate(2 * n)
         far = torch.from_file(file.name, shared=True, size=n, dtype=FP16).as_strided(near.shape, (*strides, 1))
         far.copy_(near)
-        assert hopper.loadable(far) is far
+        assert descriptors.loadable(far) is far
         results = [forward(x[..., -3:, :], x, x) for x in (far, near)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -103,6 +103,7 @@ def test_adamw_without_any_parameter_of_its_own():
     optimizer = Optimizer(MuonConfig(), Groups((), (), ("w",)), {"w": weight}, Split())
     optimizer.step(1.0)
     assert not torch.equal(weight, torch.ones(2, 2)) and [slot for slot, _ in optimizer.slots("w")] == ["momentum"]
+    assert [tensor for _, tensor in optimizer.slots("w")] == optimizer.moments()  # what memory by part counts
     assert optimizer.slots("unknown") == []
 
 
