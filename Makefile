@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := test,deepspeed,kernels,mpi,data,datasets,eval,sealed,wandb,mlflow
 export PYTHONSAFEPATH = 1
+# Images often set this one; every command and rank would compile officina's files anew, half a second each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo demo-finetune test test-full test-floor lint bench gpu venv clean
 help: ## this list

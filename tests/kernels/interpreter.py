@@ -49,3 +49,20 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
 def call(ranks: Any, function: str, *args: Any, **kwargs: Any) -> Any:
     """In the process: the world of one rank is of no interest."""
     return _resolve(function)(*args, **kwargs)
+
+
+def remap_once() -> None:
+    """Leave triton.language remapped from the first kernel on: Triton's interpreter searches and remaps it anew for each launch
+    and each device function, two fifths of these tests' time. For a process in which all kernels are interpreted."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    remap = interpreter._patch_lang
+
+    def remap_what_is_not(function: Callable[..., Any]) -> Any:
+        modules = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if any(tl.core.is_builtin(module.load) for module in modules):
+            remap(function)
+        return interpreter._LangPatchScope()  # with nothing to restore
+
+    interpreter._patch_lang = remap_what_is_not
