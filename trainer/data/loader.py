@@ -320,18 +320,17 @@ def _document_fields(row: np.ndarray, column: np.ndarray, B: int, T: int,
                      memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
     """documents (B, T) int32 and positions (B, T) int64 from sorted borders; a border at column T lies outside."""
     inside = column < T
-    row, flat_border = row[inside], (row * T + column)[inside]
-    documents, positions = memory.tensor((B, T), torch.int32), memory.tensor((B, T), torch.int64)
-    in_row = np.bincount(row, minlength=B) + 1  # documents
-    firsts = np.cumsum(in_row) - in_row
-    starts = np.empty(B + len(row), np.int64)
-    starts[firsts] = np.arange(0, B * T, T)
-    starts[np.arange(len(row)) + row + 1] = flat_border
-    lengths = np.diff(starts, append=B * T)
-    numbers = (np.arange(len(starts)) - np.repeat(firsts, in_row)).astype(np.int32)
-    documents.numpy().reshape(-1)[:] = np.repeat(numbers, lengths)
-    np.subtract(_counted(B * T), np.repeat(starts, lengths), out=positions.numpy().reshape(-1))
-    return documents, positions
+    border = row[inside], column[inside]
+    fields = memory.tensor((B, T), torch.int32), memory.tensor((B, T), torch.int64)
+    documents, positions = fields[0].numpy(), fields[1].numpy()
+    documents.fill(0)
+    documents[border] = 1
+    np.cumsum(documents, axis=1, dtype=documents.dtype, out=documents)
+    positions.fill(0)
+    positions[border] = border[1]
+    np.maximum.accumulate(positions, axis=1, out=positions)  # where the document of each token begins
+    np.subtract(_counted(T), positions, out=positions)
+    return fields
 
 
 def _record_batches(records: list[Record], padding: Record, sizes: list[int], decode: Decode, memory: Memory) -> list[Batch]:

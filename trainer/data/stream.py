@@ -29,6 +29,7 @@ from officina.trainer.data.storage import at_once, copy_range, reads_by_pread
 from officina.trainer.errors import DataError
 
 OnDamage = Callable[[Dataset, ShardEntry, Shard, int], object]
+_NONE = np.empty(0, np.int64)
 
 
 class Stream:
@@ -209,7 +210,7 @@ class Stream:
             else:
                 over.append(i)
                 touched.update(range(number, bisect_right(bounds, start + seq_len)))
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        columns = [_NONE] * len(rows)  # of the borders of each row
         for number, (here, inside) in by_shard.items():
             shard = self._open.get(number)
             if shard is None or not shard.is_checked(inside, seq_len + 1):
@@ -217,23 +218,23 @@ class Stream:
                 shard = self._check(number, begins, begins + seq_len + 1)
             _copy_rows(shard, inside, out, here)
             if borders:
-                row, column = _borders(shard.ends, np.asarray(inside), seq_len)
-                found.append((np.asarray(here)[row], column))
+                for i, column in zip(here, _borders_of_rows(shard.ends, inside, seq_len), strict=True):
+                    columns[i] = column
         for i in over:
-            found.append(self._copy_over_shards(i, int(starts[i]), out))
+            columns[i] = self._copy_over_shards(i, int(starts[i]), out)
         removed = self._blanked(out, starts)
         lost: Lost = {}
         touched.update(by_shard)
+        around: list[tuple[np.ndarray, np.ndarray]] = []
         if any(self._open[number].replaced or self._open[number].lost for number in touched):
             removed, lost, around = self._amended(out, starts, removed)
-            found += around
-        if not borders or not found:
-            return Rows(out, np.empty(0, np.int64), np.empty(0, np.int64), removed, lost)
-        row, column = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        if not borders or not columns:
+            return Rows(out, _NONE, _NONE, removed, lost)
+        row, column = np.repeat(np.arange(len(columns)), [len(each) for each in columns]), np.concatenate(columns)
         if lost:  # a block may end where a document does
-            row, column = np.unique(np.stack((row, column)), axis=1)
-        in_order = np.lexsort((column, row))
-        return Rows(out, row[in_order], column[in_order], removed, lost)
+            parts = [np.concatenate(both) for both in zip((row, column), *around, strict=True)]
+            row, column = np.unique(np.stack(parts), axis=1)
+        return Rows(out, row, column, removed, lost)
 
     def _amended(self, out: np.ndarray, starts: np.ndarray, removed: np.ndarray | None,
                  ) -> tuple[np.ndarray | None, Lost, list[tuple[np.ndarray, np.ndarray]]]:
@@ -334,8 +335,8 @@ class Stream:
         out[removed] = self._blank
         return removed
 
-    def _copy_over_shards(self, i: int, start: int, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Fill row `i` of `out` from several shards: one row in each shard's last, so slow is fast enough."""
+    def _copy_over_shards(self, i: int, start: int, out: np.ndarray) -> np.ndarray:
+        """Fill row `i` of `out` from several shards, one row in each shard's last, so slow is fast enough; its borders."""
         columns, width, filled = [], out.shape[1], 0
         while filled < width:
             number = bisect_right(self.token_starts, start + filled) - 1
@@ -349,8 +350,7 @@ class Stream:
             lo, hi = np.searchsorted(shard.ends, [inside, inside + len(part) - 1], side="right")
             columns.append(shard.ends[lo:hi] - inside + filled)
             filled += len(part)
-        column = np.concatenate(columns)
-        return np.full(len(column), i), column
+        return np.concatenate(columns)
 
 
 def resolve_overlong(dataset: Dataset, overlong: str) -> str:
@@ -386,6 +386,13 @@ def _tokens_at(shard: Shard, starts: np.ndarray, lengths: np.ndarray) -> np.ndar
 
     at_once(copy, list(zip(into.tolist(), starts.tolist(), lengths.tolist(), strict=True)))
     return out
+
+
+def _borders_of_rows(ends: np.ndarray, starts: list[int], seq_len: int) -> list[np.ndarray]:
+    """Of each row the columns of the document ends e with start < e <= start + seq_len."""
+    begins = np.asarray(starts)
+    lo, hi = ends.searchsorted(begins, side="right").tolist(), ends.searchsorted(begins + seq_len, side="right").tolist()
+    return [ends[a:b] - start for a, b, start in zip(lo, hi, starts, strict=True)]
 
 
 def _borders(ends: np.ndarray, starts: np.ndarray, seq_len: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
