@@ -119,7 +119,10 @@ def _tell(result, folder: str, screen) -> None:
     ends = f"answers end with {result.manifest.provenance['answers_end_with']}" if samples else (
         f"documents end with {result.manifest.tokenizer.eos}")
     screen.print(f"vocabulary   {result.manifest.tokenizer.vocab_size:,} tokens, {ends}", markup=False)
-    if not result.manifest.licence:
+    from officina.trainer.data.manifest import open_dataset
+    from officina.trainer.data.policy import policy_of
+
+    if not policy_of(open_dataset(folder)).licences:
         screen.print(f"licence      not stated: officina data describe {folder} --licence SPDX", markup=False)
     if result.manifest.sealed:
         screen.print(f"sealed       with the key {result.manifest.sealed}; a run names it: data.sources.NAME.key=FILE",

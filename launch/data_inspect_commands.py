@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from officina.trainer.data.manifest import Manifest
+    from officina.trainer.data.manifest import Dataset, Manifest
     from officina.trainer.data.order import Places
+    from officina.trainer.data.policy import Policy
     from officina.trainer.data.reader import RowReader
     from officina.trainer.data.stream import Stream
 
@@ -43,7 +44,7 @@ def add_inspect(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def inspect(args: argparse.Namespace) -> int:
     """Show the data set or the run's step that is named."""
-    from officina.trainer.data.manifest import MANIFEST, TOKENIZER
+    from officina.trainer.data.manifest import MANIFEST
     from officina.trainer.run_dir import CONFIG
 
     folders, step = [word for word in args.words if not word.startswith("step=")], args.step
@@ -57,7 +58,7 @@ def inspect(args: argparse.Namespace) -> int:
     if (folder / MANIFEST).exists():
         if step is not None:
             raise DataError(f"--step {step}: {folder} is a data set. Name a run directory, which has {CONFIG}.")
-        return _inspect_dataset(folder, args.split, args.document, folder / TOKENIZER, args.key)
+        return _inspect_dataset(folder, args.split, args.document, args.key)
     if (folder / CONFIG).exists():
         return _inspect_step(folder, step, args.rows)
     raise DataError(f"{folder} is neither a data set ({MANIFEST}) nor a run ({CONFIG}). Try: officina data inspect demo/data")
@@ -70,22 +71,23 @@ def _step(word: str) -> int:
         raise DataError(f"{word}: {exc}. Try: step=40") from exc
 
 
-def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Path, key: str) -> int:
+def _inspect_dataset(folder: Path, split: str, document: int, key: str) -> int:
     import numpy as np
 
     from officina.trainer.data.contents import describe_document
     from officina.trainer.data.manifest import open_dataset
+    from officina.trainer.data.policy import policy_of
     from officina.trainer.data.removal import removed_documents
     from officina.trainer.data.seal import read_seal
     from officina.trainer.data.stream import Stream
 
     screen, dataset = console(), open_dataset(folder)
-    manifest = dataset.manifest
+    manifest, policy = dataset.manifest, policy_of(dataset)
     if key and manifest.sealed:
         dataset = replace(dataset, seal=read_seal(key, manifest.sealed))
     screen.print(f"{manifest.name} {manifest.version}: {manifest.description or manifest.kind}", markup=False)
-    for label, value in (("licence", manifest.licence or "not stated"),
-                         ("personal data", manifest.personal_data),
+    for label, value in (("licence", policy.licences or "not stated"),
+                         ("personal data", policy.personal_data),
                          ("kind", f"{manifest.kind}, {manifest.dtype}"),
                          ("sources", ", ".join(manifest.sources[:20])),
                          ("languages", ", ".join(manifest.languages[:20]) or "not known"),
@@ -103,7 +105,7 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
     total = int(stream.document_starts[-1])
     if document >= total:
         raise DataError(f"--document {document}: split {split} has {total} documents. Try: --document {total - 1}")
-    show = _decoder(manifest, tokenizer_file)
+    show = _decoder(dataset, policy)
     removed = removed_documents(dataset)
     for number in range(document, min(document + 3, total)):
         of_shard = int(np.searchsorted(stream.document_starts, number, side="right")) - 1
@@ -113,13 +115,13 @@ def _inspect_dataset(folder: Path, split: str, document: int, tokenizer_file: Pa
         screen.print(f"id {id or 'none'}, source {source}, language {language}", markup=False, style="dim")
         gone = inside in removed.get(stream.entries[of_shard].path, ())
         shard = stream.shard(of_shard)
-        if manifest.sealed and (not key or not manifest.shows_text):  # the key is not even used
-            why = "personal or sensitive" if not manifest.shows_text else "to show it: --key FILE"
+        if manifest.sealed and (not key or not policy.shows_text):  # the key is not even used
+            why = "personal or sensitive" if not policy.shows_text else "to show it: --key FILE"
             tokens = int(shard.ends[inside]) - (int(shard.ends[inside - 1]) if inside else 0)
             screen.print(f"({tokens} tokens; sealed; {why}: not shown)", markup=False, highlight=False)
             continue
         content = stream.record(number).content
-        if gone or not shard.has_trained or not manifest.shows_text:
+        if gone or not shard.has_trained or not policy.shows_text:
             screen.print(_REMOVED if gone else show(content)[:1200], markup=False, highlight=False)
         else:
             start = int(shard.ends[inside - 1]) if inside else 0
@@ -146,14 +148,16 @@ def _tell_marked(screen: "Console", manifest: "Manifest", content: bytes, traine
     screen.print(f"{int(trained.sum()) - first:,} of {len(trained):,} tokens are trained on", style="dim")
 
 
-def _decoder(manifest: "Manifest", tokenizer_file: Path) -> Callable[[bytes], str]:
+def _decoder(dataset: "Dataset", policy: "Policy") -> Callable[[bytes], str]:
     """Turns a document's bytes in a shard into what a person may see of it."""
     import numpy as np
 
+    from officina.trainer.data.manifest import TOKENIZER
     from officina.trainer.data.shards import DTYPES
 
+    manifest, tokenizer_file = dataset.manifest, dataset.folder / TOKENIZER
     dtype = DTYPES[manifest.dtype]
-    if not manifest.shows_text:
+    if not policy.shows_text:
         unit = "bytes" if manifest.kind == "records" else "tokens"
         return lambda content: f"({len(content) // dtype.itemsize} {unit}; personal or sensitive: not shown)"
     if manifest.kind == "records":
@@ -170,7 +174,7 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
     import numpy as np
 
     from officina.trainer.data.ledger import read_ledger
-    from officina.trainer.data.manifest import TOKENIZER
+    from officina.trainer.data.policy import policy_of
     from officina.trainer.data.reader import RowReader
     from officina.trainer.run_dir import load_config
 
@@ -181,6 +185,7 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
     entry = entries[max(entries) if step is None else step]
     reader = RowReader(run, entry.first_sample, entry.removals)
     reader.set_aside(entry.lost)
+    policies = {name: policy_of(stream.dataset) for name, stream in reader.streams.items()}
     samples = entry.samples()
     found = reader.digest(samples)
     screen = console()
@@ -195,7 +200,7 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
                          f"{', '.join(map(str, blocks))}", markup=False)
     places = reader.place(samples)
     if not reader.records:
-        _tell_documents(screen, reader, places)
+        _tell_documents(screen, reader, places, policies)
     samples = samples[:rows]
     shown = table("sample", "source", "epoch", "row", "shard", "from token")
     for i, sample in enumerate(samples):
@@ -208,17 +213,18 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
                       str(first - int(starts[shard])))
     screen.print(shown)
     for i, sample in enumerate(samples):
-        stream = reader.streams[reader.order.names[places.source[i]]]
-        show = _decoder(stream.dataset.manifest, stream.dataset.folder / TOKENIZER)
+        name = reader.order.names[places.source[i]]
+        stream, policy = reader.streams[name], policies[name]
+        show = _decoder(stream.dataset, policy)
         screen.rule(f"sample {sample}", align="left")
         if reader.records:
             screen.print(show(reader.read_records(samples[i:i + 1])[0][0].content), markup=False, highlight=False)
         else:
-            _tell_row(screen, reader, samples[i:i + 1], stream, int(places.row[i]), show)
+            _tell_row(screen, reader, samples[i:i + 1], stream, int(places.row[i]), policy, show)
     return EXIT_DONE
 
 
-def _tell_documents(screen: "Console", reader: "RowReader", places: "Places") -> None:
+def _tell_documents(screen: "Console", reader: "RowReader", places: "Places", policies: "dict[str, Policy]") -> None:
     """The whole batch: documents and tokens by source, language and licence."""
     from officina.trainer.data.contents import extents_of_row
 
@@ -227,7 +233,7 @@ def _tell_documents(screen: "Console", reader: "RowReader", places: "Places") ->
         name = reader.order.names[number]
         stream = reader.streams[name]
         for each in extents_of_row(stream, int(row), reader.seq_len):
-            key = f"{name}/{each.source}", each.language, stream.dataset.manifest.licence or "not stated"
+            key = f"{name}/{each.source}", each.language, policies[name].licences or "not stated"
             documents, tokens = sums.setdefault(key, [set(), 0])
             documents.add(each.document)
             sums[key][1] = tokens + each.stop - each.start
@@ -239,7 +245,7 @@ def _tell_documents(screen: "Console", reader: "RowReader", places: "Places") ->
 
 
 def _tell_row(screen: "Console", reader: "RowReader", sample: "np.ndarray", stream: "Stream", row: int,
-              show: Callable[[bytes], str]) -> None:
+              policy: "Policy", show: Callable[[bytes], str]) -> None:
     """A row, document by document."""
     from officina.trainer.data.contents import extents_of_row
     from officina.trainer.data.shards import DTYPES
@@ -250,9 +256,9 @@ def _tell_row(screen: "Console", reader: "RowReader", sample: "np.ndarray", stre
         if each.start:
             screen.print("──── document border ────", style="cyan")
         screen.print(f"{each.document}, id {each.id or 'none'}, source {each.source}, language {each.language}, licence "
-                     f"{stream.dataset.manifest.licence or 'not stated'}", markup=False, style="dim")
+                     f"{policy.licences or 'not stated'}", markup=False, style="dim")
         gone = content.removed is not None and content.removed[0, each.start:each.stop].all()
-        if content.trained is not None and manifest.samples and manifest.shows_text and not gone:
+        if content.trained is not None and manifest.samples and policy.shows_text and not gone:
             inside = slice(each.start, each.stop)
             _tell_marked(screen, manifest, tokens[inside].tobytes(), content.trained[0, inside], show)
             continue

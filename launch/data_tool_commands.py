@@ -87,6 +87,7 @@ def add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 # ---- stats -----------------------------------------------------------------------------------------------------------
 def stats(args: argparse.Namespace) -> int:
     """Tables by source, language and licence; the picture."""
+    from officina.trainer.data.policy import policy_of
     from officina.trainer.data.stats import Counts, draw_lengths, statistics
 
     if args.picture and len(args.folders) > 1:
@@ -95,11 +96,11 @@ def stats(args: argparse.Namespace) -> int:
     screen, by_licence = console(), {}
     for folder in args.folders:
         found = statistics(folder, args.split)
-        manifest = found.dataset.manifest
+        manifest, licences = found.dataset.manifest, policy_of(found.dataset).licences or "not stated"
         screen.print(f"{manifest.name} {manifest.version}, {args.split}", markup=False)
         for title, key in (("source", 0), ("language", 1)):
             screen.print(_shares(title, found.by(key)))
-        total = by_licence.setdefault(manifest.licence or "not stated", Counts())
+        total = by_licence.setdefault(licences, Counts())
         for counts in found.groups.values():
             total.add(counts)
         lengths = ", ".join(f"{share:.0%} up to {found.quantile_tokens(share):,.0f}" for share in (0.1, 0.5, 0.9, 0.99))
@@ -151,6 +152,9 @@ def stage(args: argparse.Namespace) -> int:
     kept = f", {size(found.kept_bytes)} were there already" if found.kept_bytes else ""
     screen.print(f"Staged {args.folder} to {args.out}: {found.files} files, {size(found.copied_bytes)} copied{kept}, each as "
                  f"in the manifest ({time.monotonic() - begun:.1f} s).", markup=False)
+    if found.own_words:
+        screen.print(f"{args.out} was not staged from anywhere, so it goes on saying what it says of itself: "
+                     f"{', '.join(found.own_words)} stay, though {args.folder} says something else.", markup=False)
     return EXIT_DONE
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -99,6 +100,7 @@ def describe(args: argparse.Namespace) -> int:
     """State what was given; show what is stated."""
     from officina.trainer.data import describe as describing
     from officina.trainer.data.manifest import open_dataset
+    from officina.trainer.data.policy import policy_of
     from officina.trainer.data.strict import strict
 
     said = {name: getattr(args, name) for name in describing.CHANGEABLE if getattr(args, name, None) is not None}
@@ -107,8 +109,12 @@ def describe(args: argparse.Namespace) -> int:
     if said:
         describing.change(args.folder, **said)
     dataset, screen = open_dataset(args.folder), console()
+    judged = {}
+    with suppress(DataError):  # told below, as a fault
+        policy = policy_of(dataset)
+        judged = {"licence": policy.licences, "personal_data": policy.personal_data, "sensitive": policy.sensitive}
     for name in ("name", *describing.CHANGEABLE, "personal_data", "sensitive", "languages", "policy_sha256", "fingerprint"):
-        value = getattr(dataset.manifest, name)
+        value = judged.get(name, getattr(dataset.manifest, name))
         shown = ", ".join(value) if isinstance(value, list) else value
         screen.print(f"  {name:<14} {'not stated' if shown in ('', None) else shown}", markup=False)
     for fault in strict(dataset).faults:

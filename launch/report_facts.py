@@ -11,15 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from officina.trainer.config import DecoderConfig, RunConfig
 from officina.trainer.environment import ENVIRONMENT_FILE
-from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, OfficinaError
+from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, DataError, OfficinaError
 from officina.trainer.metrics import Generation, RunMetrics, StepMetrics, bits_per_byte, read_metrics
 from officina.trainer.model.flops import parameter_count
 from officina.trainer.run_dir import LEDGER, committed_steps, load_config, read_history
 from officina.trainer.schema import dump_run
+
+if TYPE_CHECKING:
+    from officina.trainer.data.policy import Policy
 
 FINAL_STEPS = 20
 """The final training loss is the mean over the tokens of this many last steps: one step's loss is noise."""
@@ -331,14 +334,25 @@ def _sources(run: RunConfig, run_dir: Path, missing: list[str]) -> list[Source]:
         manifest = _json_file(Path(source.path) / "dataset.json", missing, f"data set of {name}: dataset.json")
         read = None if rows is None else rows.get(name, 0)
         split = manifest.get("splits", {}).get(run.data.split, {})
+        policy = _policy(source.path, f"data set of {name}", missing) if manifest else None
         found.append(Source(
             name=name, weight=source.weight, rows=read, tokens=None if read is None else read * run.batch.seq_len,
             dataset=f"{manifest['name']} {manifest.get('version', '')}".strip() if "name" in manifest else None,
-            licence=manifest.get("licence") or None, fingerprint=manifest.get("fingerprint"),
-            available_tokens=split.get("tokens"),
-            shows_text=(None if not manifest else manifest.get("personal_data") in (None, "none", "pseudonymised")
-                        and not manifest.get("sensitive"))))
+            licence=(policy.licences if policy else manifest.get("licence")) or None, fingerprint=manifest.get("fingerprint"),
+            available_tokens=split.get("tokens"), shows_text=policy.shows_text if policy else None))
     return found
+
+
+def _policy(folder: str, shown: str, missing: list[str]) -> "Policy | None":
+    """The conditions of use of a data set; None if they cannot be read."""
+    from officina.trainer.data.manifest import open_dataset  # brings pydantic
+    from officina.trainer.data.policy import policy_of
+
+    try:
+        return policy_of(open_dataset(folder))
+    except (DataError, OSError) as error:
+        missing.append(f"{shown}: conditions of use cannot be read ({type(error).__name__}): officina data verify {folder}")
+    return None
 
 
 def _ledger_rows(file: Path) -> dict[str, int] | None:

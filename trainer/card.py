@@ -12,6 +12,7 @@ from typing import Any
 
 from officina.trainer.config import RunConfig
 from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.policy import policy_of
 from officina.trainer.errors import DataError
 from officina.trainer.initial import read_weights_record
 from officina.trainer.metrics import RunMetrics, read_metrics
@@ -105,10 +106,11 @@ def _data(run: RunConfig) -> list[tuple[str, dict[str, Any]]]:
     for name, source in run.data.sources.items():
         facts: dict[str, Any] = {"weight": source.weight}
         try:
-            manifest = open_dataset(source.path).manifest
-            facts |= {"title": f"{manifest.name} {manifest.version}", "licence": manifest.licence,
+            dataset = open_dataset(source.path)
+            manifest, policy = dataset.manifest, policy_of(dataset)
+            facts |= {"title": f"{manifest.name} {manifest.version}", "licence": policy.licences,
                       "languages": list(manifest.languages), "creators": list(manifest.creators), "url": manifest.url,
-                      "personal_data": manifest.personal_data}
+                      "personal_data": policy.personal_data}
         except DataError:
             facts["title"] = "not at hand when this was written"
         found.append((name, facts))

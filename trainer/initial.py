@@ -20,6 +20,7 @@ from officina.trainer.checkpoint.read import OpenCheckpoint, open_checkpoint
 from officina.trainer.checkpoint.verify import RankGroup, threads_here
 from officina.trainer.config import LoraConfig, RunConfig
 from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.policy import policy_of
 from officina.trainer.errors import CheckpointError, ConfigError, DataError, OfficinaError
 from officina.trainer.hf.base import BASE_DIR, Base, card_licence, open_base
 from officina.trainer.hf.source import FolderSource
@@ -265,7 +266,7 @@ def _licences(run_dir: Path) -> dict[str, str]:
     found = {}
     for name, source in load_config(run_dir).data.sources.items():
         try:
-            found[name] = open_dataset(source.path).manifest.licence or ""
+            found[name] = policy_of(open_dataset(source.path)).licences
         except DataError:
             found[name] = ""
     return found

@@ -23,8 +23,7 @@ from officina.trainer.config import (
 )
 from officina.trainer.data.gate import use_problems
 from officina.trainer.data.manifest import MANIFEST, open_dataset
-from officina.trainer.data.odrl import purpose_word
-from officina.trainer.data.policy import AREAS
+from officina.trainer.data.policy import AREAS, purpose_word
 from officina.trainer.data.policy import country as known_country
 from officina.trainer.data.register import Going
 from officina.trainer.errors import DataError, Problem

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,14 @@ from data_sets import make_run, write_tokens
 from rich.console import Console
 
 from officina.launch import data_terminal
+from officina.trainer.data.build import BuildOptions, build
+from officina.trainer.data.describe import change
 from officina.trainer.data.ledger import Ledger
 from officina.trainer.data.loader import Loader
+from officina.trainer.data.policy import Policy
 from officina.trainer.data.shard_writer import write_records
 from officina.trainer.data.shards import HEADER_BYTES
+from officina.trainer.errors import DataError
 from officina.trainer.run_dir import save_config
 
 
@@ -74,7 +80,6 @@ def test_build_verify_inspect(texts: Path, tmp_path: Path) -> None:
     (["--shard-bytes", "many"], "a count is a whole number"),
     (["--personal-data", "some"], "invalid choice"), (["nowhere"], "no such file or folder")])
 def test_words_that_make_no_sense(tmp_path: Path, words: list[str], told: str) -> None:
-    import re
     status, _, err = officina("build", tmp_path / "set", *words)
     assert status == 2 and re.search(told, err) and "Traceback" not in err
 
@@ -118,16 +123,60 @@ def test_inspect_and_audit_a_run(run_dir: Path, tmp_path: Path) -> None:
     assert status == 2 and "is no run directory" in err
 
 
-def test_sensitive_text_is_never_shown(tmp_path: Path) -> None:
-    secret = "Patient Jane Roe has "
-    (tmp_path / "in.txt").write_text(secret * 60)
-    assert officina("build", tmp_path / "set", tmp_path / "in.txt", "--vocab-size", "300", "--validation", "0",
-                    "--sensitive")[0] == 0
+@pytest.mark.parametrize("said", ["--sensitive", '{"sensitive": true}', '{"personal_data": "present"}'])
+def test_sensitive_text_is_never_shown(tmp_path: Path, said: str) -> None:
+    """Whether an option or the conditions of use say so."""
+    (tmp_path / "policy.json").write_text(said)
+    words = [said] if said.startswith("--") else ["--policy", tmp_path / "policy.json"]
+    rows = [{"text": "Patient Jane Roe has " * 60, "lang": "Jane"}, {"Patient Jane": 1}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words += ["--vocab-size", "300", "--validation", "0"]
+    status, out, err = officina("build", tmp_path / "set", tmp_path / "in.jsonl", *words)
+    assert status == 2 and "1 bad row" in err and "Patient" not in out + err and "Jane" not in out + err
+    status, out, err = officina("build", tmp_path / "set", tmp_path / "in.jsonl", *words, "--max-bad-rows", "1")
+    assert status == 0 and "Patient" not in out + err and "Jane" not in out + err
     train(make_run({"s": (tmp_path / "set", 1)}, seq_len=16, rows=2, vocab_size=300), tmp_path / "run")
     for words in (("inspect", tmp_path / "set"), ("inspect", tmp_path / "run"), ("audit", tmp_path / "run")):
         status, out, err = officina(*words)
         assert status == 0 and "Patient" not in out + err and "Jane" not in out + err
     assert "personal or sensitive: not shown" in officina("inspect", tmp_path / "set")[1]
+
+
+def test_what_was_read_before_the_policy_hid_it_is_not_told(tmp_path: Path) -> None:
+    """A build that was interrupted reads anew what may no longer be told."""
+    rows = [{"text": "Some words. " * 60}, {"Patient Jane": 1}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def interrupted(phase: str, done: int, total: int) -> None:
+        if phase == "tokens":
+            raise KeyboardInterrupt
+
+    options = BuildOptions(inputs=[tmp_path / "in.jsonl"], vocab_size=300, validation=0, max_bad_rows=1, workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "set", options, interrupted)
+    assert "Jane" in "".join(path.read_text() for path in (tmp_path / "set" / ".build").glob("scan-*.json"))
+    with pytest.raises(DataError, match="1 bad row, 0 allowed") as error:
+        build(tmp_path / "set", replace(options, policy=Policy(sensitive=True), max_bad_rows=0))
+    assert "Jane" not in str(error.value)
+
+
+def test_a_licence_of_the_policy_is_one(tmp_path: Path) -> None:
+    write_tokens(tmp_path / "set", {"train": [40, 30]})
+    train(make_run({"s": (tmp_path / "set", 1)}, rows=2), tmp_path / "run")
+    for policy, told in ((Policy(licence=("LicenseRef-ACME",), personal_data="pseudonymised"), "LicenseRef-ACME"),
+                         (Policy(), "not stated")):
+        change(tmp_path / "set", policy=policy)
+        for words in (["stats", tmp_path / "set"], ["inspect", tmp_path / "set"], ["inspect", tmp_path / "run"]):
+            status, out, err = officina(*words)
+            assert (status, err) == (0, "") and told in out and ("not stated" in out) is (told == "not stated"), out
+        out = officina("describe", tmp_path / "set")[1]
+        assert re.search(rf"licence +{told}", out) and re.search(rf"personal_data +{policy.personal_data}", out)
+    (tmp_path / "set" / "policy.json").write_text("{}")
+    for words in (["stats", tmp_path / "set"], ["inspect", tmp_path / "set"], ["inspect", tmp_path / "run"]):
+        status, out, err = officina(*words)
+        assert status == 2 and "but dataset.json names" in err and "officina data describe" in err and "Traceback" not in err
+    status, out, _ = officina("describe", tmp_path / "set")  # which mends it
+    assert status == 0 and "but dataset.json names" in out.replace("\n", " ")
 
 
 def test_records_and_bare_tokens_are_shown_as_numbers(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from data_sets import write_tokens
 
 from officina.launch.report import main, summary, write_report
 from officina.launch.report_charts import Chart, Mark, Series, draw, nearest
@@ -22,6 +24,9 @@ from officina.trainer.config import (
     RunConfig,
     SourceConfig,
 )
+from officina.trainer.data.describe import change
+from officina.trainer.data.manifest import open_dataset, rewrite_manifest
+from officina.trainer.data.policy import Policy
 from officina.trainer.environment import describe, rank_facts, write_environment
 from officina.trainer.errors import OfficinaError
 from officina.trainer.metrics import (
@@ -52,17 +57,16 @@ def make_run(folder: Path, *, steps: int = 600, gpu: bool = False, personal: boo
     run_dir, noise = folder / "first-run", random.Random(0)
     run_dir.mkdir(parents=True)
     for name, about in (("stdlib", {"personal_data": "present" if personal else "none"}), ("docs", {})):
-        data = folder / name
-        data.mkdir()
-        (data / "dataset.json").write_text(json.dumps({
-            "name": f"python-{name}", "version": "1.0.0", "licence": "PSF-2.0", "fingerprint": "ab12" * 16,
-            "splits": {"train": {"tokens": 9_000_000}}} | about))
+        write_tokens(folder / f"python-{name}", {"train": [9]}, licence="PSF-2.0", **about)
+        manifest = open_dataset(folder / f"python-{name}").manifest
+        many = {"train": replace(manifest.splits["train"], tokens=9_000_000)}
+        rewrite_manifest(folder / f"python-{name}", replace(manifest, splits=many))
     run = RunConfig(
         name="first-run", steps=steps,
         model=DecoderConfig(vocab_size=4096, n_layers=6, d_model=256, n_heads=8, n_kv_heads=2),
         batch=BatchConfig(global_tokens=16384, seq_len=256),
-        data=DataConfig(sources={"stdlib": SourceConfig(path=str(folder / "stdlib"), weight=3.0),
-                                 "docs": SourceConfig(path=str(folder / "docs"))}))
+        data=DataConfig(sources={"stdlib": SourceConfig(path=str(folder / "python-stdlib"), weight=3.0),
+                                 "docs": SourceConfig(path=str(folder / "python-docs"))}))
     save_config(run, run_dir / "config.yaml")
     at = {share: round(steps * share) for share in (1 / 3, 0.4383, 0.7, 1.0)}
     first, killed, stopped, end = at.values()
@@ -245,8 +249,22 @@ def test_text_is_shown_only_where_every_source_allows_it(tmp_path):
     page = write_report(run_dir).read_text()
     assert "class Queue" not in page and "class Queue" not in (run_dir / "report.json").read_text()
     assert "samples.txt: not shown" in page
-    (tmp_path / "stdlib/dataset.json").unlink()  # not known is not allowed
+    (tmp_path / "python-stdlib/dataset.json").unlink()  # not known is not allowed
     assert "class Queue" not in write_report(run_dir).read_text()
+
+
+def test_the_policy_says_too_what_may_be_shown_and_under_which_licence(tmp_path):
+    run_dir, docs = make_run(tmp_path, steps=60), tmp_path / "python-docs"
+    change(docs, policy=Policy(licence=("Terms of ACME",)))
+    page = write_report(run_dir).read_text()
+    assert "class Queue" in page and "PSF-2.0 AND Terms of ACME" in page
+    for hidden in (Policy(sensitive=True), Policy(personal_data="present")):
+        change(docs, policy=hidden)
+        page = write_report(run_dir).read_text()
+        assert "class Queue" not in page and "samples.txt: not shown" in page
+    (docs / "policy.json").write_text("{}")  # not the one that is named
+    page = write_report(run_dir).read_text()
+    assert "class Queue" not in page and "data set of docs: conditions of use cannot be read (DataError)" in page
 
 
 @pytest.mark.parametrize(("kind", "told"), [("next_token", "300 of them/s carry loss"), ("dpo", "300 pairs/s carry loss")])

@@ -7,7 +7,6 @@ or time is stored. What is finished lies in OUT/.build, from which the same comm
 
 import hashlib
 import platform
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -30,7 +29,15 @@ from officina.trainer.data.seal import read_seal
 from officina.trainer.data.shards import SHARD_BYTES
 from officina.trainer.data.sources import Progress, TextSource, find_sources, standard_library
 from officina.trainer.data.tokenizer import EOS, dtype_of, given_tokenizer, tokenizer_info, train_tokenizer
-from officina.trainer.data.work_folder import PLAN, claimed, full_disk_told, place_shards, prepare
+from officina.trainer.data.work_folder import (
+    PLAN,
+    claimed,
+    finish,
+    full_disk_told,
+    place_shards,
+    prepare,
+    told_of_data_set,
+)
 from officina.trainer.data.workers import cores, run_jobs
 from officina.trainer.errors import DataError
 
@@ -101,8 +108,7 @@ def build(folder: str | Path, options: BuildOptions,
     """
     folder, workers = Path(folder), options.workers or cores()
     if (folder / MANIFEST).exists() and not (folder / WORK / PLAN).exists() and not options.overwrite:
-        raise DataError(f"{folder} holds a data set already. Show it with `officina data inspect {folder}`, "
-                        "build into another folder, or replace it with --overwrite.")
+        raise DataError(told_of_data_set(folder))
     sealed = read_seal(options.seal, what="--seal").key_id if options.seal else ""
     if sealed and options.tokenizer is None:
         raise DataError("--seal: a tokenizer that is trained on the texts lies beside the shards and shows words of theirs. "
@@ -114,7 +120,7 @@ def build(folder: str | Path, options: BuildOptions,
     eos = chat.eos if chat else options.eos
     info = None if given is None else tokenizer_info(given, eos)
     parts = plan_parts(sources, options.shard_bytes)
-    hides = bool(sealed) or options.about.get("personal_data") == "present" or bool(options.about.get("sensitive"))
+    hides = _hides_text(options)
     with full_disk_told(folder), claimed(folder):
         prepare(folder, _plan(sources, options, filters, info, chat), options.overwrite)
         jobs = [Job(part=i, work=folder / WORK, pieces=pieces, fields=options.fields, filters=tuple(options.filters),
@@ -143,7 +149,7 @@ def build(folder: str | Path, options: BuildOptions,
                        [*bad_rows, *(row for segment in segments for row in segment.bad_rows)], options.max_bad_rows)
         stats = stats_of(segments, scans, duplicates)
         if TRAIN not in stats:
-            shutil.rmtree(folder / WORK)
+            finish(folder)
             held_out, left_out = stats.get(VALIDATION, {}).get("documents", 0), stats["left_out"]
             raise DataError(f"{folder}: no document is left to train on ({held_out} held out, {left_out['empty']} empty, "
                             f"{left_out['undecodable']} undecodable). Name inputs with more text.")
@@ -156,8 +162,14 @@ def build(folder: str | Path, options: BuildOptions,
             samples=kind, sources=list(writing.sources), languages=list(writing.languages),
             steps=[asdict(step) for step in steps_of(scans, duplicates, segments, filters)], provenance=provenance, **about)
         write_croissant(folder)
-        shutil.rmtree(folder / WORK)
+        finish(folder)
     return BuildResult(manifest, stats)
+
+
+def _hides_text(options: BuildOptions) -> bool:
+    """Must nothing of a text be told? It must not of sealed data, nor if `about` or the policy says so."""
+    said = Policy(personal_data=options.about.get("personal_data", "none"), sensitive=bool(options.about.get("sensitive")))
+    return bool(options.seal) or not (said.shows_text and (options.policy or Policy()).shows_text)
 
 
 def _plan(sources: Sequence[TextSource], options: BuildOptions, filters: Sequence[Filter],
@@ -174,6 +186,7 @@ def _plan(sources: Sequence[TextSource], options: BuildOptions, filters: Sequenc
             "tokenizer": info.sha256 if info else f"trained {options.vocab_size}",
             "eos": options.eos, "chat": asdict(chat) if chat else None,
             "validation": options.validation, "shard-bytes": options.shard_bytes, "about": about,
+            "hides-text": _hides_text(options),
             "officina": metadata.version("officina"), "tokenizers": metadata.version("tokenizers")}
 
 
@@ -258,6 +271,9 @@ def _trained(folder: Path, jobs: Sequence[Job], filters: Sequence[Filter], scans
 def _source_ids(sources: Sequence[TextSource], scans: Sequence[Scan], fields: Fields) -> dict[str, int]:
     found = {name for each in scans for name in each.sources}
     names = sorted(found) if fields.source else [source.name for source in sources]
+    if len(names) > _MOST_NAMES and not fields.source:
+        raise DataError(f"{len(names)} inputs give as many sources, at most {_MOST_NAMES} are possible. Name the folder they "
+                        "lie in, which is one, or a field of the rows: --source-field NAME")
     if len(names) > _MOST_NAMES:
         raise DataError(f"--source-field {fields.source}: gives {len(names)} sources, at most {_MOST_NAMES} are possible. "
                         "Name a field with few values, or leave the option out.")

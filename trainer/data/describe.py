@@ -4,6 +4,7 @@ The fingerprint stays, so that runs on the data go on. dataset.json is replaced 
 derived from it and can be written again.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from officina.trainer.data.croissant import write_croissant
 from officina.trainer.data.manifest import MANIFEST, Manifest, open_dataset, rewrite_manifest
 from officina.trainer.data.odrl import is_odrl, read_odrl
-from officina.trainer.data.policy import Policy, parse_policy, write_policy
+from officina.trainer.data.policy import Policy, both, parse_policy, policy_bytes, policy_of, write_policy
 from officina.trainer.errors import DataError
 
 CHANGEABLE = ("description", "licence", "creators", "url", "published", "collected", "version")
@@ -24,7 +25,7 @@ _MANIFEST = TypeAdapter(Manifest)
 def read_policy_file(path: str | Path) -> Policy:
     """A policy from a file: an ODRL offer, agreement or set in JSON-LD, or the fields of policy.json.
 
-    A file may hold both: {"odrl": {...}, "licence": [...], ...}, where the fields say what ODRL has no words for.
+    A file may hold both: {"odrl": {...}, "licence": [...], ...}. All that either says must hold.
     """
     path = Path(path)
     try:
@@ -37,28 +38,35 @@ def read_policy_file(path: str | Path) -> Policy:
         return read_odrl(document)
     if isinstance(document, dict) and is_odrl(document.get("odrl")):
         fields = {key: value for key, value in document.items() if key != "odrl"}
-        return read_odrl(document["odrl"], parse_policy(fields, path))
+        return both(read_odrl(document["odrl"]), parse_policy(fields, path))
     return parse_policy(document, path)
 
 
 def change(folder: str | Path, *, policy: Policy | None = None, **said: Any) -> Manifest:
     """Replace fields of dataset.json (of `CHANGEABLE`) and the policy; returns the new manifest.
 
+    Nothing is written before all is checked. Killed between policy.json and dataset.json, it leaves a data set that every
+    use refuses until the same change is made again.
+
     Raises DataError for a field that cannot be changed without building anew, or a value that is none of its kind.
     """
-    folder = Path(folder)
-    manifest = open_dataset(folder).manifest
+    folder, dataset = Path(folder), open_dataset(folder)
+    manifest = dataset.manifest
     if unknown := sorted(set(said) - set(CHANGEABLE)):
         raise DataError(f"{folder}: {', '.join(unknown)} cannot be changed without building the data set again. "
                         f"What can be changed: {', '.join(CHANGEABLE)} and the policy.")
-    if policy is not None:
+    if policy is None:
+        policy_of(dataset)  # raises if it is not the one that is named
+    else:
         policy = replace(policy, dataset=f"{manifest.name} {said.get('version', manifest.version)}")
-        said["policy_sha256"] = write_policy(folder, policy)
+        said["policy_sha256"] = hashlib.sha256(policy_bytes(policy)).hexdigest()
     try:
         changed = _MANIFEST.validate_python(asdict(manifest) | said)
     except ValidationError as exc:
         told = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in exc.errors())
         raise DataError(f"{folder / MANIFEST}: {told}. Try: officina data describe --help") from exc
+    if policy is not None:
+        write_policy(folder, policy)
     rewrite_manifest(folder, changed)
     write_croissant(folder)
     return changed

@@ -135,7 +135,7 @@ def _source(source: Judged, use: UseConfig, action: str, now: datetime) -> Itera
     yield from _place(name, policy, use)
     yield from _agreement(name, policy, use)
     yield from _personal(name, policy, use)
-    if policy.sensitive or policy.personal_data == "present":
+    if not policy.shows_text:
         yield Finding(name, True, "no text of it may be shown", "none is, in no error, log, sample or `officina data inspect`")
     if source.tally is not None:
         yield from _maximum(name, policy, source.tally, now)
@@ -158,28 +158,26 @@ def _action(name: str, policy: Policy, action: str) -> Iterator[Finding]:
 
 
 def _purpose(name: str, policy: Policy, use: UseConfig) -> Iterator[Finding]:
-    declared = {use.purpose, _BROADER.get(use.purpose, use.purpose)} - {""}
-    if use.commercial is not None:
-        declared.add("commercial" if use.commercial else "non-commercial")
+    declared = _declared(use)
     shown = ", ".join(sorted(declared))
     if policy.purpose:
         rule = f"the purpose must be {_one_of(policy.purpose)}"
-        if fits := sorted(declared & set(policy.purpose)):
+        if fits := sorted(word for word in policy.purpose if _is_for(use, word)):
             yield Finding(name, True, rule, f"declared: {fits[0]}")
         else:
-            word = _purpose_word(policy.purpose[0])
+            word = _purpose_words(policy.purpose[0])
             key = word.partition("=")[0]
             yield Finding(name, False, rule, f"{word} if that is true", key,
                           None if getattr(use, key.removeprefix("use.")) == "" else getattr(use, key.removeprefix("use.")))
     for word in policy.not_purpose:
-        rule = f"the purpose must not be {word}"
-        if word in ("commercial", "non-commercial"):
-            key, value, decided = "use.commercial", use.commercial, use.commercial is not None
-            answer = f"use.commercial={str(word != 'commercial').lower()} if that is true"
+        rule, (commercial, rest) = f"the purpose must not be {word}", _parts(word)
+        decided = (commercial is None or use.commercial is not None) and bool(use.purpose or not rest)
+        if commercial is None:
+            key, value, answer = "use.purpose", use.purpose or None, "use.purpose=research if that is true"
         else:
-            key, value, decided = "use.purpose", use.purpose or None, bool(use.purpose)
-            answer = "use.purpose=research if that is true"
-        if word in declared:
+            key, value = "use.commercial", use.commercial
+            answer = f"use.commercial={str(not commercial).lower()} if that is true"
+        if _is_for(use, word):
             yield Finding(name, False, rule, answer, key, value)
         elif not decided:
             yield Finding(name, False, f"{rule}, and none is declared", answer, key, value)
@@ -187,9 +185,31 @@ def _purpose(name: str, policy: Policy, use: UseConfig) -> Iterator[Finding]:
             yield Finding(name, True, rule, f"declared: {shown}")
 
 
-def _purpose_word(word: str) -> str:
-    """The word on the command line that declares a purpose."""
-    return {"commercial": "use.commercial=true", "non-commercial": "use.commercial=false"}.get(word, f"use.purpose={word}")
+def _declared(use: UseConfig) -> set[str]:
+    """The run's purposes in one word each."""
+    commercial = set() if use.commercial is None else {"commercial" if use.commercial else "non-commercial"}
+    return ({use.purpose, _BROADER.get(use.purpose, use.purpose)} | commercial) - {""}
+
+
+def _parts(word: str) -> tuple[bool | None, str]:
+    """`commercial-research` -> (True, research), `non-commercial` -> (False, ""), `research` -> (None, research)."""
+    for prefix, commercial in (("non-commercial", False), ("commercial", True)):
+        if word == prefix or word.startswith(f"{prefix}-"):
+            return commercial, word[len(prefix) + 1:]
+    return None, word
+
+
+def _is_for(use: UseConfig, word: str) -> bool:
+    """Is the run's use for that purpose?"""
+    commercial, rest = _parts(word)
+    return (commercial is None or use.commercial is commercial) and (not rest or bool({word, rest} & _declared(use)))
+
+
+def _purpose_words(word: str) -> str:
+    """What declares a purpose on the command line."""
+    commercial, rest = _parts(word)
+    said = [f"use.purpose={rest}"] * bool(rest) + [f"use.commercial={str(commercial).lower()}"] * (commercial is not None)
+    return " ".join(said)
 
 
 def _time(name: str, policy: Policy, now: datetime) -> Iterator[Finding]:

@@ -38,9 +38,11 @@ def get(node: Any, name: str) -> Any:
 
 
 def as_list(value: Any) -> list[Any]:
-    """JSON-LD writes a list of one as its only item."""
+    """JSON-LD writes a list of one as its only item, and may wrap one in @list or @set."""
     if value is None:
         return []
+    if isinstance(value, dict) and set(value) in ({"@list"}, {"@set"}):
+        return as_list(*value.values())
     return value if isinstance(value, list) else [value]
 
 
@@ -79,11 +81,16 @@ def ambiguous(node: Any) -> list[str]:
     return here + [found for value in node.values() for found in ambiguous(value)]
 
 
+def is_plain(value: Any) -> bool:
+    """Is it a name and nothing else, such as a refinement?"""
+    return not isinstance(value, dict) or set(value) <= {"@id", "id", "uid", "@value", "@type"}
+
+
 def targets(node: Any) -> set[str]:
-    """All assets that the rules name."""
+    """All assets that the rules name; one that is more than a name, in its own words."""
     if isinstance(node, list):
         return set().union(*map(targets, node))
     if not isinstance(node, dict):
         return set()
-    own = {term(value) or shown(value) for value in as_list(get(node, "target"))}
+    own = {(is_plain(value) and term(value)) or shown(value) for value in as_list(get(node, "target"))}
     return own.union(*(targets(value) for key, value in node.items() if local(key) != "target"))

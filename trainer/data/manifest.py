@@ -153,11 +153,6 @@ class Manifest:
     fingerprint: Sha256
     """Hash of the content alone: kind, dtype, tokenizer, and each shard's split and checksum."""
 
-    @property
-    def shows_text(self) -> bool:
-        """May a sample be shown to a person?"""
-        return self.personal_data != "present" and not self.sensitive
-
 
 @dataclass(frozen=True, slots=True)
 class Dataset:

@@ -20,6 +20,7 @@ from officina.trainer.data.jsonld import (
     as_list,
     camel,
     get,
+    is_plain,
     kebab,
     keys_of,
     local,
@@ -28,14 +29,22 @@ from officina.trainer.data.jsonld import (
     targets,
     term,
 )
-from officina.trainer.data.policy import ACTIONS, DUTIES, Policy, begins, countries, country, ends, parse_policy
+from officina.trainer.data.policy import (
+    ACTIONS,
+    DUTIES,
+    Policy,
+    begins,
+    countries,
+    country,
+    ends,
+    parse_policy,
+    purpose_word,
+)
 
 ABOUT_THE_DATA = frozenset("distribute sell display present print play lend lease transfer share archive give stream".split())
 """Actions on the data itself, which a training run does not do: prohibited or not, they decide nothing here."""
 _NAMES_OF_ACTIONS = {"text-and-data-mining": "data-mining", "train": "ai-training", "machine-learning": "ai-training"}
 _NAMES_OF_DUTIES = {"attribution": "attribute", "delete": "delete-after", "obtain-consent": "obtain-consent"}
-_NAMES_OF_PURPOSES = {"research-and-development": "research", "noncommercial": "non-commercial",
-                      "non-commercial-purpose": "non-commercial", "commercial-purpose": "commercial"}
 _OPPOSITE = {"eq": "neq", "isA": "neq", "isAnyOf": "isNoneOf", "isPartOf": "isNoneOf", "neq": "eq", "isNoneOf": "isAnyOf",
              "lt": "gteq", "lteq": "gt", "gt": "lteq", "gteq": "lt"}
 _ONE_OF, _NONE_OF = {"eq", "isA", "isAnyOf", "isPartOf"}, {"neq", "isNoneOf"}
@@ -79,6 +88,8 @@ def is_odrl(document: object) -> bool:
 def read_odrl(document: dict[str, Any], base: Policy | None = None) -> Policy:
     """The conditions of an ODRL policy; `base` gives what ODRL does not say (licence, personal data, attribution).
 
+    What `base` says of ODRL's own fields is left aside; `policy.both` joins two policies.
+
     Several permissions to train must have the same constraints: `Policy` is one conjunction. Prohibitions always
     prevail over permissions, whatever `conflict` says.
     """
@@ -86,6 +97,7 @@ def read_odrl(document: dict[str, Any], base: Policy | None = None) -> Policy:
     draft.unknown += ambiguous(document)
     if len(assets := targets(document)) > 1:
         draft.unknown.append(f"rules on several targets, of which one may not be this data set: {', '.join(sorted(assets))}")
+    draft.unknown += [f"a target that is more than a name: {asset}" for asset in sorted(assets) if asset.startswith("{")]
     granted: list[str] = []
     first: dict[str, Any] | None = None
     for key, value in document.items():
@@ -176,8 +188,7 @@ def _actions(draft: _Draft, rule: dict[str, Any]) -> list[str]:
     """Names of a rule's actions; what is none that is known is noted."""
     found = []
     for value in as_list(get(rule, "action")):
-        plain = not isinstance(value, dict) or set(value) <= {"@id", "id", "@value", "@type"}
-        name = kebab(term(value)) if plain else ""
+        name = kebab(term(value)) if is_plain(value) else ""
         name = _NAMES_OF_ACTIONS.get(name, name)
         if name not in {*ACTIONS, *ABOUT_THE_DATA, "release-weights", "commercialize"}:
             draft.unknown.append(f"action {shown(value)} in {shown(rule)}")
@@ -189,15 +200,15 @@ def _actions(draft: _Draft, rule: dict[str, Any]) -> list[str]:
 
 def _assignee(draft: _Draft, value: Any) -> None:
     for party in as_list(value):
-        if isinstance(party, dict) and not set(party) <= {"@id", "@type", "uid", "id"}:
+        if not is_plain(party) or not term(party):
             draft.unknown.append(f"assignee: {shown(party)}")
             return
     draft.one_of("recipients", [term(party) for party in as_list(value)], f"assignee: {shown(value)}")
 
 
 def _duty(draft: _Draft, rule: Any) -> None:
-    action = get(rule, "action") if isinstance(rule, dict) else rule
-    name = kebab(term(action[0] if isinstance(action, list) and len(action) == 1 else action))
+    actions = as_list(get(rule, "action") if isinstance(rule, dict) else rule)
+    name = kebab(term(actions[0])) if len(actions) == 1 and is_plain(actions[0]) else ""
     name = _NAMES_OF_DUTIES.get(name, name)
     rest = keys_of(rule) - {"action", "constraint"}
     constraints = _constraints(get(rule, "constraint")) if isinstance(rule, dict) else []
@@ -205,7 +216,8 @@ def _duty(draft: _Draft, rule: Any) -> None:
         draft.unknown.append(f"duty: {shown(rule)}")
         return
     for constraint in constraints:
-        if name == "delete-after" and kebab(term(get(constraint, "leftOperand"))) == "date-time":
+        operand, operator = kebab(term(get(constraint, "leftOperand"))), local(term(get(constraint, "operator")))
+        if (name, operand) == ("delete-after", "date-time") and operator in ("lt", "lteq"):
             _constrain(draft, constraint, negated=False)  # what must be gone by then cannot be used after it
         else:
             draft.unknown.append(f"duty: {shown(rule)}")
@@ -220,8 +232,6 @@ def _constraints(value: Any) -> list[Any]:
         keys = {local(key): key for key in item} if isinstance(item, dict) else {}
         logical = [name for name in ("and", "andSequence", "or", "xone") if name in keys]
         inner = as_list(item[keys[logical[0]]]) if logical else []
-        if len(inner) == 1 and isinstance(inner[0], dict) and "@list" in inner[0]:
-            inner = as_list(inner[0]["@list"])
         if logical and (logical[0] == "and" or len(inner) == 1):
             found += _constraints(inner)
         else:
@@ -240,7 +250,7 @@ def _constrain(draft: _Draft, constraint: Any, *, negated: bool) -> None:
     if negated:
         operator = _OPPOSITE.get(operator, "")
     try:
-        understood = bool(values) and _take(draft, operand, operator, values, text)
+        understood = bool(values) and all(values) and _take(draft, operand, operator, values, text)
     except (ValueError, OverflowError):
         understood = False
     if not understood:
@@ -308,12 +318,6 @@ def _moment(value: str) -> tuple[datetime, bool]:
 
 def _written(moment: datetime, day: bool) -> str:
     return moment.strftime("%Y-%m-%d" if day else "%Y-%m-%dT%H:%M:%SZ")
-
-
-def purpose_word(value: str) -> str:
-    """A purpose as one lower-case word: `https://w3id.org/dpv#AcademicResearch` -> `academic-research`."""
-    word = re.sub(r"\s+", "-", kebab(re.split(r"[/#:]", value.strip())[-1]))
-    return _NAMES_OF_PURPOSES.get(word, word)
 
 
 def _rules(document: dict[str, Any], name: str) -> list[dict[str, Any]]:

@@ -8,23 +8,27 @@ stands in `unknown` and refuses every run, with its own words. `officina.trainer
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from officina.trainer.data.jsonld import kebab
 from officina.trainer.data.manifest import MANIFEST, Dataset, Manifest, write_whole
 from officina.trainer.errors import DataError
 
 POLICY = "policy.json"
-Words = tuple[str, ...]
+Words = tuple[Annotated[str, Field(pattern=r"\S")], ...]
 Limit = Annotated[int, Field(ge=0, strict=True)] | None
 
 ACTIONS = ("use", "data-mining", "ai-training", "gen-ai")
 """From the broadest to the narrowest, each includes those after it (ODRL 2.2 and the W3C draft on AI). A decoder's
 training is gen-ai, a custom model's is ai-training."""
+PERSONAL, EXPORTS = ("none", "pseudonymised", "present"), ("weights-ok", "weights-ask", "no")
+"""From the least to the strictest."""
 DUTIES = ("attribute", "delete-after", "inform", "compensate", "accept-tracking", "obtain-consent", "share-alike")
 EU = frozenset("AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL PT RO SK SI ES SE".split())
 AREAS = {"EU": EU, "EEA": EU | {"IS", "LI", "NO"}, "EFTA": frozenset({"CH", "IS", "LI", "NO"})}
@@ -34,6 +38,8 @@ _ALPHA_3 = dict(zip(
     "NOR CHE GBR USA".split(),
     "AT BE BG HR CY CZ DK EE FI FR DE GR HU IE IT LV LT LU MT NL PL PT RO SK SI ES SE IS LI NO CH GB US".split(),
     strict=True))
+_NAMES_OF_PURPOSES = {"research-and-development": "research", "noncommercial": "non-commercial",
+                      "non-commercial-purpose": "non-commercial", "commercial-purpose": "commercial"}
 _DATE, _TIME = re.compile(r"\d{4}-\d\d-\d\d"), re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
@@ -47,6 +53,16 @@ def country(text: str) -> str | None:
 def countries(territory: Words) -> frozenset[str]:
     """The countries that a list of countries and areas stands for."""
     return frozenset().union(*(AREAS.get(name, {name}) for name in territory))
+
+
+def purpose_word(value: str) -> str:
+    """A purpose as one lower-case word: `https://w3id.org/dpv#AcademicResearch` -> `academic-research`."""
+    word = re.sub(r"\s+", "-", kebab(re.split(r"[/#:]", value.strip())[-1]))
+    return _NAMES_OF_PURPOSES.get(word, word)
+
+
+def _purposes(value: Words) -> Words:
+    return tuple(dict.fromkeys(map(purpose_word, value)))
 
 
 def begins(moment: str) -> datetime:
@@ -93,9 +109,10 @@ class Policy:
     """What is permitted; each includes the narrower ones."""
     not_actions: tuple[Literal[ACTIONS], ...] = ()
     """What is prohibited; each includes the narrower ones."""
-    purpose: Words = ()
-    """The run must have one of these; empty = any. `commercial` and `non-commercial` are answered by use.commercial."""
-    not_purpose: Words = ()
+    purpose: Annotated[Words, AfterValidator(_purposes)] = ()
+    """The run must have one of these; empty = any. `commercial` and `non-commercial` are answered by use.commercial, and so is
+    the first part of `commercial-research`."""
+    not_purpose: Annotated[Words, AfterValidator(_purposes)] = ()
     not_before: Moment = ""
     """Date or UTC instant from which on."""
     not_after: Moment = ""
@@ -112,14 +129,15 @@ class Policy:
     """Passes over a split, over all runs."""
     max_days: Limit = None
     """Days from the first use."""
-    personal_data: Literal["none", "pseudonymised", "present"] = "none"
+    personal_data: Literal[PERSONAL] = "none"
     sensitive: bool = False
+    """With this, or with personal data present, no text of the data set is ever shown or logged."""
     licence: Words = ()
     """SPDX expressions, all of which apply."""
     attribution: str = ""
     """Whom to name, and how."""
     duties: tuple[Literal[DUTIES], ...] = ()
-    export: Literal["weights-ok", "weights-ask", "no"] = "weights-ok"
+    export: Literal[EXPORTS] = "weights-ok"
     """May weights trained on the data be released; `weights-ask`: with an agreement (use.agreement)."""
     forbids: Words = ()
     """Prohibitions on the data itself, such as distribute or sell: told, since a training run does none of it."""
@@ -129,6 +147,17 @@ class Policy:
     """Pool of competitors' data: only with an agreement (use.agreement)."""
     unknown: Words = ()
     """Rules that could not be understood, in their own words: each refuses every run."""
+
+    @property
+    def shows_text(self) -> bool:
+        """May a text of the data set be shown to a person, or stand in an error, log or report?"""
+        return self.personal_data != "present" and not self.sensitive
+
+    @property
+    def licences(self) -> str:
+        """All of `licence` in one expression; empty if none is stated."""
+        alone = len(self.licence) == 1
+        return " AND ".join(each if alone or " OR " not in each.upper() else f"({each})" for each in self.licence)
 
 
 _POLICY = TypeAdapter(Policy)
@@ -142,6 +171,56 @@ def parse_policy(values: object, where: object) -> Policy:
         told = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'content'}={e['input']!r}: {e['msg']}" for e in exc.errors())
         raise DataError(f"{where}: no policy ({told}). The fields are: {', '.join(Policy.__dataclass_fields__)}; "
                         "an ODRL offer is read too, if it has @type odrl:Offer, Agreement or Set.") from exc
+
+
+def both(a: Policy, b: Policy) -> Policy:
+    """The conditions of a and of b together: never more is allowed than by either alone.
+
+    Of each field the stricter, or all that both say; what one field cannot say goes to `unknown` with the field's name.
+    """
+    found, refused = {}, []
+    for name, field in Policy.__dataclass_fields__.items():
+        x, y = getattr(a, name), getattr(b, name)
+        if field.default in (x, y):  # which narrows nothing
+            found[name] = y if x == field.default else x
+            continue
+        found[name] = _STRICTER.get(name, _same)(x, y)
+        if found[name] is None:
+            told = " and ".join(json.dumps(value, ensure_ascii=False) for value in (x, y))
+            refused.append(f"{name}: {told} must both hold, which one field cannot say")
+            found[name] = x
+    return replace(Policy(**found), unknown=_all_of(found["unknown"], refused))
+
+
+def _same(x: Any, y: Any) -> Any:
+    return x if x == y else None
+
+
+def _all_of(x: Iterable[str], y: Iterable[str]) -> Words:
+    return tuple(dict.fromkeys([*x, *y]))
+
+
+def _common(x: Words, y: Words) -> Words | None:
+    return tuple(word for word in x if word in y) or None
+
+
+def _common_territory(x: Words, y: Words) -> Words | None:
+    common = countries(x) & countries(y)
+    return next((each for each in (x, y) if countries(each) == common), tuple(sorted(common))) or None
+
+
+def _broadest(actions: Words) -> int:
+    return min(map(ACTIONS.index, actions), default=len(ACTIONS))
+
+
+_STRICTER: dict[str, Callable[[Any, Any], Any]] = {
+    "actions": lambda x, y: max(x, y, key=_broadest), "purpose": _common, "recipients": _common, "territory": _common_territory,
+    "not_before": lambda x, y: max(x, y, key=begins), "not_after": lambda x, y: min(x, y, key=ends),
+    "personal_data": lambda x, y: max(x, y, key=PERSONAL.index), "export": lambda x, y: max(x, y, key=EXPORTS.index),
+    **dict.fromkeys(("max_runs", "max_tokens", "max_epochs", "max_days"), min),
+    **dict.fromkeys(("not_actions", "not_purpose", "licence", "duties", "forbids", "unknown"), _all_of),
+}
+"""Field -> what two values that narrow it say together; None = one value cannot say it. A field not named: only the same."""
 
 
 def policy_bytes(policy: Policy) -> bytes:
@@ -192,10 +271,6 @@ def policy_of(dataset: Dataset) -> Policy:
 
 def _of_manifest(policy: Policy, manifest: Manifest) -> Policy:
     """The policy with what dataset.json says besides it: the stricter of both."""
-    order = ("none", "pseudonymised", "present")
-    licence = policy.licence
-    if manifest.licence and manifest.licence not in licence:
-        licence = (manifest.licence, *licence)
-    return replace(policy, dataset=f"{manifest.name} {manifest.version}", licence=licence,
-                   personal_data=max(policy.personal_data, manifest.personal_data, key=order.index),
-                   sensitive=policy.sensitive or manifest.sensitive)
+    said = Policy(licence=(manifest.licence,) if manifest.licence else (), personal_data=manifest.personal_data,
+                  sensitive=manifest.sensitive)
+    return replace(both(said, policy), dataset=f"{manifest.name} {manifest.version}")

@@ -281,7 +281,7 @@ def _consumed(stream: Stream, parts: list[_Counts], of: int) -> Consumed:
     rows, tokens = sum(part.rows for part in parts), sum(by_source.values())
     return Consumed(
         f"{manifest.name} {manifest.version}", manifest.fingerprint, manifest.policy_sha256,
-        " AND ".join(policy.licence) or NOT_STATED, policy.personal_data, rows, tokens, rows / of, list(manifest.creators),
+        policy.licences or NOT_STATED, policy.personal_data, rows, tokens, rows / of, list(manifest.creators),
         policy.attribution or _attribution(manifest), sum(part.lost for part in parts), by_source, by_language)
 
 

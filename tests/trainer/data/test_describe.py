@@ -10,13 +10,14 @@ from data_sets import write_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from officina.trainer.data import describe as describing
 from officina.trainer.data import mldcat
 from officina.trainer.data.croissant import CROISSANT, write_croissant
 from officina.trainer.data.describe import change, read_policy_file
-from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.manifest import open_dataset, rewrite_manifest
 from officina.trainer.data.mldcat import write_mldcat
 from officina.trainer.data.odrl import read_odrl, to_odrl
-from officina.trainer.data.policy import ACTIONS, DUTIES, Policy, parse_policy, policy_of
+from officina.trainer.data.policy import ACTIONS, DUTIES, Policy, both, parse_policy, policy_of
 from officina.trainer.data.shard_writer import write_records
 from officina.trainer.data.strict import strict
 from officina.trainer.errors import DataError
@@ -253,13 +254,58 @@ def test_policy_files(folder: Path, tmp_path: Path) -> None:
         {"leftOperand": "purpose", "operator": "eq", "rightOperand": "research"}]}]}
     (tmp_path / "offer.json").write_text(json.dumps(offer))
     assert read_policy_file(tmp_path / "offer.json").purpose == ("research",)
-    (tmp_path / "both.json").write_text(json.dumps({"odrl": offer, "licence": ["MIT"], "export": "weights-ok"}))
-    both = read_policy_file(tmp_path / "both.json")
-    assert both.licence == ("MIT",) and both.purpose == ("research",) and both.odrl.startswith("sha256:")
-    change(folder, policy=both)
+    (tmp_path / "both.json").write_text(json.dumps({"odrl": offer, "licence": ["MIT"], "export": "no"}))
+    said = read_policy_file(tmp_path / "both.json")
+    assert (said.licence, said.purpose, said.export) == (("MIT",), ("research",), "no") and said.odrl.startswith("sha256:")
+    change(folder, policy=said)
     again = policy_of(open_dataset(folder))
     assert again.licence == ("CC-BY-4.0", "MIT") and again.dataset == "set 1.0.0"
     assert parse_policy({"purpose": ["a"]}, "here").purpose == ("a",)
+
+
+OFFER = {"@type": "Offer", "permission": [{"action": "data-mining", "constraint": [
+    {"leftOperand": "purpose", "operator": "isAnyOf", "rightOperand": ["research", "education"]},
+    {"leftOperand": "spatial", "operator": "eq", "rightOperand": "EU"},
+    {"leftOperand": "dateTime", "operator": "gteq", "rightOperand": "2026-01-01"},
+    {"leftOperand": "dateTime", "operator": "lteq", "rightOperand": "2027-12-31"},
+    {"leftOperand": "count", "operator": "lteq", "rightOperand": 3}], "duty": [{"action": "inform"}]}],
+    "prohibition": [{"action": "sell"}], "assignee": "ACME"}
+BESIDE = [  # a field beside the offer, and what both say
+    ("actions", ["ai-training"], ("ai-training",)), ("actions", ["use"], ("data-mining",)), ("actions", [], ()),
+    ("not_actions", ["gen-ai"], ("gen-ai",)), ("purpose", ["education", "product"], ("education",)),
+    ("not_purpose", ["military"], ("military",)), ("not_before", "2026-07-01", "2026-07-01"),
+    ("not_before", "2025-07-01", "2026-01-01"), ("not_after", "2026-12-31", "2026-12-31"),
+    ("not_after", "2028-12-31", "2027-12-31"), ("territory", ["FI", "NO"], ("FI",)), ("territory", ["EEA"], ("EU",)),
+    ("recipients", ["Lab", "ACME"], ("ACME",)), ("max_runs", 1, 1), ("max_runs", 0, 0), ("max_runs", 9, 3),
+    ("max_tokens", 5, 5), ("max_epochs", 0.5, 0.5), ("max_days", 7, 7), ("personal_data", "present", "present"),
+    ("sensitive", True, True), ("licence", ["MIT"], ("MIT",)), ("attribution", "ACME", "ACME"),
+    ("duties", ["attribute"], ("inform", "attribute")), ("export", "no", "no"), ("export", "weights-ask", "weights-ask"),
+    ("forbids", ["share"], ("sell", "share")), ("synthetic", True, True), ("competition_pool", "p", "p"),
+    ("unknown", ["x"], ("x",))]
+
+
+@pytest.mark.parametrize(("name", "value", "held"), BESIDE)
+def test_an_offer_and_a_field_beside_it_both_hold(tmp_path: Path, name: str, value: object, held: object) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({"odrl": OFFER, name: value}))
+    found = read_policy_file(tmp_path / "p.json")
+    assert found == replace(read_odrl(OFFER), **{name: held})
+
+
+def test_every_field_is_joined_in_a_test() -> None:
+    assert {name for name, _, _ in BESIDE} == set(Policy.__dataclass_fields__) - {"dataset", "odrl"}
+
+
+@pytest.mark.parametrize(("name", "value"), [("purpose", ["product"]), ("territory", ["NO"]), ("recipients", ["Lab"])])
+def test_what_one_field_cannot_say_refuses_by_its_name(tmp_path: Path, name: str, value: list[str]) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({"odrl": OFFER, name: value}))
+    [told] = read_policy_file(tmp_path / "p.json").unknown
+    assert told.startswith(f"{name}: [") and f'and ["{value[0]}"] must both hold, which one field cannot say' in told
+
+
+def test_other_words_for_one_field_refuse_by_its_name() -> None:
+    pools = [Policy(competition_pool=name, attribution="ACME") for name in ("a", "b")]
+    assert both(*pools).unknown == ('competition_pool: "a" and "b" must both hold, which one field cannot say',)
+    assert both(pools[0], pools[0]) == pools[0]
 
 
 def test_what_is_said_can_change_but_not_what_is_there(folder: Path) -> None:
@@ -275,11 +321,62 @@ def test_what_is_said_can_change_but_not_what_is_there(folder: Path) -> None:
         change(folder.parent)
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_change_that_is_refused_changes_nothing(folder: Path) -> None:
+    before = content(folder)
+    with pytest.raises(DataError, match=r"version='2\.0'"):
+        change(folder, policy=Policy(export="no"), version="2.0")
+    assert content(folder) == before and policy_of(open_dataset(folder)).max_runs == 3
+    (folder / "policy.json").write_text("{}")
+    before = content(folder)
+    with pytest.raises(DataError, match=r"but dataset\.json names .* officina data describe"):
+        change(folder, url="https://example.org/other")
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("killed_in", ["write_policy", "rewrite_manifest", "write_croissant"])
+def test_a_change_that_was_killed_is_made_by_the_same_words(folder: Path, monkeypatch, killed_in: str, first: bool) -> None:
+    """first: the data set had no policy. Until then it is as it was, or no use is judged."""
+    if first:
+        (folder / "policy.json").unlink()
+        rewrite_manifest(folder, replace(open_dataset(folder).manifest, policy_sha256=None))
+    before = policy_of(open_dataset(folder))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(describing, killed_in, killed)
+        change(folder, policy=Policy(export="no"), version="2.0.0")
+    try:
+        assert policy_of(open_dataset(folder)) == before or killed_in == "write_croissant"
+    except DataError:
+        assert killed_in == "rewrite_manifest"
+    change(folder, policy=Policy(export="no"), version="2.0.0")
+    assert policy_of(open_dataset(folder)).export == "no" and strict(open_dataset(folder)).faults == []
+
+
+@pytest.mark.parametrize(("about", "policy", "shown"), [
+    ({}, Policy(), True), ({"personal_data": "pseudonymised"}, Policy(personal_data="pseudonymised"), True),
+    ({"personal_data": "present"}, Policy(), False), ({"sensitive": True}, Policy(), False),
+    ({}, Policy(personal_data="present"), False), ({}, Policy(sensitive=True), False),
+    ({"personal_data": "pseudonymised"}, Policy(sensitive=True), False)])
+def test_text_is_shown_only_if_both_files_allow_it(tmp_path: Path, about: dict, policy: Policy, shown: bool) -> None:
+    write_tokens(tmp_path / "set", {"train": [9]}, **about)
+    change(tmp_path / "set", policy=policy)
+    assert policy_of(open_dataset(tmp_path / "set")).shows_text is shown
+
+
 def test_the_stricter_of_policy_and_manifest_holds(tmp_path: Path) -> None:
     write_tokens(tmp_path / "set", {"train": [9]}, licence="MIT", personal_data="present", sensitive=True)
     change(tmp_path / "set", policy=Policy(licence=("CC-BY-NC-4.0",)))
     policy = policy_of(open_dataset(tmp_path / "set"))
     assert (policy.personal_data, policy.sensitive, policy.licence) == ("present", True, ("MIT", "CC-BY-NC-4.0"))
+    assert not policy.shows_text
     (tmp_path / "set" / "policy.json").write_text("{")
     with pytest.raises(DataError, match="but dataset.json names"):
         policy_of(open_dataset(tmp_path / "set"))

@@ -14,9 +14,10 @@ from officina.trainer.data.gate import Judged, deadline, explained, judge, judge
 from officina.trainer.data.licences import choices, options, share_alike_conflict, terms
 from officina.trainer.data.odrl import read_odrl
 from officina.trainer.data.order import plan_stages
-from officina.trainer.data.policy import ACTIONS, Policy, write_policy
+from officina.trainer.data.policy import ACTIONS, Policy, both, parse_policy, write_policy
 from officina.trainer.data.reader import validation_streams
-from officina.trainer.data.register import Going
+from officina.trainer.data.register import Going, Tally
+from officina.trainer.errors import DataError
 
 NOW, NOTHING = datetime(2026, 11, 23, 12, tzinfo=UTC), UseConfig()
 
@@ -119,6 +120,33 @@ MATRIX = [
         "leftOperand": "dateTime", "operator": "lteq", "rightOperand": "2026-01-01"}}), U(), "until 2026-01-01"),
     ("duty under a condition", offer(action="use", obligation={"action": "inform", "constraint": {
         "leftOperand": "dateTime", "operator": "lteq", "rightOperand": "2026-01-01"}}), U(), "duty"),
+    ("delete once it is so late", offer(action="use", obligation={"action": "delete", "constraint": {
+        "leftOperand": "dateTime", "operator": "gteq", "rightOperand": "2025-01-01"}}), U(), "duty"),
+    ("refined duty", offer(action="use", obligation={"action": {"@id": "odrl:delete", "refinement": [
+        {"leftOperand": "dateTime", "operator": "lteq", "rightOperand": "2025-01-01"}]}}), U(), "duty"),
+    ("a part of the target", {"permission": {"action": "use", "target": {"@id": "a", "refinement": [
+        {"leftOperand": "language", "operator": "eq", "rightOperand": "fi"}]}}}, U(), "a target that is more than a name"),
+    ("a list of purposes", offer(("purpose", "isNoneOf", {"@list": ["commercial", "military"]})),
+     U(purpose="military", commercial=False), "must not be military"),
+    ("a set of purposes", offer(("purpose", "isAnyOf", {"@set": ["research", "education"]})), U(purpose="education"), None),
+    ("prohibited for a list", offer(action="use", prohibition={"action": "use", "constraint": {
+        "leftOperand": "purpose", "operator": "isAnyOf", "rightOperand": {"@list": ["military"]}}}), U(purpose="military"),
+     "must not be military"),
+    ("a purpose without a name", offer(("purpose", "isNoneOf", {"label": "military"})), U(purpose="military"), "does not"),
+    ("a recipient without a name", offer(("recipient", "isAnyOf", [{"label": "ACME"}])), U(), "does not understand"),
+    ("an assignee without a name", offer(action="use", assignee={"@type": "odrl:Party"}), U(), "assignee"),
+    ("a list of recipients", offer(("recipient", "isAnyOf", {"@list": ["ACME"]})), U(), "only ACME may use it"),
+    ("commercial research", offer(action="use", prohibition={"action": "use", "constraint": {
+        "leftOperand": "purpose", "operator": "eq", "rightOperand": "https://w3id.org/dpv#CommercialResearch"}}),
+     U(purpose="research", commercial=True), "must not be commercial-research"),
+    ("research that is not commercial", Policy(not_purpose=("commercial-research",)), U(purpose="research", commercial=False),
+     None),
+    ("another commercial purpose", Policy(not_purpose=("commercial-research",)), U(purpose="product", commercial=True), None),
+    ("research of which kind", Policy(not_purpose=("commercial-research",)), U(purpose="research"), "and none is declared"),
+    ("only non-commercial research", Policy(purpose=("non-commercial-research",)), U(purpose="non-commercial-research",
+     commercial=True), "must be non-commercial-research"),
+    ("non-commercial research", parse_policy({"purpose": ["NonCommercialResearch"]}, "t"), U(purpose="research", commercial=False), None),
+    ("written by hand", parse_policy({"not_purpose": ["Commercial"]}, "t"), U(commercial=True), "must not be commercial"),
     ("pool", Policy(competition_pool="telecom"), U(), "belongs to the pool telecom"),
     ("weights stay", Policy(export="no"), U(), "must not be released"),
     ("weights stay, declared", Policy(export="no"), U(release=False), None),
@@ -151,6 +179,12 @@ def test_matrix(conditions: Policy | dict, use: UseConfig, words: str | None) ->
     else:
         assert any(words in found.rule for found in refused), explained(refused)
         assert all(found.answer for found in refused)
+
+
+def test_a_condition_without_a_word_is_none() -> None:
+    for field in ("purpose", "not_purpose", "recipients", "unknown"):
+        with pytest.raises(DataError, match=rf"{field}\.0=' '"):
+            parse_policy({field: [" "]}, "policy.json")
 
 
 def test_the_matrix_is_as_large_as_it_should_be() -> None:
@@ -189,6 +223,42 @@ def test_more_data_never_allows_more(a: Policy, b: Policy, use: UseConfig) -> No
     refused = [f for f in judge([Judged("a", a), Judged("b", b)], use, "gen-ai", NOW) if not f.allowed]
     alone = [f for p in (a, b) for f in verdict(p, use)]
     assert len(refused) >= len(alone)
+
+
+FIELDS = {
+    "actions": st.sets(st.sampled_from(ACTIONS), max_size=2).map(tuple), "unknown": st.sampled_from([(), ("x",), ("y",)]),
+    "not_actions": st.sets(st.sampled_from(ACTIONS), max_size=2).map(tuple),
+    "purpose": st.lists(words, max_size=2, unique=True).map(tuple),
+    "not_purpose": st.lists(words, max_size=2, unique=True).map(tuple),
+    **dict.fromkeys(("not_before", "not_after"), st.sampled_from(
+        ["", "2026-11-22", "2026-11-23", "2026-11-24", "2026-11-23T11:59:59Z", "2026-11-23T12:00:00Z"])),
+    "territory": st.sampled_from([(), ("EU",), ("EEA", "CH"), ("FI",), ("NO", "US")]),
+    "recipients": st.sampled_from([(), ("Lab",), ("ACME",), ("Lab", "ACME")]), "max_runs": st.sampled_from([None, 0, 1, 2, 3]),
+    "max_tokens": st.sampled_from([None, 0, 479, 480, 481]), "max_epochs": st.sampled_from([None, 2.9, 3.0, 3.1]),
+    "max_days": st.sampled_from([None, 1, 20, 30]), "personal_data": st.sampled_from(["none", "pseudonymised", "present"]),
+    "sensitive": st.booleans(), "export": st.sampled_from(["weights-ok", "weights-ask", "no"]),
+    "licence": st.sampled_from([(), ("MIT",), ("CC-BY-NC-4.0",), ("CC-BY-ND-4.0",), ("CC-BY-SA-4.0",), ("ODbL-1.0",)]),
+    "duties": st.sampled_from([(), ("obtain-consent",), ("inform",)]), "competition_pool": st.sampled_from([None, "p", "q"])}
+"""All that can refuse a use, with values on both sides of what the use below is."""
+SEVERAL = {"purpose", "recipients", "competition_pool", "licence"}
+"""A use may keep both of two conditions and still be refused: one word that both name is asked for, or licences conflict."""
+USED = Tally(runs=1, rows=40, planned_rows=20, row_tokens=8, split_rows=20, first="2026-11-01T00:00:00+00:00")
+
+
+@settings(max_examples=2000, deadline=None)
+@given(field=st.sampled_from(sorted(FIELDS)).flatmap(lambda name: st.tuples(st.just(name), FIELDS[name], FIELDS[name])),
+       use=uses, organisation=st.sampled_from(["", "lab", "ACME"]))
+def test_two_conditions_together_allow_no_more_than_either(field: tuple, use: UseConfig, organisation: str) -> None:
+    name, *values = field
+    use = replace(use, organisation=organisation)
+
+    def refused(policy: Policy) -> bool:
+        return any(not found.allowed for found in judge([Judged("s", policy, USED)], use, "gen-ai", NOW))
+
+    a, b = (Policy(**{name: value}) for value in values)
+    alone, together = refused(a) or refused(b), both(a, b)
+    assert refused(together) >= alone and (refused(together) == alone or name in SEVERAL)
+    assert together.shows_text == (a.shows_text and b.shows_text)
 
 
 @settings(max_examples=300, deadline=None)

@@ -222,13 +222,6 @@ def test_a_manifest_that_would_be_refused_is_not_written(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_text_is_shown_unless_personal_or_sensitive(tmp_path: Path) -> None:
-    for name, about, shown in (("a", {}, True), ("b", {"personal_data": "present"}, False),
-                               ("c", {"sensitive": True}, False), ("d", {"personal_data": "pseudonymised"}, True)):
-        write_tokens(tmp_path / name, {"train": [3]}, **about)
-        assert open_dataset(tmp_path / name).manifest.shows_text is shown
-
-
 def test_records(tmp_path: Path) -> None:
     write_records(tmp_path, (bytes([i]) * (i + 1) for i in range(9)), name="tiles", shard_bytes=16, licence="CC0-1.0")
     write_records(tmp_path, [b"held out"], name="tiles", split="validation")
