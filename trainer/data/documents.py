@@ -4,12 +4,13 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from officina.trainer.data.chat import Chat
-from officina.trainer.data.formats import BadRow, Piece, rows
+from officina.trainer.data.formats import BadRow, Piece, printable, rows
 from officina.trainer.data.samples import COLUMNS, Part, read_sample
 from officina.trainer.errors import DataError
 
@@ -23,14 +24,17 @@ SHOWN = 100
 HPLT_STEPS = ("hplt-filter", "hplt-robots", "hplt-pii")
 """Steps that follow from fields of HPLT's rows: `filter` is not "keep"; `allowed` is false; spans in `pii` are masked."""
 _CODES = {  # ISO 639-1 (and plain 639-3) -> the codes of OpenEuroLLM, HPLT and FLORES: ISO 639-3 _ ISO 15924
+    "lav": "lvs_Latn", "sqi": "als_Latn",  # 639-3's names of the two with their dialects
     "bg": "bul_Cyrl", "bs": "bos_Latn", "ca": "cat_Latn", "cs": "ces_Latn", "cy": "cym_Latn", "da": "dan_Latn",
     "de": "deu_Latn", "el": "ell_Grek", "en": "eng_Latn", "es": "spa_Latn", "et": "est_Latn", "eu": "eus_Latn",
     "fi": "fin_Latn", "fr": "fra_Latn", "ga": "gle_Latn", "gl": "glg_Latn", "hr": "hrv_Latn", "hu": "hun_Latn",
-    "is": "isl_Latn", "it": "ita_Latn", "ka": "kat_Geor", "lt": "lit_Latn", "lv": "lav_Latn", "mk": "mkd_Cyrl",
+    "is": "isl_Latn", "it": "ita_Latn", "ka": "kat_Geor", "lt": "lit_Latn", "lv": "lvs_Latn", "mk": "mkd_Cyrl",
     "mt": "mlt_Latn", "nb": "nob_Latn", "nl": "nld_Latn", "nn": "nno_Latn", "no": "nor_Latn", "pl": "pol_Latn",
-    "pt": "por_Latn", "ro": "ron_Latn", "sk": "slk_Latn", "sl": "slv_Latn", "sq": "sqi_Latn", "sv": "swe_Latn",
+    "pt": "por_Latn", "ro": "ron_Latn", "sk": "slk_Latn", "sl": "slv_Latn", "sq": "als_Latn", "sv": "swe_Latn",
     "tr": "tur_Latn", "uk": "ukr_Cyrl"}
 _CODES |= {code.partition("_")[0]: code for code in _CODES.values()}
+_TAG = re.compile(r"([a-z]{2,3})(?:[-_]([a-z]{4}))?(?:[-_](?:[a-z]{2}|\d{3}))?", re.ASCII | re.IGNORECASE)
+"""Language, script and region."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +49,7 @@ class Fields:
     def columns(self) -> list[str]:
         """Every field that is looked at."""
         given = [name for name in (self.text, self.language, self.source, self.id) if name]
-        return [*given, *TEXT_FIELDS, *LANGUAGE_FIELDS, *ID_FIELDS, "u", "ts", "pii", "filter", "allowed"]
+        return [*given, *TEXT_FIELDS, *LANGUAGE_FIELDS, *ID_FIELDS, "u", "ts", "crawl_id", "pii", "filter", "allowed"]
 
 
 @dataclass(slots=True)
@@ -73,7 +77,7 @@ class Document:
     @property
     def place(self) -> str:
         """File and row, for an error."""
-        return f"{self.piece.path}{self.piece.place(self.number)}"
+        return f"{printable(self.piece.path)}{self.piece.place(self.number)}"
 
 
 _LANGUAGE_CODE = re.compile(r"[a-z]{2,3}([_-][A-Za-z0-9]{2,8})*")
@@ -113,7 +117,7 @@ def document_id(name: str) -> bytes:
             return bytes.fromhex(digits)
         except ValueError:
             pass
-    return hashlib.sha256(name.encode()).digest()[:16]
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:16]  # JSON and a tar may name what is no Unicode
 
 
 def read_documents(pieces: Sequence[Piece], fields: Fields, left_out: LeftOut, *, chat: Chat | None = None,
@@ -135,7 +139,7 @@ def read_documents(pieces: Sequence[Piece], fields: Fields, left_out: LeftOut, *
                     found.language = ""  # names of languages are told: a field with other words in it is none
                 yield found
             elif isinstance(found, BadRow):
-                left_out.refuse(f"{piece.path}{piece.place(number)}", found.why)
+                left_out.refuse(f"{printable(piece.path)}{piece.place(number)}", found.why)
             elif found == "undecodable":
                 left_out.undecodable += 1
                 if left_out.undecodable <= SHOWN:
@@ -153,7 +157,10 @@ def _document(row: Any, piece: Piece, number: int, fields: Fields, steps: dict[s
     values = row if isinstance(row, dict) else {}
     content = row if isinstance(row, bytes) else _first(row, fields.text, TEXT_FIELDS)
     if content is None:
-        names = " or ".join(map(repr, [fields.text] if fields.text else TEXT_FIELDS))
+        known = [fields.text] if fields.text else TEXT_FIELDS
+        if any(name in row for name in known):  # null
+            return "empty"
+        names = " or ".join(map(repr, known))
         return BadRow(f"no JSON object with the field {names} (it has {', '.join(map(repr, list(row)[:8])) or 'none'}). "
                       "Name the text's field: --text-field NAME" if piece.format == "json" else
                       f"no text under {names}. Name the text's field: --text-field NAME")
@@ -172,13 +179,14 @@ def _document(row: Any, piece: Piece, number: int, fields: Fields, steps: dict[s
         if not isinstance(masked, str):
             return masked or "left out"
         text = masked
+    labels = _labels(values, piece, fields)
+    if isinstance(labels, BadRow):
+        return labels
     name = _first(values, fields.id, ID_FIELDS)
     if name is None and values:
         name = values.get("u")
-    source = _first(values, fields.source, ())
-    return Document(text, str(source) if fields.source and source is not None else piece.source,
-                    _language(_first(values, fields.language, LANGUAGE_FIELDS)),
-                    digest[:16] if name is None else document_id(str(name)), digest, len(encoded), values, piece, number)
+    return Document(text, *labels, digest[:16] if name is None else document_id(str(name)), digest, len(encoded), values, piece,
+                    number)
 
 
 def _sample(row: Any, piece: Piece, number: int, fields: Fields, chat: Chat, kinds: dict[str, int]) -> Document | BadRow | str:
@@ -195,12 +203,31 @@ def _sample(row: Any, piece: Piece, number: int, fields: Fields, chat: Chat, kin
         encoded = text.encode()
     except UnicodeError:
         return "undecodable"
+    labels = _labels(row, piece, fields)
+    if isinstance(labels, BadRow):
+        return labels
     kinds[found.kind] = kinds.get(found.kind, 0) + 1
     digest, name = hashlib.sha256(encoded).digest(), _first(row, fields.id, ID_FIELDS)
     id = digest[:16] if name is None else document_id(str(name))
+    return Document(text, *labels, id, digest, len(encoded), row, piece, number, found.parts)
+
+
+def _labels(row: dict[str, Any], piece: Piece, fields: Fields) -> tuple[str, str] | BadRow:
+    """Source and language of a row."""
     source, language = _first(row, fields.source, ()), _language(_first(row, fields.language, LANGUAGE_FIELDS))
-    return Document(text, str(source) if fields.source and source is not None else piece.source, language, id, digest,
-                    len(encoded), row, piece, number, found.parts)
+    source = piece.source if source is None else str(source)
+    if not _is_unicode(source + language):
+        name = fields.source if not _is_unicode(source) else _name_of(row, fields.language, LANGUAGE_FIELDS)
+        return BadRow(f"field {name!r} is no Unicode: it has half a surrogate pair")
+    return source, language
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _name_of(row: dict[str, Any], given: str, known: Sequence[str]) -> str | None:
@@ -216,7 +243,21 @@ def _language(value: Any) -> str:
     """HPLT lists the likely languages, the likeliest first."""
     if isinstance(value, list | tuple):
         value = value[0] if value else ""
-    return _CODES.get(value.lower(), value) if isinstance(value, str) else ""
+    return _code(value) if isinstance(value, str) else ""
+
+
+@lru_cache(maxsize=4096)
+def _code(tag: str) -> str:
+    """fin_Latn for fi, fi-FI and FIN_latn; a tag as it is where its language is not known."""
+    found = _TAG.fullmatch(tag)
+    if found is None:
+        return tag
+    language, script = found[1].lower(), found[2]
+    code = _CODES.get(language, "")
+    if script is None:
+        return code or tag
+    language = code[:3] or language
+    return f"{language}_{script.title()}" if len(language) == 3 else tag
 
 
 def _hplt(row: dict[str, Any], text: str, steps: dict[str, int]) -> str | BadRow | None:
@@ -266,6 +307,9 @@ class Filter:
         if isinstance(found, str) and document.parts:
             raise DataError(f"{document.place}: filter {self.name} returned a text, which cannot replace a sample's. Mend it: "
                             "for samples, a filter returns True or False.")
+        if isinstance(found, str) and not _is_unicode(found):
+            raise DataError(f"{document.place}: filter {self.name} returned a text with half a surrogate pair, which is no "
+                            "Unicode. Mend it: a text it returns is one that can be written as UTF-8.")
         if isinstance(found, str):
             document.text = found
             return bool(found.strip())

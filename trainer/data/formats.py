@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -69,16 +70,25 @@ class BadRow:
 Row = dict[str, Any] | bytes | BadRow
 
 
+def printable(name: str | Path) -> str:
+    """A file's name for messages and JSON: bytes of it that are not UTF-8 as \\xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def format_of(name: str) -> str:
-    """Format of a file by its name; whatever is not known is text."""
-    plain = name.removesuffix(".gz").removesuffix(".zst")
+    """Format of a file by its name, whose suffixes may be in upper case; whatever is not known is text."""
+    plain = name.lower().removesuffix(".gz").removesuffix(".zst")
     return next((found for suffix, found in _FORMATS if plain.endswith(suffix)), "text")
+
+
+def _is_packed(name: str) -> bool:
+    return name.lower().endswith((".gz", ".zst"))
 
 
 def pieces_of(source: str, name: str, path: Path, most_bytes: int) -> list[Piece]:
     """The file in pieces of about `most_bytes` of text where its format can be entered in the middle."""
     form, size = format_of(name), path.stat().st_size
-    packed = name.endswith((".gz", ".zst"))
+    packed = _is_packed(name)
     whole = Piece(source, name, str(path), form, 0, 0, size, size * (_EXPANDS if packed or form == "parquet" else 1))
     if whole.text_bytes <= most_bytes or packed:
         return [whole]
@@ -109,11 +119,11 @@ def rows(piece: Piece, columns: Sequence[str] | None = None) -> Iterator[tuple[i
     except DataError:
         raise
     except (OSError, EOFError, zlib.error, tarfile.TarError) as exc:  # a cut or damaged .gz raises any of them
-        raise DataError(f"{path}: cannot be read ({exc}). Restore the file, or leave it out.") from exc
+        raise DataError(f"{printable(path)}: cannot be read ({exc}). Restore the file, or leave it out.") from exc
     except Exception as exc:
         if type(exc).__module__.split(".")[0] not in ("pyarrow", "zstd", "zstandard"):
             raise
-        raise DataError(f"{path}: cannot be read ({str(exc)[:200]}). Restore the file, or leave it out.") from exc
+        raise DataError(f"{printable(path)}: cannot be read ({str(exc)[:200]}). Restore the file, or leave it out.") from exc
 
 
 # ---- text and JSON lines ---------------------------------------------------------------------------------------------
@@ -124,7 +134,7 @@ def _whole(path: Path) -> Iterator[tuple[Row, int]]:
 
 def _json(path: Path, piece: Piece) -> Iterator[tuple[Row, int]]:
     with open(path, "rb", _CHUNK_BYTES) as raw:
-        if path.name.endswith((".gz", ".zst")):
+        if _is_packed(path.name):
             for line in _unpacked(raw, path):
                 yield _parsed(line), raw.tell()
             return
@@ -142,19 +152,22 @@ def _parsed(line: bytes) -> Row:
         return b""
     try:
         row = _loads(line)
-    except UnicodeDecodeError:
-        return line  # as a text file that is not UTF-8: counted by the caller
     except (ValueError, RecursionError) as exc:
+        if b"\0" in line:
+            return BadRow("no JSON object but NUL bytes: the file has a hole, or is UTF-16")
+        if isinstance(exc, UnicodeDecodeError):
+            return line  # as a text file that is not UTF-8: counted by the caller
         return BadRow(f"no JSON object ({type(exc).__name__})")
     return row if isinstance(row, dict) else BadRow(f"no JSON object but a {type(row).__name__}")
 
 
 def _loads(line: bytes) -> Any:
-    """As `json.loads`: twice as fast, which is heard in a build, and what its parser refuses, the standard library's judges."""
+    """As `json.loads` of UTF-8 (of bytes it would guess UTF-16 and UTF-32, by their NULs): twice as fast, which is heard in a
+    build, and what its parser refuses, the standard library's judges."""
     try:
         return from_json(line)
     except ValueError:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8-sig"))
 
 
 def _array(path: Path) -> Iterator[tuple[Row, int]]:
@@ -163,11 +176,11 @@ def _array(path: Path) -> Iterator[tuple[Row, int]]:
     try:
         found = json.loads(content)
     except ValueError as exc:
-        raise DataError(f"{path}: is no JSON ({type(exc).__name__}). One object a line is read from a file named "
+        raise DataError(f"{printable(path)}: is no JSON ({type(exc).__name__}). One object a line is read from a file named "
                         ".jsonl.") from exc
     if not isinstance(found, list):
-        raise DataError(f"{path}: expected a JSON list of objects; it is a {type(found).__name__}. One object a line is read "
-                        "from a file named .jsonl.")
+        raise DataError(f"{printable(path)}: expected a JSON list of objects; it is a {type(found).__name__}. One object a "
+                        "line is read from a file named .jsonl.")
     for number, row in enumerate(found, 1):
         yield (row if isinstance(row, dict) else BadRow(f"no JSON object but a {type(row).__name__}"),
                len(content) * number // len(found))
@@ -184,14 +197,14 @@ def _csv(path: Path) -> Iterator[tuple[Row, int]]:
             columns = len(reader.fieldnames or ())
             yield BadRow(f"expected {columns} columns, as the first line has") if wrong else row, len(content)
     except UnicodeDecodeError as exc:
-        raise DataError(f"{path}: is not UTF-8. Convert it: iconv -f latin1 -t utf-8") from exc
+        raise DataError(f"{printable(path)}: is not UTF-8. Convert it: iconv -f latin1 -t utf-8") from exc
     except csv.Error as exc:
-        raise DataError(f"{path}: cannot be read ({exc}). Restore the file, or leave it out.") from exc
+        raise DataError(f"{printable(path)}: cannot be read ({exc}). Restore the file, or leave it out.") from exc
 
 
 def _content(path: Path) -> bytes:
     with open(path, "rb") as raw:
-        return _unpacked(raw, path).read() if path.name.endswith((".gz", ".zst")) else raw.read()
+        return _unpacked(raw, path).read() if _is_packed(path.name) else raw.read()
 
 
 def _rows_before(piece: Piece) -> int:
@@ -211,7 +224,7 @@ def _rows_before(piece: Piece) -> int:
 
 
 def _unpacked(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
-    return gzip.open(raw) if path.name.endswith(".gz") else io.BufferedReader(_Zst(raw, path), _CHUNK_BYTES)
+    return gzip.open(raw) if path.name.lower().endswith(".gz") else io.BufferedReader(_Zst(raw, path), _CHUNK_BYTES)
 
 
 class _Zst(io.RawIOBase):
@@ -234,7 +247,7 @@ class _Zst(io.RawIOBase):
                     raise EOFError("the compressed file ends in the middle")
                 return 0
             if self._frame is None:
-                self._frame = self._module.ZstdDecompressor().decompressobj()
+                self._frame = self._module.ZstdDecompressor(max_window_size=1 << 31).decompressobj()  # up to `zstd --long=31`
             self._pending = self._frame.decompress(packed)
             if self._frame.eof:
                 self._left, self._frame = self._frame.unused_data, None
@@ -248,16 +261,17 @@ def _package(name: str, path: Path) -> Any:
     try:
         return import_module(name)
     except ImportError as exc:
-        raise DataError(f"{path}: reading it needs the package {name.split('.')[0]}, which is not installed. "
+        raise DataError(f"{printable(path)}: reading it needs the package {name.split('.')[0]}, which is not installed. "
                         "Try: pip install 'officina[data]'") from exc
 
 
 def _parquet(path: Path) -> Any:
-    module = _package("pyarrow.parquet", path)
+    module, pyarrow = _package("pyarrow.parquet", path), _package("pyarrow", path)
     try:
-        return module.ParquetFile(path)
+        return module.ParquetFile(pyarrow.OSFile(os.fsencode(path)))  # as text, it takes no name that is not UTF-8
     except Exception as exc:  # pyarrow's own errors; they derive from several classes
-        raise DataError(f"{path}: is no Parquet file ({str(exc)[:200]}). Restore the file, or leave it out.") from exc
+        raise DataError(f"{printable(path)}: is no Parquet file ({str(exc)[:200]}). Restore the file, or leave it "
+                        "out.") from exc
 
 
 def _parquet_rows(path: Path, piece: Piece, columns: Sequence[str] | None) -> Iterator[tuple[Row, int]]:
@@ -273,7 +287,7 @@ def _parquet_rows(path: Path, piece: Piece, columns: Sequence[str] | None) -> It
 def _arrow_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Row, int]]:
     """Both forms of Arrow's IPC: the stream, which `datasets` saves, and the file, which can be told by its magic."""
     ipc, pyarrow = _package("pyarrow.ipc", path), _package("pyarrow", path)
-    with pyarrow.memory_map(str(path)) as source:
+    with pyarrow.memory_map(os.fsencode(path)) as source:
         size, is_file = source.size(), source.read(6) == b"ARROW1"
         source.seek(0)
         reader = ipc.open_file(source) if is_file else ipc.open_stream(source)
@@ -290,8 +304,8 @@ def _arrow_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Row
 def _tar(path: Path) -> Iterator[tuple[Row, int]]:
     """A sample is the run of members whose names agree up to the first dot: .json gives fields, .txt the text."""
     with open(path, "rb") as raw:
-        packed = path.name.endswith((".gz", ".zst"))
-        with tarfile.open(fileobj=_unpacked(raw, path) if packed else raw, mode="r|") as tar:
+        content = _unpacked(raw, path) if _is_packed(path.name) else raw
+        with tarfile.open(fileobj=content, mode="r|", tarinfo=_Member) as tar:
             key, row = None, {}
             for member in tar:
                 if not member.isfile():
@@ -306,6 +320,28 @@ def _tar(path: Path) -> Iterator[tuple[Row, int]]:
                     row = _with_member(row, f"{folder}/{stem}".lstrip("/"), kind, tar.extractfile(member).read())
             if isinstance(row, BadRow) or row:
                 yield row, raw.tell()
+            while rest := tar.fileobj.read(_CHUNK_BYTES):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError(f"its end mark is at byte {tar.offset}, and more follows it; tar --concatenate "
+                                            "joins archives")
+
+
+class _Member(tarfile.TarInfo):
+    """Without it, a header that is cut off or damaged is taken for the end of the archive, and the members after it are lost.
+
+    The end is a block of zeros: writers leave two and fill a record, GNU tar takes a single one with a warning, as we do.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        """The next member. Raises ReadError for a header that is none, EOFHeaderError at the end mark."""
+        at = tar.offset
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as exc:
+            raise tarfile.ReadError(f"at byte {at} neither a member nor the archive's end: {exc}") from exc
 
 
 def _with_member(row: dict[str, Any], key: str, kind: str, content: bytes) -> Row:

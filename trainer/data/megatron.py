@@ -90,10 +90,11 @@ def _index(folder: Path, path: Path, split: str, source_id: int, info: Tokenizer
            progress: Progress) -> tuple[ShardEntry, str]:
     """Write X.dli; the entry for shards.jsonl, and the dtype."""
     dtype, ends = read_index(path.with_suffix(".idx"))
-    tokens = np.memmap(path, DTYPES[dtype], mode="r") if path.stat().st_size else np.empty(0, DTYPES[dtype])
-    if not len(ends) or len(tokens) != int(ends[-1]):
-        raise DataError(f"{path}: has {len(tokens)} tokens, but {path.with_suffix('.idx').name} says "
-                        f"{int(ends[-1]) if len(ends) else 0}. Restore the pair from a copy.")
+    size, listed = path.stat().st_size, int(ends[-1]) if len(ends) else 0
+    if not listed or size != listed * DTYPES[dtype].itemsize:
+        raise DataError(f"{path}: has {size} bytes, but {path.with_suffix('.idx').name} says {listed} tokens of "
+                        f"{DTYPES[dtype].itemsize} bytes. Restore the pair from a copy.")
+    tokens = np.memmap(path, DTYPES[dtype], mode="r")
     digest, writer = hashlib.sha256(), ShardWriter(path.with_suffix(INDEX_SUFFIX), dtype=dtype, tokenizer_sha256=info.sha256,
                                                    holds_tokens=False)
     try:

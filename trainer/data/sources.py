@@ -1,13 +1,18 @@
 """Where documents come from: files and folders, saved Hugging Face `datasets`, the standard library's sources."""
 
 import json
+import os
 import platform
+import re
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from fnmatch import translate
+from itertools import chain, count
 from pathlib import Path
 
-from officina.trainer.data.formats import INCLUDE
+from officina.trainer.data.formats import INCLUDE, printable
 from officina.trainer.errors import DataError
 
 _STDLIB_WITHOUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "turtledemo",
@@ -46,25 +51,51 @@ def standard_library() -> tuple[list[TextSource], dict[str, str]]:
 def find_sources(inputs: Sequence[str | Path], include: Sequence[str] = INCLUDE) -> list[TextSource]:
     """One source for each input: a file, or a folder that is searched for the patterns of `include` (hidden files out).
 
-    Raises DataError for an input that does not exist or has no such file.
+    Raises DataError for an input that does not exist or has no such file, and for what in a folder cannot be looked into.
     """
-    sources: list[TextSource] = []
+    sources: dict[str, TextSource] = {}
     for given in map(Path, inputs):
-        if given.is_file():
-            files = [(given.name, given)]
-        elif given.is_dir():
-            files = _saved_dataset(given) or _matching(given, include)
-        else:
-            raise DataError(f"input {given}: no such file or folder. Name a folder, or a file such as texts.jsonl.zst.")
+        shown = printable(given)
+        try:
+            if given.is_file():
+                files = [(given.name, given)]
+            elif given.is_dir():
+                files = _saved_dataset(given) or _matching(given, include)
+            else:
+                raise DataError(f"input {shown}: no such file or folder. Name a folder, or a file such as texts.jsonl.zst.")
+        except OSError as exc:
+            raise DataError(f"input {shown}: {printable(exc.filename or given)} cannot be read ({exc.strerror}). Mend its "
+                            "rights (chmod u+rX) or what it links to, or take it away.") from exc
         if not files:
-            raise DataError(f"input {given}: no file matches {' '.join(include)}. Try: --include '*.xyz'")
-        name = _unused(given.resolve().name.split(".")[0] or "input", sources)
-        sources.append(TextSource(name, tuple(sorted(files))))
-    return sources
+            raise DataError(f"input {shown}: no file matches {' '.join(include)}. Try: --include '*.xyz'")
+        name = _unused(printable(given.resolve().name).split(".")[0] or "input", sources)
+        sources[name] = TextSource(name, tuple(sorted((printable(file), path) for file, path in files)))
+    return list(sources.values())
 
 
 def _matching(folder: Path, include: Sequence[str]) -> list[tuple[str, Path]]:
-    found = {path for pattern in include for path in folder.rglob(pattern) if path.is_file()}
+    """Its files; links are followed, and a folder is read once, under its own name if it has one in there."""
+    names = re.compile("|".join(translate(pattern) for pattern in include if "/" not in pattern))
+    found: set[Path] = set()
+    folders, seen = deque([folder]), set()
+    while folders:
+        here = folders.popleft()
+        status = here.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for entry in sorted(os.scandir(here), key=lambda entry: entry.name):
+            stem, dot, suffixes = entry.name.partition(".")
+            if not stem:  # hidden
+                continue
+            if entry.is_dir():
+                (folders.append if entry.is_symlink() else folders.appendleft)(here / entry.name)  # links last
+            elif entry.is_file():
+                if names.fullmatch(entry.name) or names.fullmatch(stem + dot + suffixes.lower()):
+                    found.add(here / entry.name)
+            elif entry.is_symlink():
+                entry.stat()  # says why it leads nowhere
+        found.update(path for pattern in include if "/" in pattern for path in here.glob(pattern) if path.is_file())
     named = [(path.relative_to(folder).as_posix(), path) for path in found]
     return [(name, path) for name, path in named if not f"/{name}".count("/.")]
 
@@ -79,14 +110,17 @@ def _saved_dataset(folder: Path) -> list[tuple[str, Path]]:
     state = folder / "state.json"
     try:
         listed = json.loads(state.read_bytes())["_data_files"] if state.exists() else []
-        return [(each["filename"], folder / each["filename"]) for each in listed]
+        files = [(each["filename"], folder / each["filename"]) for each in listed]
     except (ValueError, KeyError, TypeError):
         return []  # somebody else's state.json
+    if lost := [name for name, path in files if not path.is_file()]:
+        raise DataError(f"input {printable(folder)}: its state.json lists {lost[0]}, which is not there. Copy the folder anew "
+                        "from its source, or save it again.")
+    return files
 
 
-def _unused(name: str, sources: list[TextSource]) -> str:
-    taken = {s.name for s in sources}
-    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+def _unused(name: str, taken: Container[str]) -> str:
+    return next(n for n in chain([name], (f"{name}-{i}" for i in count(2))) if n not in taken)
 
 
 Progress = Callable[[str, int, int], None]

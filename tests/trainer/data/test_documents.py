@@ -1,12 +1,15 @@
 """Fields are found, HPLT's own are heeded, languages get one code, filters change and drop, and nothing quotes a text."""
 
 import hashlib
+import io
 import json
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
+from officina.trainer.data.chat import Chat
 from officina.trainer.data.documents import Document, Fields, LeftOut, document_id, load_filter, read_documents
 from officina.trainer.data.formats import pieces_of
 from officina.trainer.errors import DataError
@@ -16,9 +19,20 @@ HPLT = {"u": "https://a.example/1", "ts": "2024-01-01", "lang": ["fin_Latn", "sw
 
 
 def read(tmp_path: Path, lines: list[object], fields: Fields | None = None) -> tuple[list[Document], LeftOut]:
-    path, left_out = tmp_path / "x.jsonl", LeftOut()
+    path = tmp_path / "x.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return list(read_documents(pieces_of("in", "x.jsonl", path, 1 << 30), fields or Fields(), left_out)), left_out
+    return documents_of(path, fields)
+
+
+def documents_of(path: Path, fields: Fields | None = None, chat: Chat | None = None) -> tuple[list[Document], LeftOut]:
+    left_out = LeftOut()
+    return list(read_documents(pieces_of("in", path.name, path, 1 << 30), fields or Fields(), left_out, chat=chat)), left_out
+
+
+def parquet(path: Path, rows: list[dict]) -> Path:
+    pyarrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
 
 
 def test_fields_are_found_by_name_or_named(tmp_path: Path) -> None:
@@ -39,6 +53,55 @@ def test_ids_that_are_hexadecimal_are_kept() -> None:
     assert document_id("0123456789abcdef0123456789ABCDEF").hex() == "0123456789abcdef0123456789abcdef"
     assert document_id("01234567-89ab-cdef-0123-456789abcdef").hex() == "0123456789abcdef0123456789abcdef"
     assert document_id("x" * 32) == hashlib.sha256(b"x" * 32).digest()[:16]
+
+
+def test_null_is_an_empty_text_and_a_missing_field_a_bad_row(tmp_path: Path) -> None:
+    rows = [{"text": None}, {"text": ""}, {"text": "a", "body": None}, {"text": None, "content": "b"}]
+    for found, left_out in (read(tmp_path, rows), documents_of(parquet(tmp_path / "x.parquet", [
+            {"text": None, "content": None} | row for row in rows]))):
+        assert [d.text for d in found] == ["a", "b"] and (left_out.empty, left_out.bad) == (2, 0)
+    assert read(tmp_path, rows, Fields(text="body"))[1].empty == 1
+    for _, left_out in (read(tmp_path, [{"body": "a"}]), documents_of(parquet(tmp_path / "x.parquet", [{"body": "a"}]))):
+        assert left_out.bad == 1 and "Name the text's field: --text-field NAME" in left_out.bad_rows[0]
+
+
+# ---- what is no Unicode ----------------------------------------------------------------------------------------------
+def test_ids_that_are_no_unicode_stay_distinct(tmp_path: Path) -> None:
+    names = [{"id": "\ud83d"}, {"id": "\ud83e"}, {"u": "\udc00", "ts": "1"}, {"id": "\ud83d\ude00"}]
+    found, left_out = read(tmp_path, [{"text": str(i)} | name for i, name in enumerate(names)])
+    assert len({d.id for d in found}) == 4 and left_out == LeftOut()
+    assert found[3].id == hashlib.sha256("\U0001f600".encode()).digest()[:16]
+    with tarfile.open(tmp_path / "x.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as file:
+        for name in ("caf\xe9.txt", "caf\xe8.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            file.addfile(member, io.BytesIO(b"text"))
+    assert len({d.id for d in documents_of(tmp_path / "x.tar")[0]}) == 2
+
+
+@pytest.mark.parametrize(("row", "name"), [({"lang": "fi\ud83d"}, "lang"), ({"tongue": ["\udc00"], "lang": "fi"}, "tongue"),
+                                           ({"from": "\ud83d"}, "from")])
+def test_a_source_or_language_that_is_no_unicode_is_a_bad_row(tmp_path: Path, row: dict, name: str) -> None:
+    fields = Fields(source="from", language="tongue" if name == "tongue" else "")
+    chat = Chat(template="", names=(), special=(), bos="", eos="</s>")
+    assert len(read(tmp_path, [{"text": "fine", "lang": "fi", "from": "\U0001f600"}], fields)[0]) == 1
+    for found, left_out in (read(tmp_path, [row | {"text": "fine"}], fields),
+                            documents_of(tmp_path / "x.jsonl", fields, chat)):
+        assert not found and not left_out.kinds
+        assert left_out.bad_rows == [f"{tmp_path}/x.jsonl line 1: field '{name}' is no Unicode: it has half a surrogate pair"]
+
+
+# ---- languages -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("given", "code"), [
+    ("fi", "fin_Latn"), ("FI", "fin_Latn"), ("fin", "fin_Latn"), ("fin_latn", "fin_Latn"), ("FIN-LATN", "fin_Latn"),
+    ("en-US", "eng_Latn"), ("pt_BR", "por_Latn"), ("es-419", "spa_Latn"), ("uk-Cyrl-UA", "ukr_Cyrl"), ("mk-Latn", "mkd_Latn"),
+    ("lv", "lvs_Latn"), ("lav", "lvs_Latn"), ("lvs_Latn", "lvs_Latn"), ("lav_Latn", "lvs_Latn"), ("sq", "als_Latn"),
+    ("sqi_Latn", "als_Latn"), ("et", "est_Latn"), ("ekk_Latn", "ekk_Latn"), ("srp_cyrl", "srp_Cyrl"), ("sr", "sr"),
+    ("sr-Latn", "sr-Latn"), ("zh-TW", "zh-TW"), ("und", "und"), ("Finnish", "Finnish"), ("fra_latn_fran", "fra_latn_fran"),
+    ("", ""), (["swe_Latn", "fin_Latn"], "swe_Latn"), ([], ""), (3, "")], ids=str)
+def test_languages_get_one_code(tmp_path: Path, given: object, code: str) -> None:
+    [found], _ = read(tmp_path, [{"text": "a", "lang": given}])
+    assert found.language == code
 
 
 CALL = "Call Ada Lovelace on 555-1234."
@@ -72,6 +135,13 @@ def test_personal_data_that_cannot_be_masked_leaves_the_row_out(tmp_path: Path, 
     assert not found and left_out.bad == 1 and "field 'pii'" in left_out.bad_rows[0] and "Ada" not in left_out.bad_rows[0]
 
 
+@pytest.mark.parametrize("key", ["ts", "crawl_id", "filter"])
+def test_a_row_of_hplt_is_the_same_from_parquet(tmp_path: Path, key: str) -> None:
+    row = {"text": CALL, "u": HPLT["u"], "pii": [[5, 17]], "allowed": True, key: "keep"}
+    for found, _ in (read(tmp_path, [row]), documents_of(parquet(tmp_path / "x.parquet", [row]))):
+        assert [d.text for d in found] == ["Call [PII] on 555-1234."]
+
+
 def test_bad_rows_say_file_line_and_reason_and_no_text(tmp_path: Path) -> None:
     found, left_out = read(tmp_path, [{"text": "good"}, "{secret", "[3]", "", {"text": 3}, {"txt": "secret"}])
     assert len(found) == 1 and left_out.bad == 4 and not any("secret" in row for row in left_out.bad_rows)
@@ -87,6 +157,7 @@ def filters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         def mask(document): return document.text.replace("Ada", "X")
         def blank(document): return " "
         def fails(document): raise ValueError(document.text)
+        def half(document): return "\\ud83d"
         def odd(document): return None""")
     monkeypatch.syspath_prepend(tmp_path)
     yield "my_filters"
@@ -100,7 +171,8 @@ def test_filters_keep_drop_and_replace(tmp_path: Path, filters: str) -> None:
     assert keep.version == "sha256:" + hashlib.sha256((tmp_path / "my_filters.py").read_bytes()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize(("name", "told"), [("fails", "raised ValueError"), ("odd", "returned a NoneType")])
+@pytest.mark.parametrize(("name", "told"), [("fails", "raised ValueError"), ("odd", "returned a NoneType"),
+                                            ("half", "returned a text with half a surrogate pair")])
 def test_a_broken_filter_is_named_with_the_place_and_no_text(tmp_path: Path, filters: str, name: str, told: str) -> None:
     [document], _ = read(tmp_path, [{"text": "secret"}])
     with pytest.raises(DataError, match=rf"x\.jsonl line 1: filter {filters}:{name} {told}") as caught:

@@ -78,6 +78,71 @@ def test_webdataset_samples_are_members_of_one_name(tmp_path: Path, name: str) -
                           BadRow("its .json is no JSON object but a list"), {"__key__": "x/0005", "text": b"fifth"}]
 
 
+def pack(path: Path, content: bytes) -> Path:
+    if path.suffix == ".zst":
+        content = pytest.importorskip("zstandard").compress(content)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.fixture()
+def archive(tmp_path: Path) -> bytes:
+    """Four members of 1,024 bytes each, an end mark of two blocks, and zeros that fill the record."""
+    content = tar(tmp_path / "whole.tar", [(f"{i}.txt", f"text {i}".encode()) for i in range(4)]).read_bytes()
+    assert len(content) == 10240 and not any(content[4096:])
+    return content
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tar.zst"])
+def test_a_tar_that_is_cut_or_damaged_anywhere_is_named(tmp_path: Path, archive: bytes, name: str) -> None:
+    flipped, zeroed = bytearray(archive), bytearray(archive)
+    flipped[1024 + 10] ^= 1
+    zeroed[1024:1536] = bytes(512)
+    for content, told in (
+            (archive[:2048], "at byte 2048 neither a member nor the archive's end: empty header"),
+            (archive[:2048 + 300], "at byte 2048 neither a member nor the archive's end: truncated header"),
+            (archive[:4096], "at byte 4096 neither a member nor the archive's end: empty header"),
+            (flipped, "at byte 1024 neither a member nor the archive's end: bad checksum"),
+            (zeroed, "its end mark is at byte 1024, and more follows it; tar --concatenate joins archives"),
+            (archive + archive, "its end mark is at byte 4096, and more follows it")):
+        with pytest.raises(DataError, match=rf"{name}: cannot be read \({told}"):
+            read(pack(tmp_path / name, bytes(content)))
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tar.zst"])
+def test_a_tar_ends_with_one_block_of_zeros_or_many(tmp_path: Path, archive: bytes, name: str) -> None:
+    for content in (archive[:4096 + 512], archive[:4096 + 1024], archive, archive + bytes(3 << 20)):
+        assert [row["text"] for row in read(pack(tmp_path / name, content))] == [b"text 0", b"text 1", b"text 2", b"text 3"]
+
+
+def test_a_packed_tar_is_read_to_its_end(tmp_path: Path, archive: bytes) -> None:
+    path = pack(tmp_path / "a.tar.gz", archive)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(DataError, match=r"a\.tar\.gz: cannot be read"):
+        read(path)
+
+
+def test_holes_in_json_lines_are_bad_rows(tmp_path: Path) -> None:
+    """`json.loads` takes bytes with NULs for UTF-16 or UTF-32."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text":"good one"}\n' + bytes(4097) + b'{"text":"after"}\n' + bytes(64))
+    hole = BadRow("no JSON object but NUL bytes: the file has a hole, or is UTF-16")
+    assert read(tmp_path / "a.jsonl") == [{"text": "good one"}, hole, hole]
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": "\xe9"}\n', encoding="utf-16")
+    assert read(tmp_path / "b.jsonl") == [hole] * 3
+    (tmp_path / "c.jsonl").write_text('{"text": "\xe9\\u0000"}\n', encoding="utf-8-sig")
+    assert read(tmp_path / "c.jsonl") == [{"text": "\xe9\0"}]
+
+
+@pytest.mark.parametrize("window", ["90", "a8"])
+def test_zstd_with_long_windows_is_read(tmp_path: Path, window: str) -> None:
+    """As `zstd --long=28` and `--long=31` write it: magic, no size, window, one block as it is."""
+    pytest.importorskip("zstandard")
+    content = b'{"text": "far back"}'
+    frame = bytes.fromhex("28b52ffd" "00" + window) + (len(content) << 3 | 1).to_bytes(3, "little") + content
+    (tmp_path / "a.jsonl.zst").write_bytes(frame)
+    assert read(tmp_path / "a.jsonl.zst") == [{"text": "far back"}]
+
+
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(
     inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4), max_leaves=12)
 JUNK = [b"\\ud800", b"\\u0000", b"\\x", b"\xed\xa0\x80", b"\xff", b"\x00", b"\xef\xbb\xbf", b"NaN", b"-Infinity", b"inf", b"-0",
@@ -98,7 +163,7 @@ def test_lines_are_read_as_the_standard_library_reads_them(value: object, ascii:
         except (ValueError, RecursionError) as exc:
             return type(exc).__name__
 
-    assert told(formats._loads) == told(json.loads)
+    assert told(formats._loads) == told(lambda line: json.loads(line.decode("utf-8-sig")))
     assert isinstance(formats._parsed(line), dict | bytes | BadRow)
 
 
@@ -172,3 +237,15 @@ def test_the_formats_are_told_by_name() -> None:
     names = ("a.jsonl", "a.ndjson.gz", "a.tar.zst", "a.arrow", "a.py", "README", "a.parquet")
     assert [formats.format_of(name) for name in names] == ["json", "json", "tar", "arrow", "text", "text", "parquet"]
     assert Piece("in", "a", "a", "text", 0, 0, 1, 1).place(1) == ""
+
+
+@pytest.mark.parametrize("name", ["DATA.JSONL", "Data.Jsonl.GZ", "DATA.JSONL.ZST", "DATA.PARQUET", "DATA.ARROW"])
+def test_suffixes_may_be_in_upper_case(tmp_path: Path, name: str) -> None:
+    lower = tmp_path / name.lower()
+    if name.startswith("DATA.JSONL") or name.endswith("GZ"):
+        json_lines(lower)
+    else:
+        parquet(lower) if name.endswith("PARQUET") else arrow(lower, "stream")
+    path = lower.rename(tmp_path / name)
+    assert read(path) == ROWS
+    assert [file for file, _ in find_sources([tmp_path])[0].files] == [name]

@@ -136,8 +136,8 @@ def broken(folder: Path, what: str) -> None:
         index[34 + 8 + 8] = 8
     content = {"magic": b"MMIDIDY" + bytes(index[7:]), "short": bytes(index[:-1])}.get(what, bytes(index))
     (folder / "x.idx").write_bytes(content)
-    if what == "bin":
-        (folder / "x.bin").write_bytes(b"abcd")
+    if what in ("bin", "token", "empty"):
+        (folder / "x.bin").write_bytes({"bin": b"abcd", "token": bytes(11), "empty": b""}[what])
     if what == "vocabulary":
         write_pair(folder / "x", [np.asarray([60_000], "<u2")], [0, 1], 8)
     if what == "dtypes":
@@ -147,7 +147,8 @@ def broken(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(("what", "told"), [
     ("magic", r"x\.idx: begins with b'MMIDIDY"), ("code", r"dtype code 6; officina reads version 1 with codes 1, 8, 4"),
     ("short", r"bytes, but its header asks for"), ("gap", "do not lie end to end"), ("list", "list of documents does not go"),
-    ("bin", r"x\.bin: has 2 tokens, but x\.idx says 6"), ("vocabulary", "has token id 60000, but the tokenizer has 60000"),
+    ("bin", r"x\.bin: has 4 bytes, but x\.idx says 6 tokens of 2 bytes"), ("token", r"x\.bin: has 11 bytes, but"),
+    ("empty", r"x\.bin: has 0 bytes, but"), ("vocabulary", "has token id 60000, but the tokenizer has 60000"),
     ("dtypes", r"x\.bin \(u16\), y\.bin \(u32\) differ in dtype")])
 def test_files_that_are_none_of_megatrons(tmp_path: Path, tokenizer: Path, what: str, told: str) -> None:
     (tmp_path / "meg").mkdir()
