@@ -220,7 +220,7 @@ def write_records(directory: str | Path, records: Iterable[bytes], *, split: str
                 f"with the key {others}: give it, seal=FILE." if others else "not: leave seal out."))
         before = dataset.shards
         said = ("version", "description", "licence", "personal_data", "sensitive", "policy_sha256", "creators", "url",
-                "published", "collected", "provenance")
+                "published", "collected", "provenance", "removals")
         kept = {key: getattr(dataset.manifest, key) for key in said}
         about = kept | about
     with SplitWriter(folder, split, dtype="u8", shard_bytes=shard_bytes, seal=key) as writer:

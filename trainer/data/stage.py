@@ -3,18 +3,33 @@
 The copy knows where it came from, so that a run which meets a damaged block takes that block from there.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from officina.trainer.data.croissant import CROISSANT
 from officina.trainer.data.integrity import ORIGIN
-from officina.trainer.data.manifest import MANIFEST, SHARDS, TOKENIZER, Dataset, open_dataset, sync_folder, write_whole
+from officina.trainer.data.manifest import (
+    MANIFEST,
+    SHARDS,
+    TOKENIZER,
+    Dataset,
+    Manifest,
+    open_dataset,
+    rewrite_manifest,
+    sync_folder,
+    write_whole,
+)
+from officina.trainer.data.mldcat import MLDCAT
 from officina.trainer.data.packing import FOLDER as PLANS
+from officina.trainer.data.policy import POLICY
 from officina.trainer.data.remote import PIECES, REMOTE
+from officina.trainer.data.removal import FOLDER as REMOVED
 from officina.trainer.data.shards import index_of
 from officina.trainer.errors import DataError
 
@@ -30,18 +45,24 @@ class StageReport:
     copied_bytes: int
     kept_bytes: int
     """Of files that were there already, whole and right."""
+    own_words: list[str] = field(default_factory=list)
+    """Files in which a data set that was mended goes on saying of itself what the other does not say."""
 
 
 def stage(folder: str | Path, out: str | Path, budget_bytes: int | None = None,
           progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None) -> StageReport:
     """Copy the data set in `folder` to `out`; its dataset.json comes last, so that half a copy is no data set.
 
+    Where `out` is this data set already, its damaged files are mended. If it was staged from somewhere it takes on what
+    `folder` says of itself (licence, conditions of use); if not it goes on saying its own.
+
     Raises DataError before the first byte if it exceeds `budget_bytes` or the room there is; and, naming each, if files
     are not what the manifest says: then none of them is left in `out`.
     """
     dataset, out = open_dataset(folder), Path(out)
-    check_target(dataset, folder, out)
-    files = list(_files(dataset))
+    own, original = check_target(dataset, folder, out), is_original(out)
+    own_words = other_words(dataset, own, out)
+    files = [(name, sha256) for name, sha256 in _files(dataset) if name not in own_words]
     total = sum((dataset.folder / name).stat().st_size for name, _ in files if (dataset.folder / name).exists())
     there = sum(size for name, _ in files if (out / name).exists()
                 and (size := (out / name).stat().st_size) == (dataset.folder / name).stat().st_size)
@@ -64,23 +85,72 @@ def stage(folder: str | Path, out: str | Path, budget_bytes: int | None = None,
         raise DataError(f"{folder} cannot be staged:\n" + "\n".join(f"  - {fault}" for fault in faults) +
                         f"\nRepair it from another copy: officina data stage COPY {folder}. What is whole stays in {out}, and "
                         "the same command goes on.")
-    write_whole(out / ORIGIN, json.dumps({"origin": str(dataset.folder.resolve())}).encode())
-    _copy(dataset.folder / MANIFEST, out / MANIFEST, None, lambda here: None)
-    forget_store(out)
-    return StageReport(len(files) + 1, copied, kept)
+    with disk_told(out):
+        if not original:
+            write_whole(out / ORIGIN, json.dumps({"origin": str(dataset.folder.resolve())}).encode())
+        if own is None:
+            write_whole(out / MANIFEST, (dataset.folder / MANIFEST).read_bytes())
+        else:
+            take_removals(out, own, dataset)
+        forget_store(out)
+    return StageReport(len(files) + (own is None), copied, kept, own_words)
 
 
-def check_target(dataset: Dataset, origin: str | Path, out: Path) -> None:
-    """Raise DataError if `out` holds another data set than `origin`, or lists of removed documents that are missing there."""
-    if not (out / MANIFEST).exists():
-        return
-    there = open_dataset(out).manifest
-    if there.fingerprint != dataset.manifest.fingerprint:
+def check_target(dataset: Dataset, origin: str | Path, out: Path) -> Manifest | None:
+    """The manifest in `out` if it is this data set and was not staged from anywhere: then what it says of itself stays.
+
+    Raises DataError if `out` holds another data set than `origin`, or lists of removed documents that are missing there.
+    """
+    try:
+        there = open_dataset(out).manifest if (out / MANIFEST).exists() else None
+    except DataError:  # damaged: it is mended as a whole, but heeded are the lists that lie there
+        there = None
+    if there and there.fingerprint != dataset.manifest.fingerprint:
         raise DataError(f"{out} holds another data set. Name an empty folder.")
-    if lost := [each for each in there.removals if each not in dataset.manifest.removals]:
-        raise DataError(f"{out}: documents were removed from it on request ({', '.join(each.path for each in lost)}), but not "
+    known = dataset.manifest.removals
+    lost = [each.path for each in there.removals if each not in known] if there else [
+        name for path in sorted((out / REMOVED).glob("*.jsonl")) if (name := f"{REMOVED}/{path.name}") not in
+        {each.path for each in known}]
+    if lost:
+        raise DataError(f"{out}: documents were removed from it on request ({', '.join(lost)}), but not "
                         f"from {origin}: staged over, they would be trained on again. Remove them there first "
                         "(officina data remove DATASET IDS), or stage into an empty folder.")
+    return there if is_original(out) else None
+
+
+def is_original(out: Path) -> bool:
+    """Is there a data set that was not staged from anywhere?"""
+    return (out / MANIFEST).exists() and not (out / ORIGIN).exists() and not (out / REMOTE).exists()
+
+
+def other_words(dataset: Dataset, own: Manifest | None, out: Path) -> list[str]:
+    """The files that are left as they are in `out`, since its own manifest stays and they say what the other's do not."""
+    if own is None:
+        return []
+    described = [name for name in (CROISSANT, MLDCAT) if (out / name).exists()
+                 and (out / name).read_bytes() != _content(dataset.folder / name)]
+    differ = replace(own, removals=dataset.manifest.removals) != dataset.manifest
+    return [POLICY] * (own.policy_sha256 != dataset.manifest.policy_sha256) + described + [MANIFEST] * differ
+
+
+def take_removals(out: Path, own: Manifest, dataset: Dataset) -> None:
+    """Let the manifest in `out` name the lists of removed documents that `dataset` has; they lie there already."""
+    if own.removals != dataset.manifest.removals:
+        rewrite_manifest(out, replace(own, removals=dataset.manifest.removals))
+
+
+@contextlib.contextmanager
+def disk_told(out: Path) -> Iterator[None]:
+    """Raise DataError where the last small files cannot be written."""
+    try:
+        yield
+    except OSError as exc:
+        raise DataError(f"{exc.filename or out}: cannot be written ({exc.strerror}). Make room there, and the same command "
+                        "goes on.") from exc
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
 
 
 def forget_store(out: Path) -> None:
@@ -93,6 +163,7 @@ def _files(dataset: Dataset) -> Iterator[tuple[str, str | None]]:
     """Every file but dataset.json, with its sha256 where the manifest knows it."""
     manifest = dataset.manifest
     known = {SHARDS: manifest.shards_sha256} | {removal.path: removal.sha256 for removal in manifest.removals}
+    known |= {POLICY: manifest.policy_sha256} if manifest.policy_sha256 else {}
     if manifest.tokenizer:
         known[TOKENIZER] = manifest.tokenizer.sha256
     for path in sorted(dataset.folder.iterdir()):

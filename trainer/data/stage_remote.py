@@ -1,6 +1,7 @@
 """Stages a data set from an object store or HTTP: all of it, or its small files now and its shards when they are read."""
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -21,7 +22,17 @@ from officina.trainer.data.manifest import (
 )
 from officina.trainer.data.remote import LEAST_BUDGET_BYTES, REMOTE, Remote, Store
 from officina.trainer.data.shards import index_of
-from officina.trainer.data.stage import StageReport, check_target, forget_store, hash_of, room
+from officina.trainer.data.stage import (
+    StageReport,
+    check_target,
+    disk_told,
+    forget_store,
+    hash_of,
+    is_original,
+    other_words,
+    room,
+    take_removals,
+)
 from officina.trainer.errors import DataError
 
 _PART_BYTES = 64 << 20
@@ -38,7 +49,8 @@ def stage_from_store(url: str, out: str | Path, budget_bytes: int | None = None,
     store, out = Store(url), Path(out)
     with tempfile.TemporaryDirectory(prefix="officina-stage-") as scratch:
         dataset = _fetch_small(store, Path(scratch))
-        check_target(dataset, store.url, out)
+        own, original = check_target(dataset, store.url, out), is_original(out)
+        own_words = other_words(dataset, own, out)
         small = sorted(path.relative_to(scratch).as_posix() for path in Path(scratch).rglob("*") if path.is_file())
         total = 0 if on_demand else sum(entry.bytes for entry in dataset.shards)
         if on_demand:
@@ -60,20 +72,26 @@ def stage_from_store(url: str, out: str | Path, budget_bytes: int | None = None,
         if faults:
             raise DataError(f"{store.url} cannot be staged:\n" + "\n".join(f"  - {fault}" for fault in faults) +
                             f"\nRestore these files in the store; what is whole stays in {out}, and the same command goes on.")
-        if not on_demand:
-            write_whole(out / ORIGIN, json.dumps({"origin": store.url}).encode())
-        for name in (*(name for name in small if name != MANIFEST), MANIFEST):
-            if name == MANIFEST and on_demand:
+        with disk_told(out):
+            if on_demand:
                 whole = sum(entry.bytes for entry in dataset.shards)
                 remote = Remote(store.url, budget_bytes or whole * 10 // 9 + 1)  # nine tenths of it are filled
-                write_whole(out / REMOTE, (json.dumps(asdict(remote), indent=1) + "\n").encode())
-            content = (Path(scratch) / name).read_bytes()
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(out / name, content)
-            copied += len(content)
-        if not on_demand:
-            forget_store(out)
-    return StageReport(len(small) + (0 if on_demand else len(dataset.shards)), copied, kept)
+            elif not original:
+                write_whole(out / ORIGIN, json.dumps({"origin": store.url}).encode())
+            for name in (*(name for name in small if name != MANIFEST), MANIFEST):
+                if name == MANIFEST and on_demand:
+                    write_whole(out / REMOTE, (json.dumps(asdict(remote), indent=1) + "\n").encode())
+                if name in own_words or (name == MANIFEST and own is not None):
+                    continue
+                content = (Path(scratch) / name).read_bytes()
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                write_whole(out / name, content)
+                copied += len(content)
+            if own is not None:
+                take_removals(out, own, dataset)
+            if not on_demand:
+                forget_store(out)
+    return StageReport(len(small) + (0 if on_demand else len(dataset.shards)), copied, kept, own_words)
 
 
 def _fetch_small(store: Store, folder: Path) -> Dataset:
@@ -90,13 +108,13 @@ def _fetch_small(store: Store, folder: Path) -> Dataset:
         except FileNotFoundError:
             continue  # what must be there is missed when it is opened
     dataset = open_dataset(folder)
-    for name in (removal.path for removal in dataset.manifest.removals):
+    indexes = {index_of(Path(entry.path)).as_posix() for entry in dataset.shards} - {entry.path for entry in dataset.shards}
+    for name in (*(removal.path for removal in dataset.manifest.removals), *sorted(indexes)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(store.read(name))
-    for entry in dataset.shards:
-        if (index := index_of(Path(entry.path)).as_posix()) != entry.path:
-            (folder / index).parent.mkdir(parents=True, exist_ok=True)
-            (folder / index).write_bytes(store.read(index))
+        try:
+            (folder / name).write_bytes(store.read(name))
+        except FileNotFoundError as exc:
+            raise DataError(f"{store.url}/{name}: is not there, but belongs to the data set. Restore it in the store.") from exc
     wanted = dataset.manifest.tokenizer
     if wanted and ((path := folder / TOKENIZER).exists() is False or hash_of(path) != wanted.sha256):
         raise DataError(f"{store.url}/{TOKENIZER}: is not the one that {MANIFEST} names. Restore it in the store.")
@@ -129,6 +147,7 @@ def _fetch(store: Store, name: str, size: int, wanted: str, target: Path, progre
                 file.write(content)
                 progress(start + len(content))
             file.flush()
+            os.fsync(file.fileno())
         if digest.hexdigest() != wanted:
             return f"{store.url}/{name}: sha256 {digest.hexdigest()}, but the manifest says {wanted}"
         temporary.replace(target)

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from officina.trainer.data.chat import CHAT_TEMPLATE
 from officina.trainer.data.manifest import MANIFEST, WORK, ShardEntry, sync_folder, write_whole
 from officina.trainer.data.packing import FOLDER as PLANS
 from officina.trainer.data.parts import TRAIN, VALIDATION, Segment
+from officina.trainer.data.removal import FOLDER as REMOVED
 from officina.trainer.data.shards import Shard
 from officina.trainer.errors import DataError
 
@@ -55,6 +57,12 @@ def full_disk_told(folder: Path) -> Iterator[None]:
 def prepare(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
     """Go on with an unfinished build of the same, or clear the folder: first the manifest, then the rest."""
     stands, file = (folder / MANIFEST).exists(), folder / WORK / PLAN
+    if stands and not file.exists() and not overwrite:
+        finish(folder)  # another process built it between this one's first look and its claim
+        raise DataError(told_of_data_set(folder))
+    if stands and (lists := sorted(f"{REMOVED}/{path.name}" for path in (folder / REMOVED).glob("*.jsonl"))):
+        raise DataError(f"{folder}: documents were removed from it on request ({', '.join(lists)}), and a build from the same "
+                        "inputs would bring them back. Build into another folder, from inputs without them.")
     if file.exists():
         before = json.loads(file.read_bytes())
         differing = [key for key in plan if before.get(key) != json.loads(json.dumps(plan[key]))]
@@ -73,6 +81,19 @@ def prepare(folder: Path, plan: dict[str, Any], overwrite: bool) -> None:
                  *folder.glob(CHAT_TEMPLATE)]:
         path.unlink()
     write_whole(file, json.dumps(plan, indent=1).encode())
+
+
+def finish(folder: Path) -> None:
+    """Remove the work folder, the plan first: without it nobody goes on with a build that is done."""
+    (folder / WORK / PLAN).unlink(missing_ok=True)
+    sync_folder(folder / WORK)
+    shutil.rmtree(folder / WORK)
+
+
+def told_of_data_set(folder: Path) -> str:
+    """That there is one already."""
+    return (f"{folder} holds a data set already. Show it with `officina data inspect {folder}`, build into another folder, or "
+            "replace it with --overwrite.")
 
 
 def place_shards(folder: Path, done: Sequence[list[Segment]]) -> list[ShardEntry]:

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 
 from officina.launch.cli import main
+from officina.trainer.data import build as build_module
 from officina.trainer.data import scan, workers
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.documents import Fields, document_id
 from officina.trainer.data.manifest import MANIFEST, WORK, open_dataset
 from officina.trainer.data.parts import count_words
+from officina.trainer.data.removal import remove
 from officina.trainer.data.shards import Shard
 from officina.trainer.data.stream import Stream
 from officina.trainer.data.verify import verify
@@ -161,6 +163,10 @@ def test_too_many_sources_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         build(tmp_path / "out", BuildOptions(inputs=[tmp_path / "in.jsonl"], vocab_size=300, fields=Fields(source="from")))
     with pytest.raises(DataError, match=r"the language field gives 4 languages, at most 3.*--language-field NAME"):
         build(tmp_path / "out", BuildOptions(inputs=[tmp_path / "in.jsonl"], vocab_size=300))
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(f"x{i}")
+    with pytest.raises(DataError, match=r"4 inputs give as many sources, at most 3 are.*--source-field NAME"):
+        build(tmp_path / "out", BuildOptions(inputs=[tmp_path / f"{i}.txt" for i in range(4)], vocab_size=300))
 
 
 # ---- kills -----------------------------------------------------------------------------------------------------------
@@ -284,3 +290,47 @@ def test_one_build_at_a_time(corpus: Path, tmp_path: Path) -> None:
             build(tmp_path / "out", BuildOptions(inputs=[corpus], **OPTIONS))
         holder.communicate()
     build(tmp_path / "out", BuildOptions(inputs=[corpus], **OPTIONS))
+
+
+def test_a_build_that_was_overtaken_takes_nothing_away(corpus: Path, tmp_path: Path, small_parts: None,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process builds the data set after this one saw that there is none, and before it claims the folder."""
+    options, plan = BuildOptions(inputs=[corpus], **OPTIONS), build_module.plan_parts
+
+    def overtaken(*args: object) -> object:
+        monkeypatch.setattr(build_module, "plan_parts", plan)
+        build(tmp_path / "out", options)
+        return plan(*args)
+
+    monkeypatch.setattr(build_module, "plan_parts", overtaken)
+    with pytest.raises(DataError, match=r"holds a data set already"):
+        build(tmp_path / "out", options)
+    assert verify(tmp_path / "out").faults == [] and not (tmp_path / "out" / WORK).exists()
+
+
+def test_a_kill_while_the_work_folder_is_removed_leaves_a_data_set(corpus: Path, tmp_path: Path, small_parts: None,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(folder: Path) -> None:
+        for path in sorted(folder.iterdir())[:3]:
+            path.unlink()
+        raise KeyboardInterrupt
+
+    options = BuildOptions(inputs=[corpus], **OPTIONS)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", killed)
+        build(tmp_path / "out", options)
+    assert any((tmp_path / "out" / WORK).iterdir())
+    with pytest.raises(DataError, match=r"holds a data set already"):
+        build(tmp_path / "out", options)
+    assert verify(tmp_path / "out").faults == []
+    build(tmp_path / "out", replace(options, overwrite=True))
+    assert verify(tmp_path / "out").faults == []
+
+
+def test_a_build_does_not_bring_removed_documents_back(corpus: Path, tmp_path: Path, small_parts: None) -> None:
+    options = BuildOptions(inputs=[corpus], **OPTIONS)
+    build(tmp_path / "out", options)
+    remove(tmp_path / "out", ["doc-a-3"])
+    with pytest.raises(DataError, match=r"removed from it on request \(removed/00001\.jsonl\), and a build from"):
+        build(tmp_path / "out", replace(options, overwrite=True))
+    assert len(open_dataset(tmp_path / "out").manifest.removals) == 1 and verify(tmp_path / "out").faults == []

@@ -13,6 +13,9 @@ from stores import Fault, Served, answer, busy, cut_off, over_http, over_s3, ref
 
 from officina.trainer.data import remote
 from officina.trainer.data.chat import CHAT_TEMPLATE
+from officina.trainer.data.croissant import CROISSANT
+from officina.trainer.data.describe import change
+from officina.trainer.data.integrity import ORIGIN
 from officina.trainer.data.loader import Loader
 from officina.trainer.data.manifest import MANIFEST, open_dataset
 from officina.trainer.data.remote import PIECES, REMOTE, TRIES, Pieces, Remote
@@ -230,6 +233,23 @@ def test_removed_documents_of_a_set_in_a_store_are_not_read(served: Served, corp
     stage_from_store(served.url.replace("corpus", "asked"), tmp_path / "here", on_demand=True)
     assert digests(tmp_path / "here") == digests(asked) != digests(corpus)
     assert (tmp_path / "here" / CHAT_TEMPLATE).read_text() == "{{ messages }}"
+    (asked / "removed" / "00001.jsonl").unlink()
+    with pytest.raises(DataError, match=r"asked/removed/00001\.jsonl: is not there, but belongs to the data set\. Restore it"):
+        stage_from_store(served.url.replace("corpus", "asked"), tmp_path / "again")
+
+
+@only_http
+def test_what_is_mended_from_a_store_goes_on_saying_what_it_says(served: Served, corpus: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(corpus, tmp_path / "own"))
+    change(own, licence="CC-BY-NC-4.0")
+    wanted = (own / MANIFEST).read_bytes()
+    damage(own, 1)
+    assert stage_from_store(served.url, own).own_words == [CROISSANT, MANIFEST]
+    assert (own / MANIFEST).read_bytes() == wanted and verify(own).faults == [] and not (own / ORIGIN).exists()
+    stage_from_store(served.url, tmp_path / "copy")
+    change(tmp_path / "copy", licence="CC-BY-NC-4.0")
+    assert stage_from_store(served.url, tmp_path / "copy").own_words == []
+    assert (tmp_path / "copy" / MANIFEST).read_bytes() == (corpus / MANIFEST).read_bytes()
 
 
 @only_http

@@ -17,7 +17,7 @@ from officina.trainer.data.loader import Loader, StepData, validation_rows
 from officina.trainer.data.manifest import open_dataset, write_manifest
 from officina.trainer.data.megatron import export_megatron
 from officina.trainer.data.removal import remove, removed_documents
-from officina.trainer.data.shard_writer import SplitWriter
+from officina.trainer.data.shard_writer import SplitWriter, write_records
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 from officina.trainer.run_dir import save_config
@@ -200,3 +200,10 @@ def test_a_lost_or_changed_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"removed/00001\.jsonl: is missing or changed.*would be trained on"):
         steps(tmp_path, 1)
     assert "removed/00001.jsonl: is missing or changed" in verify(tmp_path).faults[0]
+
+
+def test_a_split_that_is_added_brings_no_record_back(tmp_path: Path) -> None:
+    write_records(tmp_path / "d", [b"one", b"two"], name="d")
+    remove(tmp_path / "d", ["shards/train-00000.dls:1"])
+    write_records(tmp_path / "d", [b"three"], name="d", split="validation")
+    assert len(open_dataset(tmp_path / "d").manifest.removals) == 1 and verify(tmp_path / "d").faults == []

@@ -5,14 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_sets import tokenizer_info, write_tokens
 
+from officina.trainer.data.croissant import write_croissant
+from officina.trainer.data.describe import change
 from officina.trainer.data.integrity import ORIGIN
 from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.policy import Policy
 from officina.trainer.data.remote import PIECES, REMOTE
 from officina.trainer.data.removal import remove
 from officina.trainer.data.stage import stage
@@ -64,6 +68,60 @@ def test_a_copy_does_not_bring_removed_documents_back(dataset: Path, tmp_path: P
     remove(tmp_path / "copy", ["shards/train-00000.dls:1"])
     stage(tmp_path / "copy", dataset)
     assert content(dataset) == content(tmp_path / "copy")
+
+
+def test_a_mended_data_set_goes_on_saying_what_it_says(dataset: Path, tmp_path: Path) -> None:
+    """A repair from a copy that was made before licence and conditions of use changed takes neither back."""
+    copy, shard = tmp_path / "copy", dataset / "shards" / "train-00001.dls"
+    stage(dataset, copy)
+    change(dataset, licence="CC-BY-NC-4.0", policy=Policy(not_after="2030-12-31"))
+    write_croissant(dataset)
+    wanted = content(dataset)
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert stage(copy, dataset).own_words == ["policy.json", "croissant.json", "dataset.json"]
+    assert content(dataset) == wanted and not (dataset / ORIGIN).exists()
+    remove(copy, ["shards/train-00000.dls:1"])  # but what must not be trained on there is not trained on here either
+    stage(copy, dataset)
+    assert open_dataset(dataset).manifest.removals == open_dataset(copy).manifest.removals and verify(dataset).faults == []
+    assert open_dataset(dataset).manifest.licence == "CC-BY-NC-4.0"
+    assert stage(dataset, copy).own_words == [] and content(copy) == content(dataset)  # a copy takes on what it is a copy of
+
+
+@pytest.mark.parametrize("damaged", ["policy.json", "dataset.json", "shards.jsonl", "croissant.json"])
+def test_what_a_data_set_says_is_mended_too(dataset: Path, tmp_path: Path, damaged: str) -> None:
+    change(dataset, policy=Policy(not_after="2030-12-31"))
+    write_croissant(dataset)
+    stage(dataset, tmp_path / "copy")
+    wanted = content(dataset)
+    (dataset / damaged).write_bytes(b"x")
+    if damaged == "croissant.json":  # what it says can be told from the rest, and is left alone where that stands
+        (dataset / damaged).unlink()
+    stage(tmp_path / "copy", dataset)
+    assert content(dataset) == wanted and not (dataset / ORIGIN).exists()
+
+
+def test_a_data_set_that_cannot_be_read_keeps_its_lists_of_removed_documents(dataset: Path, tmp_path: Path) -> None:
+    stage(dataset, tmp_path / "copy")
+    remove(dataset, ["shards/train-00000.dls:1"])
+    (dataset / "dataset.json").write_bytes(b"{")
+    with pytest.raises(DataError, match=r"removed from it on request \(removed/00002\.jsonl\), but not from"):
+        stage(tmp_path / "copy", dataset)
+
+
+def test_a_disk_that_is_full_at_any_moment_is_told_and_the_copy_goes_on(dataset: Path, mount: Callable[..., Path]) -> None:
+    disk, told = mount("size=40k"), []
+    for pages in range(10, 100):
+        mount(f"size={4 * pages}k", again=True)
+        try:
+            stage(dataset, disk / "fast")
+            break
+        except DataError as full:
+            told.append(str(full))
+        assert not (disk / "fast" / "dataset.json").exists()
+    assert content(disk / "fast") == content(dataset) and verify(disk / "fast").faults == []
+    said = "\n".join(told)
+    assert "free. Nothing was copied" in said and "cannot be copied to" in said
+    assert f"{disk}/fast: cannot be written (No space left on device). Make room there" in said
 
 
 def test_a_whole_copy_asks_no_store(dataset: Path, tmp_path: Path) -> None:
