@@ -16,7 +16,6 @@ import math
 import torch
 from torch import Tensor
 
-from officina.kernels import flash_attention_launch as launch
 from officina.kernels.dispatch import INTERPRETED, Impl, choose_impl, why_not_triton, why_not_triton_on
 from officina.kernels.masks import dense_mask
 from officina.kernels.ops import define_op
@@ -107,6 +106,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, spans: Te
 
 
 def _forward(q, k, v, spans, causal, scale, window, softcap, deterministic):
+    from officina.kernels import flash_attention_launch as launch  # the kernels' files: a rank on a CPU needs none of them
+
     out, lse = _forward_fake(q, k, v, spans, causal, scale, window, softcap, deterministic)
     launch.forward(q, k, v, out, lse, spans, causal, scale, window, softcap)
     return out, lse
@@ -119,6 +120,8 @@ def _forward_fake(q, k, v, spans, causal, scale, window, softcap, deterministic)
 
 
 def _backward(dout, dlse, out, lse, q, k, v, spans, causal, scale, window, softcap, deterministic):
+    from officina.kernels import flash_attention_launch as launch
+
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv = _backward_fake(dout, dlse, out, lse, q, k, v, spans, causal, scale, window, softcap, deterministic)
     launch.backward(dout, dlse, out, lse, q, k, v, dq, dk, dv, spans, causal, scale, window, softcap, deterministic)
