@@ -24,10 +24,10 @@ from officina.trainer.data.manifest import (
     Manifest,
     ShardEntry,
     TokenizerInfo,
-    open_dataset,
     write_manifest,
     write_whole,
 )
+from officina.trainer.data.remote import open_whole
 from officina.trainer.data.removal import removed_documents
 from officina.trainer.data.shard_writer import ShardWriter
 from officina.trainer.data.shards import DTYPES, INDEX_SUFFIX, Shard
@@ -156,7 +156,7 @@ def export_megatron(dataset_folder: str | Path, out: str | Path,
 
     Returns path, documents and tokens of each. Raises DataError for records, and for files that are there already.
     """
-    dataset, out, done = open_dataset(dataset_folder), Path(out), 0
+    dataset, out, done = open_whole(dataset_folder), Path(out), 0
     if dataset.manifest.sealed:
         raise DataError(f"{dataset_folder} is sealed, and Megatron's files lie open. Build one without --seal where you may.")
     if dataset.manifest.kind != "tokens":

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from officina.trainer.data.manifest import ShardEntry
+from officina.trainer.data.manifest import Dataset, ShardEntry, open_dataset
 from officina.trainer.data.storage import ByteArray
 from officina.trainer.errors import DataError
 
@@ -139,6 +139,15 @@ def remote_of(folder: Path) -> Remote | None:
         return None
     except (OSError, ValueError, TypeError) as exc:
         raise DataError(f"{folder / REMOTE}: cannot be read ({exc}). Stage the data set again: officina data stage.") from exc
+
+
+def open_whole(folder: str | Path) -> Dataset:
+    """The data set, for what reads all of its shards. Raises DataError if they are in a store."""
+    dataset = open_dataset(folder)
+    if remote := remote_of(dataset.folder):
+        raise DataError(f"{folder}: its shards are in {remote.url.split('?')[0]}, and this reads all of them. Stage the data "
+                        "set whole: officina data stage, without --on-demand.")
+    return dataset
 
 
 class Pieces:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from officina.trainer.data.documents import document_id
-from officina.trainer.data.manifest import Dataset, Removal, ShardEntry, open_dataset, rewrite_manifest, write_whole
+from officina.trainer.data.manifest import Dataset, Removal, ShardEntry, rewrite_manifest, write_whole
+from officina.trainer.data.remote import open_whole
 from officina.trainer.data.shards import Shard
 from officina.trainer.errors import DataError
 
@@ -41,7 +42,7 @@ class RemovalReport:
 def remove(folder: str | Path, names: Iterable[str]) -> RemovalReport:
     """Remove documents from the data set: by their ids, as the inputs gave them or as 32 hexadecimal digits, or by
     SHARD:NUMBER as `officina data inspect` shows them. Raises DataError if none of them is found."""
-    dataset = open_dataset(folder)
+    dataset = open_whole(folder)
     wanted = [name.strip() for name in names if name.strip()]
     found, missing = _find(dataset, wanted)
     gone = removed_documents(dataset)

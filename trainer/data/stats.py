@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from officina.trainer.data.documents import NO_LANGUAGE
-from officina.trainer.data.manifest import STATS, Dataset, open_dataset
+from officina.trainer.data.manifest import STATS, Dataset
+from officina.trainer.data.remote import open_whole
 from officina.trainer.data.removal import removed_documents
 from officina.trainer.data.shards import Shard
 from officina.trainer.errors import DataError
@@ -75,7 +76,7 @@ class Statistics:
 
 def statistics(folder: str | Path, split: str = "train") -> Statistics:
     """Count the split's documents. Raises DataError if there is no such split."""
-    dataset = open_dataset(folder)
+    dataset = open_whole(folder)
     entries = dataset.of_split(split)
     if not entries:
         raise DataError(f"{folder}: has no split {split}, only {sorted(dataset.manifest.splits)}. "

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from officina.trainer.data.manifest import TOKENIZER, Dataset, ShardEntry, open_dataset
+from officina.trainer.data.manifest import TOKENIZER, Dataset, ShardEntry
 from officina.trainer.data.packing import FOLDER as PLANS
 from officina.trainer.data.packing import load_plan
-from officina.trainer.data.remote import remote_of
+from officina.trainer.data.remote import open_whole
 from officina.trainer.data.removal import removed_documents
 from officina.trainer.data.seal import read_seal
 from officina.trainer.data.shards import Shard
@@ -34,13 +34,10 @@ def verify(folder: str | Path, progress: Callable[[int], None] = lambda done_byt
     `progress` is called with the bytes read so far. key: of a sealed set, tries every block's seal too. Raises DataError if
     there is no readable manifest.
     """
-    dataset = open_dataset(folder)
+    dataset = open_whole(folder)
     if key and not dataset.manifest.sealed:
         raise DataError(f"--key {key}: {folder} is not sealed. Leave the key out.")
     seal = read_seal(key, dataset.manifest.sealed) if key else None
-    if remote := remote_of(dataset.folder):
-        raise DataError(f"{folder}: its shards are in {remote.url.split('?')[0]}, and each piece is verified when it is read. "
-                        "Stage the data set whole to verify it: officina data stage, without --on-demand.")
     faults, done_bytes = _tokenizer_faults(dataset) + _removal_faults(dataset) + _plan_faults(dataset), 0
     for entry in dataset.shards:
         found, done_bytes = _sha256(dataset.folder / entry.path, done_bytes, progress)

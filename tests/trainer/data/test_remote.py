@@ -18,10 +18,12 @@ from officina.trainer.data.describe import change
 from officina.trainer.data.integrity import ORIGIN
 from officina.trainer.data.loader import Loader
 from officina.trainer.data.manifest import MANIFEST, open_dataset
+from officina.trainer.data.megatron import export_megatron
 from officina.trainer.data.remote import PIECES, REMOTE, TRIES, Pieces, Remote
 from officina.trainer.data.removal import remove
 from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES
 from officina.trainer.data.stage_remote import stage_from_store
+from officina.trainer.data.stats import statistics
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 
@@ -145,8 +147,9 @@ def test_a_store_that_refuses_or_is_gone_stops_the_run_with_its_name(served: Ser
     served.faults += [whole]
     with pytest.raises(DataError, match=r"this server gives whole files alone"):
         stage_from_store(served.url, tmp_path / "other", on_demand=True)
-    with pytest.raises(DataError, match=r"its shards are in (http|s3):.*without --on-demand"):
-        verify(tmp_path / "here")
+    for reads_all in (verify, statistics, lambda here: remove(here, ["x"]), lambda here: export_megatron(here, tmp_path / "m")):
+        with pytest.raises(DataError, match=r"its shards are in (http|s3):.*this reads all of them.*without --on-demand"):
+            reads_all(tmp_path / "here")
     served.faults += [refused]
     with pytest.raises(DataError, match=r"/corpus/shards/train-0000\d\.dls: the store refuses \(.*(403|Access Denied).*"
                                         "credentials"):
