@@ -13,6 +13,7 @@ from officina.configs.compose import Composed, compose_all, recompose
 from officina.trainer.checkpoint.layout import Unreadable, checkpoints_dir, read_commit, step_dir
 from officina.trainer.checkpoint.verify import list_checkpoints
 from officina.trainer.config import RunConfig
+from officina.trainer.data.gate import use_problems
 from officina.trainer.data.manifest import sync_folder
 from officina.trainer.data.register import Going
 from officina.trainer.data.register import enter as enter_registers
@@ -134,8 +135,11 @@ def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devi
     reported = {problem.key for problem in found}
     found += [problem for problem in against if problem.key not in reported]
     named = {match[1] for word in words if (match := re.match(r"\+*data\.sources\.([^.=]+)", word))}
-    run = composed.run if found else _staged(carry_forward(origin.run, composed.run, origin.position, named), origin.step,
-                                             origin.position)
+    run = composed.run
+    if not found:
+        run = _staged(carry_forward(origin.run, run, origin.position, named), origin.step, origin.position)
+        if run is not composed.run:  # a source that comes back was in no mixture until here
+            found = use_problems(run, _going(origin, branch))
     return Plan(run, origin.run_dir, "branch" if branch else "resume", tuple(words), composed.defaults, found,
                 changes(origin.run, run), origin, force)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from data_sets import write_tokens
 
+from officina.launch import start
 from officina.launch.start import plan_resume, plan_train, write_start
-from officina.trainer.config import DDPConfig, RunConfig, SingleConfig, SourceConfig
+from officina.trainer.config import CheckpointConfig, DDPConfig, ObjectiveConfig, RunConfig, SingleConfig, SourceConfig
 from officina.trainer.data.describe import change
 from officina.trainer.data.ledger import audit
 from officina.trainer.data.policy import Policy
@@ -89,3 +90,70 @@ def test_a_start_on_the_command_line_enters_the_register(tmp_path: Path, monkeyp
     path = tmp_path / "set" / "use" / f"{entry.run}.json"
     path.write_text(path.read_text().replace(entry.last, old.strftime("%Y-%m-%dT%H:%M:%S.%fZ")))
     assert plan_train([*words, "name=two"], tmp_path / "runs", world_size=1).problems == []
+
+
+def test_a_run_that_is_killed_before_its_first_save_is_counted(pool, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "set", Policy(max_runs=1), engine=SingleConfig(), checkpoint=CheckpointConfig(every_steps=0),
+                   objective=ObjectiveConfig(max_nonfinite_steps=2))
+    begin(tmp_path / "run", run)
+    enter(run, Going(read_run_id(tmp_path / "run")))
+    with pytest.raises(RankFailure, match="not finite in 2 steps in a row"):
+        pool.run(1, "tests.lives:live", str(tmp_path / "run"), fault="nan")
+    assert committed_steps(tmp_path / "run") == []
+    [entry] = read_entries(tmp_path / "set" / "use")
+    assert entry.rows == 7, "its first step, written down when it was done"
+
+
+# ---- sources that come back ------------------------------------------------------------------------------------------
+def two_sources(tmp_path: Path) -> list[str]:
+    """The words of a run on `text`, and on `late`, whose conditions will have ended."""
+    make_run(tmp_path / "text", Policy())
+    make_run(tmp_path / "late", Policy())
+    return ["steps=8", "ranks=2", "precision=fp32", "device=cpu", "threads=1", "engine=ddp", "model.vocab_size=2048",
+            "model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64",
+            "batch.global_tokens=224", "batch.seq_len=32", "batch.micro_rows=2", "lr_schedule.warmup_steps=1",
+            "checkpoint.every_steps=3", "eval.every_steps=0", "name=run",
+            f"data.sources.text.path={tmp_path / 'text'}", f"data.sources.late.path={tmp_path / 'late'}"]
+
+
+def test_a_source_that_comes_back_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    plan = plan_train(two_sources(tmp_path), tmp_path / "runs", world_size=2).checked()
+    write_start(plan, 2)
+    stands = {"at": start.Origin(plan.run_dir, plan.run, 1, 7)}
+    monkeypatch.setattr(start, "_read_origin", lambda *_, **__: stands["at"])
+    left = plan_resume(plan.run_dir, ["~data.sources.late"], world_size=2).checked()
+    assert [sorted(stage.weights) for stage in left.run.data.timeline] == [["late", "text"], ["text"]]
+    change(tmp_path / "late", policy=Policy(not_after="2020-01-01"))
+    stands["at"] = start.Origin(plan.run_dir, left.run, 2, 14)
+    assert not plan_resume(plan.run_dir, [], world_size=2).problems, "what left the mixture is not asked for"
+    [problem] = plan_resume(plan.run_dir, ["data.sources.late.weight=0.5"], world_size=2).problems
+    assert problem.key == "data.sources.late.path" and "may be used until 2020-01-01" in problem.rule
+    change(tmp_path / "late", policy=Policy(not_after="2999-01-01"))
+    assert len(plan_resume(plan.run_dir, ["data.sources.late.weight=0.5"], world_size=2).checked().run.data.timeline) == 3
+
+
+def test_what_an_older_checkpoint_reads_again_is_judged(pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on without a source whose conditions ended, from its newest checkpoint. That is damaged, and before it the
+    source is still read: all ranks refuse, and go on where its conditions allow it."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    plan = plan_train(two_sources(tmp_path), tmp_path / "runs", world_size=2).checked()
+    run_dir = plan.run_dir
+    write_start(plan, 2)
+    pool.run(2, "tests.lives:live", str(run_dir), stop_after=5)
+    assert committed_steps(run_dir) == [3, 5]
+    change(tmp_path / "late", policy=Policy(not_after="2020-01-01"))
+    write_start(plan_resume(run_dir, ["~data.sources.late"], world_size=2).checked(), 2)
+    file = run_dir / "checkpoints" / "step-00000005" / "rank-00000.bin"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(RankFailure) as failure:
+        pool.run(2, "tests.lives:live", str(run_dir))
+    told = str(failure.value)
+    assert "may be used until 2020-01-01" in told and "planned from step 5" in told and "step-00000005 is damaged" in told
+    assert f"go on from the older one: officina resume {run_dir}" in told and committed_steps(run_dir) == [3, 5]
+    assert told.count("DataError: the run goes on from step 3") >= 2, "every rank says so, and none waits for another"
+    change(tmp_path / "late", policy=Policy())
+    assert pool.run(2, "tests.lives:live", str(run_dir)) == [EXIT_DONE] * 2
+    assert audit(run_dir).ok and committed_steps(run_dir)[-1] == 8

@@ -21,13 +21,14 @@ from officina.trainer.checkpoint.read import OpenCheckpoint, open_checkpoint
 from officina.trainer.checkpoint.write import SaveOutcome, Saver
 from officina.trainer.config import RunConfig
 from officina.trainer.data.chat import ANSWER_ENDS, CHAT_TEMPLATE
-from officina.trainer.data.gate import deadline
-from officina.trainer.data.integrity import Quarantine
+from officina.trainer.data.gate import deadline, use_problems
+from officina.trainer.data.integrity import Quarantine, still_lost
 from officina.trainer.data.ledger import Ledger
 from officina.trainer.data.loader import Loader, StepData
-from officina.trainer.data.register import Uses
+from officina.trainer.data.register import Going, Uses
+from officina.trainer.data.shards import Lost
 from officina.trainer.environment import describe, device_facts, rank_facts, write_environment
-from officina.trainer.errors import EXIT_DONE, CheckpointError
+from officina.trainer.errors import EXIT_DONE, CheckpointError, DataError
 from officina.trainer.initial import all_weights, content_of, hex_sums, initial_adapter, initial_weights, keep_tokenizer
 from officina.trainer.loggers import Trackers, open_trackers
 from officina.trainer.metrics import (
@@ -100,7 +101,7 @@ class Job:
     """No step of this start has yet been seen to change the parameters."""
 
     def write(self, record: StepMetrics | EvalMetrics | SaveMetrics | StartMetrics | StopMetrics) -> None:
-        """To metrics.jsonl, the trackers and the terminal; rank 0 only."""
+        """To metrics.jsonl, the trackers, the terminal and, of a step, the registers of use; rank 0 only."""
         if self.metrics is None:
             return
         self.metrics.write(record)
@@ -108,6 +109,7 @@ class Job:
             self.trackers.write(record)
         if isinstance(record, StepMetrics):
             self.progress.update(record)
+            self._count_use()
         elif isinstance(record, EvalMetrics):
             self.progress.evaluated(record)
         elif isinstance(record, SaveMetrics) and record.problem:
@@ -130,7 +132,7 @@ class Job:
         if self.saved_step == self.step:
             return
         self.progress.phase("saving")
-        self._count_use()
+        self._count_use(now=True)
         if wait:
             self.saved(self.saver.wait())
         before = None if self.ledger is None else self.ledger.sync
@@ -162,12 +164,16 @@ class Job:
         """Which blocks are lost, and how the run could go on."""
         return self.quarantine.why_over({name: source.path for name, source in self.run.data.sources.items()})
 
-    def _count_use(self, *, done: bool = False) -> None:
+    def _count_use(self, *, now: bool = False, done: bool = False) -> None:
+        """Say what was read: at the first step, every few minutes, and `now`."""
         if self.uses is not None:
             try:
-                self.uses.record(self.position, done=done)
-            except OSError as error:  # the run is worth more than a count that the next save repeats
-                self.progress.say(f"the register of use could not be written ({error}); it is tried again at the next save")
+                if now:
+                    self.uses.record(self.position, done=done)
+                else:
+                    self.uses.step(self.position)
+            except OSError as error:  # the run is worth more than a count that is soon repeated
+                self.progress.say(f"the register of use could not be written ({error}); it is tried again later")
 
     def saved(self, outcome: SaveOutcome | None) -> None:
         """Take in how a save ended; nothing to do while it goes on in the background."""
@@ -184,7 +190,7 @@ class Job:
 
     def finish(self, reason: str, exit_status: int) -> int:
         """The orderly end. Raises CheckpointError if what was trained could not be saved."""
-        self._count_use(done=exit_status == EXIT_DONE)
+        self._count_use(now=True, done=exit_status == EXIT_DONE)
         self.write(StopMetrics(step=self.step, reason=reason, exit_status=exit_status))
         self.trackers.close(exit_status)
         if self.saved_step != self.step:
@@ -212,6 +218,8 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
         stack.callback(engine.close)
 
         opened = _newest_checkpoint(run_dir, ranks)
+        if opened is not None and opened.passed_over:
+            _judge_again(run_dir, run, opened, ranks)
         state, frozen = _fill(engine, run, run_dir, built, shapes, opened, ranks, stack)
         if opened is not None:
             verify_loaded(partial(_trained, engine, frozen), opened, ranks, held=storage_dtype(precision))
@@ -235,7 +243,8 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
             saver=Saver(run_dir, ranks, run.checkpoint, read_run_id(run_dir), damaged=opened.damaged if opened else ()),
             profiler=stack.enter_context(Profiler(run.profile, run_dir, ranks.rank, say=progress.say)),
             progress=progress, metrics=metrics, ledger=stack.enter_context(Ledger(run_dir)) if rank0 else None,
-            uses=Uses(run, read_run_id(run_dir)) if rank0 else None, quarantine=Quarantine(run.data.max_damaged_blocks),
+            uses=Uses(run, read_run_id(run_dir), state.position) if rank0 else None,
+            quarantine=Quarantine(run.data.max_damaged_blocks, _lost_before(run_dir, run, state.step, loader, ranks)),
             deadline=deadline(run, state.position),
             trackers=stack.enter_context(
                 open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),
@@ -290,6 +299,29 @@ def _newest_checkpoint(run_dir: Path, ranks: Ranks) -> OpenCheckpoint | None:
     if not started:
         return None
     return open_checkpoint(run_dir, ranks=ranks, run_id=read_run_id(run_dir))
+
+
+def _judge_again(run_dir: Path, run: RunConfig, opened: OpenCheckpoint, ranks: Ranks) -> None:
+    """From an older checkpoint than the one that was planned with, the run reads samples of an earlier mixture again, for which
+    nobody asked the conditions of use. Raises DataError on every rank if they are not kept."""
+    told, history = "", read_history(run_dir)
+    planned = int(history[-1]["step"]) if history else 0
+    if ranks.rank == 0 and planned > opened.step:
+        going = Going(read_run_id(run_dir), opened.step, opened.train_state.position)
+        if found := use_problems(run, going):
+            rules = "\n".join(f"  - {each.rule}" for each in found)
+            told = (f"the run goes on from step {opened.step}, not as planned from step {planned} ({opened.passed_over[0]}), "
+                    f"and would use data there whose conditions do not allow it:\n{rules}\nRestore the checkpoint from a copy; "
+                    "or, with new conditions from the provider (officina data describe DATASET --policy FILE), go on from the "
+                    f"older one: officina resume {run_dir}")
+    if told := ranks.broadcast_text(told):
+        raise DataError(told)
+
+
+def _lost_before(run_dir: Path, run: RunConfig, step: int, loader: Loader, ranks: Ranks) -> dict[str, Lost]:
+    """Blocks that earlier starts set aside; all ranks know what rank 0 finds."""
+    found = still_lost(run, run_dir, step, loader.fingerprints) if ranks.rank == 0 and step else {}
+    return json.loads(ranks.broadcast_text(json.dumps(found)))
 
 
 def fingerprint(run: RunConfig) -> str:

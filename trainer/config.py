@@ -316,8 +316,8 @@ class DataConfig:
     prefetch_batches: Positive = 4
     """Batches a background thread holds ready."""
     max_damaged_blocks: NonNegative = 16
-    """Blocks (256 KiB) that do not match their checksum and are not to be had elsewhere: their tokens carry no loss, and the
-    ledger names them. One more since the run's last start, and it stops in good order with their names; 0 = at the first."""
+    """Blocks (256 KiB) of the run that do not match their checksum and are not to be had elsewhere: their tokens carry no loss,
+    and the ledger names them. One more that was not repaired, and it stops in good order with their names; 0 = at the first."""
 
 
 @config

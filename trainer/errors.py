@@ -1,5 +1,6 @@
 """Errors a user can mend, and the exit statuses of every officina command."""
 
+import traceback
 from dataclasses import dataclass
 
 EXIT_DONE = 0
@@ -52,6 +53,12 @@ class DataError(OfficinaError):
 
 class CheckpointError(OfficinaError):
     """No checkpoint could be written or read; names the path and what is wrong with it."""
+
+
+def told_by_place(exc: BaseException) -> str:
+    """What a user's code raised, by type, file and line: its words may quote the data, and stand in no message or log."""
+    frame = traceback.extract_tb(exc.__traceback__)[-1]
+    return f"{type(exc).__name__} at {frame.filename}:{frame.lineno}"
 
 
 class LaunchError(OfficinaError):

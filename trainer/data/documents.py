@@ -12,7 +12,7 @@ from typing import Any
 from officina.trainer.data.chat import Chat
 from officina.trainer.data.formats import BadRow, Piece, printable, rows
 from officina.trainer.data.samples import COLUMNS, Part, read_sample
-from officina.trainer.errors import DataError
+from officina.trainer.errors import DataError, told_by_place
 
 TEXT_FIELDS, LANGUAGE_FIELDS, ID_FIELDS = ("text", "content"), ("lang", "language"), ("id", "doc_id", "__key__")
 """Fields that are taken where none is named, in the order of preference."""
@@ -301,9 +301,9 @@ class Filter:
         """Apply it; the document is changed in place. Raises DataError naming filter and place, and no text."""
         try:
             found = self.keep(document)
-        except Exception as exc:  # the user's code may raise anything, and its words may quote the data
-            raise DataError(f"{document.place}: filter {self.name} raised {type(exc).__name__}. Mend it: a filter returns "
-                            "True, False or the text to take instead.") from exc
+        except Exception as exc:  # the user's code may raise anything, and its words may quote the data: no traceback has them
+            raise DataError(f"{document.place}: filter {self.name} raised {told_by_place(exc)}. Mend it: a filter returns "
+                            "True, False or the text to take instead.") from None
         if isinstance(found, str) and document.parts:
             raise DataError(f"{document.place}: filter {self.name} returned a text, which cannot replace a sample's. Mend it: "
                             "for samples, a filter returns True or False.")

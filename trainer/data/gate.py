@@ -305,7 +305,11 @@ def _licences(source: Judged, use: UseConfig) -> tuple[list[Finding], list[tuple
     if not source.policy.licence:
         return [], [()]
     told = " and ".join(source.policy.licence)
-    sets = options(source.policy.licence)
+    try:
+        sets = options(source.policy.licence)
+    except DataError as exc:
+        rule, _, answer = str(exc).partition(". ")
+        return [Finding(source.name, False, rule, answer)], []
     broken = [list(_broken(chosen, use)) for chosen in sets]
     if all(broken):
         return [Finding(source.name, False, f"licence {told}: {rule}", answer, key, value)

@@ -9,17 +9,22 @@ step.
 import json
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from officina.trainer.config import RunConfig
 from officina.trainer.data.manifest import Dataset, ShardEntry
+from officina.trainer.data.reader import open_source
 from officina.trainer.data.remote import Store, is_url
-from officina.trainer.data.shards import GRANULE_BYTES, Lost, Shard, merge_lost
+from officina.trainer.data.shards import GRANULE_BYTES, DamagedBlock, Lost, Shard, merge_lost
+from officina.trainer.data.stream import Stream
 from officina.trainer.errors import DataError
+from officina.trainer.run_dir import LEDGER
 
 if TYPE_CHECKING:  # the loader needs torch, a login node has none
     from officina.trainer.data.loader import StepData
@@ -133,7 +138,7 @@ def origin_of(folder: Path) -> str | None:
 # ---- agreement of the ranks ----------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class Quarantine:
-    """What the ranks know together of damaged blocks, since this start of the run."""
+    """What the ranks know together of damaged blocks."""
 
     budget: int
     """`data.max_damaged_blocks`."""
@@ -142,7 +147,7 @@ class Quarantine:
 
     @property
     def blocks(self) -> int:
-        """Blocks set aside so far."""
+        """Blocks set aside so far, in all starts of the run."""
         return sum(len(numbers) for shards in self.lost.values() for numbers in shards.values())
 
     @property
@@ -170,6 +175,37 @@ class Quarantine:
         return (f"{self.blocks} blocks are damaged, more than data.max_damaged_blocks={self.budget}:\n" + "\n".join(named) +
                 f"\nMend the data set from a copy (officina data stage COPY {folders[sources[0]]}), then go on; "
                 f"or go on without these blocks: data.max_damaged_blocks={self.blocks}")
+
+
+def still_lost(run: RunConfig, run_dir: Path, step: int, sources: Iterable[str]) -> dict[str, Lost]:
+    """The blocks of `sources` that were set aside up to `step`, as the ledger says, and are damaged still: what was repaired
+    since is lost no more."""
+    lost = merge_lost(*(line.get("lost", {}) for line in _lines_of_loss(run_dir / LEDGER) if line.get("step", 0) <= step))
+    found: dict[str, Lost] = {}
+    for name in sorted(set(sources) & set(lost)):
+        stream = Stream(open_source(run, name), run.data.split, read=run.data.read)
+        for number, entry in enumerate(stream.entries):
+            if blocks := [block for block in lost[name].get(entry.path, ()) if not _is_sound(stream.shard(number), block)]:
+                found.setdefault(name, {})[entry.path] = blocks
+    return found
+
+
+def _lines_of_loss(ledger: Path) -> Iterator[dict[str, Any]]:
+    """The steps that read without some blocks; their lines alone are parsed, for a ledger may have millions."""
+    if ledger.exists():
+        with open(ledger, "rb") as lines:
+            for line in lines:
+                if b'"lost":' in line:
+                    with suppress(ValueError):  # a torn or damaged line is told by `officina data audit`
+                        yield json.loads(line)
+
+
+def _is_sound(shard: Shard, block: int) -> bool:
+    try:
+        shard.check(*(np.asarray([token]) for token in shard.token_span(block)))
+    except DamagedBlock:
+        return False
+    return True
 
 
 def spans_of(lost: Lost, entries: list[ShardEntry], itemsize: int) -> tuple[np.ndarray, np.ndarray]:

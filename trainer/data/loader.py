@@ -26,7 +26,7 @@ from officina.trainer.data.reader import RowReader, validation_streams
 from officina.trainer.data.rows import Record, Rows
 from officina.trainer.data.shards import Lost, merge_lost
 from officina.trainer.data.stream import Stream
-from officina.trainer.errors import DataError
+from officina.trainer.errors import DataError, told_by_place
 
 Decode = Callable[[bytes], dict[str, torch.Tensor]]
 
@@ -360,9 +360,9 @@ def _record_batches(records: list[Record], padding: Record, sizes: list[int], de
 def _decoded(decode: Decode, record: bytes, where: str) -> dict[str, torch.Tensor]:
     try:
         return decode(record)
-    except Exception as exc:  # the user's code may raise anything, and its words may quote the data
-        raise DataError(f"{where}: model.decoder {decode.__module__}:{decode.__qualname__} raised {type(exc).__name__} on its "
-                        f"{len(record)} bytes. Mend the decoder, or leave the sample out with data.skip=[[a,b]].") from exc
+    except Exception as exc:  # the user's code may raise anything, and its words may quote the data: no traceback has them
+        raise DataError(f"{where}: model.decoder {decode.__module__}:{decode.__qualname__} raised {told_by_place(exc)} on its "
+                        f"{len(record)} bytes. Mend the decoder, or leave the sample out with data.skip=[[a,b]].") from None
 
 
 def _decoder(run: RunConfig) -> Decode | None:

@@ -47,11 +47,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _small_permutation(size: int, keys: tuple[int, ...]) -> np.ndarray:
-    """(size,) int64: the places sorted by a keyed 64-bit hash."""
+    """(size,) uint16, since 64 of them are kept: the places sorted by a keyed 64-bit hash."""
     x = np.arange(size, dtype=np.uint64)
     for key in keys:
         x = _mix(x + np.uint64(key))
-    return np.argsort(x, kind="stable")
+    return np.argsort(x, kind="stable").astype(np.uint16)
 
 
 def permute(indices: np.ndarray, size: int, keys: tuple[int, ...]) -> np.ndarray:
@@ -61,7 +61,7 @@ def permute(indices: np.ndarray, size: int, keys: tuple[int, ...]) -> np.ndarray
     the result lies below `size`; the domain exceeds `size` by 2 sqrt(size) at most, so that walks are rare.
     """
     if size <= SMALL:
-        return _small_permutation(size, keys)[indices]
+        return _small_permutation(size, keys)[indices].astype(np.int64)
     side = np.uint64(math.isqrt(size - 1) + 1)
     out = _feistel(indices.astype(np.uint64), side, keys)
     while (outside := np.flatnonzero(out >= np.uint64(size))).size:
@@ -309,7 +309,7 @@ def timeline_of(data: DataConfig) -> list[TimelineStage]:
 def sources_in_use(data: DataConfig, position: int = 0) -> list[str]:
     """Sources that a run at global sample `position` still reads: not those that have left its mixture and stay for the audit.
 
-    Before the last decision on the mixture, position makes no difference.
+    position: as for `still_to_come`.
     """
     if not data.timeline:
         return sorted(data.sources)
@@ -319,11 +319,13 @@ def sources_in_use(data: DataConfig, position: int = 0) -> list[str]:
 
 
 def still_to_come(data: DataConfig, position: int = 0) -> list[TimelineStage]:
-    """The stage of sample `position`, or of that at which the mixture was last decided, and those planned behind it."""
-    timeline = timeline_of(data)
-    behind = [] if data.planned_at is None else [
-        stage for stage in timeline if stage.from_sample > max(data.planned_at, position)]
-    return timeline[:len(timeline) - len(behind)][-1:] + behind
+    """The stage of sample `position` and those behind it, also where that is before the last decision on the mixture: a run may
+    go on from an older checkpoint. 0 = not known: from the last decision on."""
+    timeline, at = timeline_of(data), position or data.planned_at
+    if at is None:
+        return timeline[-1:]
+    return [stage for stage, after in zip(timeline, [*timeline[1:], None], strict=True)
+            if after is None or after.from_sample > at]
 
 
 def plan_stages(run: RunConfig, step: int, position: int) -> RunConfig:

@@ -4,28 +4,37 @@
 
 One file per run, written by that run alone and replaced as a whole, so that nothing needs a lock or an atomic append,
 which NFS does not have. A start writes its own file first and looks at the others then: of two starts at once at least
-one sees the other, and where both do and there is room for one only, both withdraw. A run that shows no sign of life for
-a day counts what it read, not what it planned.
+one sees the other, and where both do and there is room for one only, both withdraw. A run writes down what it read at its
+first step, at each save, every few minutes and at its end; without a sign of life for a day it counts that, not what it
+planned. A data set counts once, whatever the names that a mixture has for it.
 """
 
 import json
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from officina.trainer.config import RunConfig
-from officina.trainer.data.manifest import Dataset, open_dataset, write_whole
+from officina.trainer.data.integrity import ORIGIN
+from officina.trainer.data.manifest import MANIFEST, Dataset, open_dataset, write_whole
 from officina.trainer.data.order import Mixture, Skips, sources_in_use, timeline_of
 from officina.trainer.data.policy import Policy, policy_of
+from officina.trainer.data.remote import REMOTE
 from officina.trainer.data.stream import Stream
 from officina.trainer.errors import DataError
 
 FOLDER = "use"
 ALIVE = timedelta(days=1)
+EVERY_S = 300.0
+"""Between two notes of what a run has read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +110,15 @@ def folder_of(dataset: Dataset, register: str) -> Path:
     return Path(register) / dataset.manifest.fingerprint[:16] if register else dataset.folder / FOLDER
 
 
+def _register_of(run: RunConfig, name: str, dataset: Dataset) -> Path:
+    """Where the uses of source `name` are counted. Raises DataError for a copy: beside it no use of another would be known."""
+    mark = next((mark for mark in (ORIGIN, REMOTE) if (dataset.folder / mark).exists()), "")
+    if mark and not run.use.register:
+        raise DataError(f"data.sources.{name}: {dataset.folder} is a copy ({mark}) of data with a maximum of use, and would "
+                        "count from zero. Name one folder that all runs of this data can write: use.register=DIR")
+    return folder_of(dataset, run.use.register)
+
+
 def read_entries(folder: Path) -> list[Entry]:
     """All entries, oldest first. Raises DataError naming a file that is none: it may hold a use that counts."""
     found = []
@@ -115,31 +133,46 @@ def read_entries(folder: Path) -> list[Entry]:
 
 def tally(run: RunConfig, name: str, dataset: Dataset, going: Going, now: datetime) -> Tally:
     """What stands against the maximum use of source `name` before this run, and what the run would add."""
-    entries = read_entries(folder_of(dataset, run.use.register))
+    entries = read_entries(_register_of(run, name, dataset))
     own = f"{going.run_id}.{run.name}"
     mine = next((entry for entry in entries if going.run_id and entry.run == own), None)
     others = [entry for entry in entries if entry is not mine]
     counting = [entry for entry in others if entry.rows or entry.alive(now)]
     first_sample = mine.first_sample if mine else going.position if going.branch else 0
     row_tokens, split_rows = _rows(run, dataset)
-    return Tally(len(counting), sum(entry.counts(now) for entry in counting),
-                 planned_rows(run, name, first_sample, going), row_tokens, split_rows, entries[0].first if entries else "")
+    planned = planned_rows(run, _alike(run, dataset), first_sample, going)
+    return Tally(len(counting), sum(entry.counts(now) for entry in counting), planned, row_tokens, split_rows,
+                 entries[0].first if entries else "")
 
 
-def planned_rows(run: RunConfig, name: str, first_sample: int, going: Going) -> int:
-    """Rows of source `name` from `first_sample` to the end of the run, in closed form."""
+def planned_rows(run: RunConfig, names: Collection[str], first_sample: int, going: Going) -> int:
+    """Rows of the sources `names` from `first_sample` to the end of the run, in closed form."""
     mixture, left = Mixture(timeline_of(run.data)), max(run.steps - going.step, 0) * run.batch.rows
     stop = going.position
     if left:
         stop = int(Skips(run.data.skip).indices(going.position, np.asarray([left - 1]))[0]) + 1
-    return _between(mixture, name, first_sample, max(stop, first_sample))
+    return _between(mixture, names, first_sample, max(stop, first_sample))
 
 
-def _between(mixture: Mixture, name: str, first_sample: int, stop_sample: int) -> int:
-    if name not in mixture.names:
-        return 0
-    number = mixture.names.index(name)
-    return int(mixture.cursors(stop_sample)[number] - mixture.cursors(first_sample)[number])
+def _between(mixture: Mixture, names: Collection[str], first_sample: int, stop_sample: int) -> int:
+    numbers = [number for number, name in enumerate(mixture.names) if name in names]
+    return int((mixture.cursors(stop_sample) - mixture.cursors(first_sample))[numbers].sum())
+
+
+def _alike(run: RunConfig, dataset: Dataset) -> list[str]:
+    """The sources that have this content: one that left the mixture too, for what it gave before."""
+    found = []
+    for name, source in run.data.sources.items():
+        path = Path(source.path) / MANIFEST
+        with suppress(DataError, OSError):  # one that left may be gone from the disk
+            if _fingerprint(path, path.stat().st_mtime_ns) == dataset.manifest.fingerprint:
+                found.append(name)
+    return found
+
+
+@lru_cache(maxsize=1024)  # hundreds of sources are compared with each other
+def _fingerprint(path: Path, written_ns: int) -> str:
+    return open_dataset(path.parent).manifest.fingerprint
 
 
 def _rows(run: RunConfig, dataset: Dataset) -> tuple[int, int]:
@@ -157,18 +190,27 @@ def _rows(run: RunConfig, dataset: Dataset) -> tuple[int, int]:
 class Uses:
     """This run's entries in the registers of its data sets; only rank 0 has one."""
 
-    def __init__(self, run: RunConfig, run_id: str) -> None:
-        self._mixture, self._paths = Mixture(timeline_of(run.data)), {}
-        for name, dataset in _limited(run):
+    def __init__(self, run: RunConfig, run_id: str, position: int = 0) -> None:
+        """position: global sample index of the next sample; 0 = the beginning, or not known."""
+        self._names: dict[Path, list[str]] = {}
+        for _, dataset in _limited(run, position):
             path = folder_of(dataset, run.use.register) / f"{run_id}.{run.name}.json"
             if path.exists():
-                self._paths[name] = path
+                self._names[path] = _alike(run, dataset)
+        self._mixture = Mixture(timeline_of(run.data)) if self._names else None
+        self._noted_s = -math.inf
+
+    def step(self, position: int) -> None:
+        """As `record`, at the first step and every few minutes; nothing to do for data without a maximum."""
+        if self._names and time.monotonic() - self._noted_s >= EVERY_S:
+            self._noted_s = time.monotonic()
+            self.record(position)
 
     def record(self, position: int, *, done: bool = False) -> None:
         """Say that all samples before `position` have been read."""
-        for name, path in self._paths.items():
+        for path, names in self._names.items():
             entry = _ENTRY.validate_python(json.loads(path.read_bytes()))
-            rows = _between(self._mixture, name, entry.first_sample, max(position, entry.first_sample))
+            rows = _between(self._mixture, names, entry.first_sample, max(position, entry.first_sample))
             _write(path, replace(entry, rows=max(rows, entry.rows), last=_text(datetime.now(UTC)), done=done))
 
 
@@ -177,30 +219,39 @@ def enter(run: RunConfig, going: Going) -> None:
 
     Raises DataError if a register cannot be written, or if a start at the same moment came first and left no room.
     """
-    now = datetime.now(UTC)
-    for name, dataset in _limited(run):
-        folder = folder_of(dataset, run.use.register)
-        path = folder / f"{going.run_id}.{run.name}.json"
-        before = _ENTRY.validate_python(json.loads(path.read_bytes())) if path.exists() else None
-        row_tokens, split_rows = _rows(run, dataset)
-        first_sample = before.first_sample if before else going.position if going.branch else 0
-        entry = Entry(run=f"{going.run_id}.{run.name}", purpose=run.use.purpose, organisation=run.use.organisation,
-                      first=before.first if before else _text(now), last=_text(now), first_sample=first_sample,
-                      rows=before.rows if before else 0, planned_rows=planned_rows(run, name, first_sample, going),
-                      row_tokens=row_tokens, split_rows=split_rows)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(path, entry)
-        except OSError as exc:
-            raise DataError(f"{folder}: {exc.strerror}, but data.sources.{name} has a maximum of use, which is counted there. "
-                            "Name a folder that all runs of this data can write: use.register=DIR") from exc
-        found = tally(run, name, dataset, going, now)  # after writing: see above
-        rows = found.rows + found.planned_rows
-        if over := over_maximum(policy_of(dataset), found.runs + 1, rows, row_tokens, split_rows):
-            if before is None:
-                path.unlink()
-            raise DataError(f"data.sources.{name}: {over}; another run was entered at the same moment. Start again when it "
-                            f"has ended, or leave the source out: '~data.sources.{name}'")
+    made: list[Path] = []
+    try:
+        for name, dataset in _limited(run, going.position):
+            _enter(run, going, name, dataset, made)
+    except DataError:
+        for path in made:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _enter(run: RunConfig, going: Going, name: str, dataset: Dataset, made: list[Path]) -> None:
+    now, folder = datetime.now(UTC), _register_of(run, name, dataset)
+    path = folder / f"{going.run_id}.{run.name}.json"
+    before = _ENTRY.validate_python(json.loads(path.read_bytes())) if path.exists() else None
+    row_tokens, split_rows = _rows(run, dataset)
+    first_sample = before.first_sample if before else going.position if going.branch else 0
+    entry = Entry(run=f"{going.run_id}.{run.name}", purpose=run.use.purpose, organisation=run.use.organisation,
+                  first=before.first if before else _text(now), last=_text(now), first_sample=first_sample,
+                  rows=before.rows if before else 0, planned_rows=planned_rows(run, _alike(run, dataset), first_sample, going),
+                  row_tokens=row_tokens, split_rows=split_rows)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(path, entry)
+    except OSError as exc:
+        raise DataError(f"{folder}: {exc.strerror}, but data.sources.{name} has a maximum of use, which is counted there. "
+                        "Name a folder that all runs of this data can write: use.register=DIR") from exc
+    if before is None:
+        made.append(path)
+    found = tally(run, name, dataset, going, now)  # after writing: see above
+    rows = found.rows + found.planned_rows
+    if over := over_maximum(policy_of(dataset), found.runs + 1, rows, row_tokens, split_rows):
+        raise DataError(f"data.sources.{name}: {over}; another run was entered at the same moment. Start again when it "
+                        f"has ended, or leave the source out: '~data.sources.{name}'")
 
 
 def over_maximum(policy: Policy, runs: int, rows: int, row_tokens: int, split_rows: int) -> str:
@@ -214,8 +265,8 @@ def over_maximum(policy: Policy, runs: int, rows: int, row_tokens: int, split_ro
     return ""
 
 
-def _limited(run: RunConfig) -> Iterator[tuple[str, Dataset]]:
-    for name in sources_in_use(run.data):
+def _limited(run: RunConfig, position: int) -> Iterator[tuple[str, Dataset]]:
+    for name in sources_in_use(run.data, position):
         dataset = open_dataset(run.data.sources[name].path)
         if is_limited(policy_of(dataset)):
             yield name, dataset

@@ -145,7 +145,8 @@ MATRIX = [
     ("research of which kind", Policy(not_purpose=("commercial-research",)), U(purpose="research"), "and none is declared"),
     ("only non-commercial research", Policy(purpose=("non-commercial-research",)), U(purpose="non-commercial-research",
      commercial=True), "must be non-commercial-research"),
-    ("non-commercial research", parse_policy({"purpose": ["NonCommercialResearch"]}, "t"), U(purpose="research", commercial=False), None),
+    ("non-commercial research", parse_policy({"purpose": ["NonCommercialResearch"]}, "t"),
+     U(purpose="research", commercial=False), None),
     ("written by hand", parse_policy({"not_purpose": ["Commercial"]}, "t"), U(commercial=True), "must not be commercial"),
     ("pool", Policy(competition_pool="telecom"), U(), "belongs to the pool telecom"),
     ("weights stay", Policy(export="no"), U(), "must not be released"),
@@ -166,6 +167,7 @@ MATRIX = [
     ("ND, weights are none", Policy(licence=("CC-BY-ND-4.0",)), U(release=True, weights_derive=False), None),
     ("choice of licences", Policy(licence=("CC-BY-NC-4.0 OR CC-BY-4.0",)), U(commercial=True), None),
     ("both licences", Policy(licence=("CC-BY-4.0 AND CC-BY-NC-4.0",)), U(commercial=True), "is for non-commercial use"),
+    ("licence at an unknown address", Policy(licence=("https://example.org/terms",)), U(), "stands for no licence known here"),
     ("licence of its own", Policy(licence=("Terms of the Finnish Broadcasting Company",)), U(), None),
 ]
 

@@ -17,7 +17,7 @@ from officina.launch.report_page import page
 from officina.trainer.batch import IGNORE, Batch
 from officina.trainer.config import CustomModelConfig, ObjectiveConfig, RunConfig
 from officina.trainer.data import shards
-from officina.trainer.data.integrity import mend, origin_of, read_past_cache
+from officina.trainer.data.integrity import mend, origin_of, read_past_cache, still_lost
 from officina.trainer.data.ledger import Ledger, audit, read_ledger
 from officina.trainer.data.loader import Loader, StepData, validation_batches
 from officina.trainer.data.manifest import open_dataset, write_manifest
@@ -28,10 +28,10 @@ from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES, Shard
 from officina.trainer.data.stage import stage
 from officina.trainer.data.summary import receipt, summarise
 from officina.trainer.data.verify import verify
-from officina.trainer.errors import DataError
+from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, DataError
 from officina.trainer.evaluate import held_out
 from officina.trainer.ranks import LONE, Ranks
-from officina.trainer.run_dir import save_config
+from officina.trainer.run_dir import committed_steps, save_config
 
 BLOCK = GRANULE_BYTES // 4
 """Tokens of a block in u32."""
@@ -334,12 +334,42 @@ def test_beyond_the_budget_the_run_stops_with_names_and_goes_on_after_the_repair
     message = str(stopped.value)
     assert "DataError: stopped in good order after step" in message and "more than data.max_damaged_blocks=1" in message
     assert f"{text}/shards/train-00000.dls: blocks " in message and f"officina data stage COPY {text}" in message
+    saved = committed_steps(folder)
+    with pytest.raises(AssertionError) as again:
+        pool.run(1, "tests.lives:live", str(folder))
+    assert message.split("DataError: ")[-1].rstrip() in str(again.value) and committed_steps(folder) == saved, "no step more"
     stage(copy, text)  # as the message says
     assert verify(text).faults == []
     assert pool.run(2, "tests.lives:live", str(folder)) == [0, 0]
     assert audit(folder).faults == [] and audit(folder).steps == 8
     [line, *_] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"stop"' in line]
     assert (line["reason"], line["exit_status"]) == ("damaged data", 2)
+
+
+def test_the_budget_is_of_the_run_and_not_of_each_start(pool, text: Path, tmp_path: Path) -> None:
+    """Blocks that were repaired do not count, and a larger budget goes on."""
+    name, folder = "shards/train-00000.dls", tmp_path / "run"
+    for block in (0, 2):
+        flip(text, block)
+    run = life_of(text, max_damaged_blocks=1, shuffle=False,  # 4,096 rows of 32 to a block: two steps in each
+                  skip=[[14, 4200], [4214, 8300], [8314, 12400]])
+    begin(folder, run)
+    assert pool.run(1, "tests.lives:live", str(folder), stop_after=3) == [EXIT_CONTINUE]
+    for at in (4, 4):
+        with pytest.raises(AssertionError, match=rf"after step {at}, with a checkpoint: 2 blocks are damaged, more than .*=1"):
+            pool.run(1, "tests.lives:live", str(folder))
+    assert still_lost(run, folder, 4, ["text", "other"]) == {"text": {name: [0]}} and not still_lost(run, folder, 4, ["other"])
+    life = changed(folder, data=replace(run.data, max_damaged_blocks=2))
+    assert pool.run(1, "tests.lives:live", str(folder), stop_after=6) == [EXIT_CONTINUE]
+    assert still_lost(run, folder, 6, ["text"]) == {"text": {name: [0, 2]}}
+    changed(folder, data=replace(life.data, max_damaged_blocks=1), engine=replace_engine(2))
+    with pytest.raises(AssertionError, match=r"after step 6, with a checkpoint: 2 blocks are damaged, more than .*=1") as over:
+        pool.run(2, "tests.lives:live", str(folder))
+    assert "no answer from rank" not in str(over.value), "all ranks know of the blocks that the earlier starts lost"
+    flip(text, 0)  # repaired
+    assert still_lost(run, folder, 6, ["text"]) == {"text": {name: [2]}}
+    assert pool.run(2, "tests.lives:live", str(folder)) == [EXIT_DONE] * 2
+    assert audit(folder).faults == [] and audit(folder).lost == {"text": {name: [0, 2]}}
 
 
 def test_a_strict_reader_still_raises(data: Path) -> None:

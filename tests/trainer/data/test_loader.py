@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import threading
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -326,6 +328,8 @@ def test_data_that_does_not_fit_the_run(two_sources, tmp_path: Path) -> None:
 def decode(record: bytes) -> dict[str, torch.Tensor]:
     if record == b"\xff":
         raise ValueError("secret words of the record")
+    if record.startswith(b"odd"):
+        return {"x": int(record)}
     return {"x": torch.frombuffer(bytearray(record), dtype=torch.uint8)[:2].float(), "n": torch.tensor(len(record))}
 
 
@@ -382,3 +386,15 @@ def test_faults_of_a_decoder(tmp_path: Path) -> None:
     write_tokens(tmp_path / "tokens", {"train": [50]})
     with pytest.raises(DataError, match=r"holds tokens, but model.kind=custom reads records"):
         Loader(records_run(tmp_path / "tokens"), rank=0, world_size=1, position=0)
+
+
+def test_what_a_decoder_says_of_a_record_is_told_nowhere(tmp_path: Path) -> None:
+    """Not even in the traceback that a rank leaves behind: it may quote the record, and the record may be secret."""
+    write_records(tmp_path / "bad", [b"odd secret"], name="r")
+    with Loader(records_run(tmp_path / "bad"), rank=0, world_size=1, position=0) as loader:
+        with pytest.raises(DataError) as told:
+            loader.next_step()
+    text = "".join(traceback.format_exception(told.value))
+    assert "odd secret" not in text and re.search(r"raised ValueError at \S+\.py:\d+ on its 10 bytes", text)
+    line = next(n for n, words in enumerate(Path(__file__).read_text().splitlines(), 1) if 'return {"x": int(record)}' in words)
+    assert f"at {__file__}:{line} on" in text

@@ -16,6 +16,7 @@ from officina.trainer.data.order import (
     permute,
     permute_blocks,
     round_keys,
+    sources_in_use,
     timeline_of,
 )
 from officina.trainer.errors import DataError
@@ -123,6 +124,20 @@ def test_sources_from() -> None:
     mixture = Mixture([TimelineStage(weights={"a": 1, "b": 1}),
                        TimelineStage(from_sample=50, weights={"b": 1, "c": 1})])
     assert mixture.sources_from(49) == {"a", "b", "c"} and mixture.sources_from(50) == {"b", "c"}
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.sets(st.sampled_from("abcd"), min_size=1)), min_size=1, max_size=4),
+       st.integers(1, 250))
+def test_sources_in_use_are_all_that_are_still_to_be_read(stages: list[tuple[int, set[str]]], position: int) -> None:
+    """Also before the last decision on the mixture, where a run goes on from an older checkpoint."""
+    firsts = np.cumsum([0, *(length for length, _ in stages[:-1])]).tolist()
+    timeline = [TimelineStage(from_sample=first, weights=dict.fromkeys(names, 1.0))
+                for first, (_, names) in zip(firsts, stages, strict=True)]
+    data = DataConfig(sources=sources(dict.fromkeys("abcd", 1)), timeline=timeline)
+    read = Mixture(timeline).sources_from(position)
+    found, never = set(sources_in_use(data, position)), set("abcd") - {name for stage in timeline for name in stage.weights}
+    assert found == read | never, "a source that no stage names is one that is about to join"
+    assert set(sources_in_use(data)) == set(timeline[-1].weights) | never
 
 
 @pytest.mark.parametrize(("stages", "told"), [

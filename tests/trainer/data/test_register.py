@@ -46,6 +46,11 @@ def test_runs_are_counted_over_runs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"number 2; another run was entered at the same moment"):
         enter(second, Going("bb"))
     assert [e.run for e in read_entries(folder / "use")] == ["aa.one"], "a start that was refused leaves nothing"
+    (tmp_path / "t").mkdir()
+    write_tokens(tmp_path / "t", {"train": [60]}, policy_sha256=write_policy(tmp_path / "t", Policy(max_runs=9)))
+    with pytest.raises(DataError, match="number 2"):
+        enter(replace(make_run({"a": (tmp_path / "t", 1), "s": (folder, 1)}, rows=2), name="two", steps=5), Going("bb"))
+    assert read_entries(tmp_path / "t" / "use") == [], "nor beside the data that it might have used"
 
 
 def test_a_start_that_read_nothing_counts_for_a_day(tmp_path: Path) -> None:
@@ -153,7 +158,8 @@ def test_what_is_planned_and_read_of_a_mixture_is_counted_to_the_row(first, late
     beginning."""
     folder = tmp_path_factory.mktemp("mixture")
     timeline = [TimelineStage(weights=first)] + ([TimelineStage(from_sample=change, weights=later)] if later else [])
-    run = make_run({name: (make_set(folder / name), first[name]) for name in "asz"}, rows=rows, skip=skip, timeline=timeline)
+    sets = {name: (make_set(folder / name, base=ord(name)), first[name]) for name in "asz"}  # of three contents
+    run = make_run(sets, rows=rows, skip=skip, timeline=timeline)
     run = replace(run, name="one", steps=done + steps)
     kept = [k for k in range(200) if not any(a <= k < b for a, b in skip)]
     position = kept[done * rows - 1] + 1 if done else 0
@@ -205,3 +211,79 @@ def test_an_entry_in_words() -> None:
     entry = Entry(run="a.b", first=moment.isoformat(), last=moment.isoformat(), rows=3, planned_rows=9)
     assert (entry.counts(moment), entry.counts(moment + timedelta(days=2))) == (9, 3)
     assert replace(entry, done=True).counts(moment) == 3
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_one_data_set_under_two_names_is_counted_as_one(copies: bool, tmp_path: Path) -> None:
+    """Two names of one folder, or copies with one register: the maximum is of the content."""
+    one = make_set(tmp_path / "s", Policy(max_epochs=1))  # 20 rows
+    other = make_set(tmp_path / "t", Policy(max_epochs=1)) if copies else Path(f"{tmp_path}/t/../s")
+    (tmp_path / "t").mkdir(exist_ok=True)
+    use = UseConfig(register=str(tmp_path / "register") if copies else "")
+
+    def run_of(name: str, steps: int, **data: object) -> RunConfig:
+        return replace(make_run({"a": (one, 1), "b": (other, 3)}, rows=2, **data), name=name, steps=steps, use=use)
+
+    first = run_of("one", 6)
+    assert not use_problems(run_of("one", 10))
+    for problem in use_problems(run_of("one", 11)):
+        assert "may be read 1 times by all runs together, and this would make 1.100" in problem.rule
+    assert {problem.key for problem in use_problems(run_of("one", 11))} == {"data.sources.a.path", "data.sources.b.path"}
+    enter(first, Going("aa"))
+    folder = next((tmp_path / "register").iterdir()) if copies else one / "use"
+    [entry] = read_entries(folder)
+    assert (entry.planned_rows, entry.rows) == (12, 0)
+    Uses(first, "aa").record(12, done=True)
+    assert read_entries(folder)[0].rows == 12
+    assert not use_problems(run_of("two", 4)) and use_problems(run_of("two", 5))
+    longer = replace(first, steps=10)
+    enter(longer, Going("aa", 6, 12))
+    moved = run_of("one", 10, timeline=[TimelineStage(weights={"a": 1.0}), TimelineStage(from_sample=12, weights={"b": 1.0})])
+    enter(moved, Going("aa", 6, 12))
+    Uses(moved, "aa").record(20)
+    assert read_entries(folder)[0].rows == 20, "what the other name gave before it left counts too"
+    assert use_problems(replace(moved, steps=11), Going("aa", 6, 12))
+
+
+def test_a_name_that_left_may_be_gone_from_the_disk(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "s", Policy(max_epochs=1))
+    run = make_run({"a": (tmp_path / "gone", 1), "b": (folder, 1)}, rows=2, timeline=[
+        TimelineStage(weights={"a": 1.0}), TimelineStage(from_sample=10, weights={"b": 1.0})])
+    enter(replace(run, name="one", steps=15), Going("aa", 5, 10))
+    assert [entry.planned_rows for entry in read_entries(folder / "use")] == [20]
+
+
+def test_a_run_is_counted_from_its_first_step_and_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever kills it, and however rarely it saves."""
+    folder = make_set(tmp_path / "s", Policy(max_runs=1))
+    enter(limited_run(folder), Going("aa"))
+    uses, later = Uses(limited_run(folder), "aa"), datetime.now(UTC) + timedelta(days=2)
+    assert not use_problems(limited_run(folder, "two"), now=later)
+    uses.step(2)
+    assert use_problems(limited_run(folder, "two"), now=later), "one step is a use, for good"
+    uses.step(4)
+    assert read_entries(folder / "use")[0].rows == 2, "not every step is written down"
+    monkeypatch.setattr(register, "EVERY_S", 0)
+    uses.step(6)
+    assert read_entries(folder / "use")[0].rows == 6
+    free = make_set(tmp_path / "free")
+    monkeypatch.setattr(register, "Mixture", None)
+    Uses(limited_run(free), "aa").step(2)
+
+
+@pytest.mark.parametrize("mark", ["staged.json", "remote.json"])
+def test_a_staged_copy_is_counted_where_all_copies_are(mark: str, tmp_path: Path) -> None:
+    """A copy does not have the register of what it is a copy of: beside it, each would count from zero."""
+    folder = make_set(tmp_path / "s", Policy(max_runs=1))
+    (folder / mark).write_text('{"origin": "/data/s"}' if mark == "staged.json" else '{"url": "s3://b/s", "budget_bytes": 1}')
+    [problem] = use_problems(limited_run(folder))
+    assert f"data.sources.s: {folder} is a copy ({mark})" in problem.rule and problem.remedy.endswith("use.register=DIR")
+    with pytest.raises(DataError, match=r"use\.register=DIR"):
+        enter(limited_run(folder), Going("aa"))
+    assert not (folder / "use").exists()
+    shared = limited_run(folder, register=str(tmp_path / "register"))
+    assert not use_problems(shared)
+    enter(shared, Going("aa"))
+    assert use_problems(limited_run(folder, "two", register=str(tmp_path / "register")))
+    change_policy(folder, policy=Policy(purpose=("research",)))
+    assert not use_problems(limited_run(folder, purpose="research")), "without a maximum there is nothing to count"
