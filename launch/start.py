@@ -21,7 +21,7 @@ from officina.trainer.environment import code_diff, describe
 from officina.trainer.errors import CheckpointError, ConfigError, LaunchError, Problem
 from officina.trainer.hf.base import BASE_DIR
 from officina.trainer.init_from import adapter_init_problems, init_problems, pinned_run
-from officina.trainer.resume import Change, carry_forward, changes, resume_problems
+from officina.trainer.resume import Change, carry_forward, changes, resume_problems, take_out
 from officina.trainer.run_dir import (
     CONFIG,
     LEDGER,
@@ -128,17 +128,18 @@ def plan_resume(run_dir: Path, words: Sequence[str], *, world_size: int | None, 
 def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devices: int | None, force: bool,
            branch: bool) -> Plan:
     composed = _weighed(recompose(origin.run, words), words, origin.run)
-    found = _all_problems(composed, world_size, devices, _going(origin, branch))
+    old, new = take_out(origin.run, composed.run, origin.position)
+    found = _all_problems(replace(composed, run=new), world_size, devices, _going(origin, branch))
     if composed.run.adapter.kind != "none" and not composed.problems:  # frozen weights are read at every start
         found += init_problems(composed.run, force=True)
     against = resume_problems(origin.run, composed.run, step=origin.step, position=origin.position, force=force, branch=branch)
     reported = {problem.key for problem in found}
     found += [problem for problem in against if problem.key not in reported]
     named = {match[1] for word in words if (match := re.match(r"\+*data\.sources\.([^.=]+)", word))}
-    run = composed.run
+    run = new
     if not found:
-        run = _staged(carry_forward(origin.run, run, origin.position, named), origin.step, origin.position)
-        if run is not composed.run:  # a source that comes back was in no mixture until here
+        run = _staged(carry_forward(old, new, origin.position, named), origin.step, origin.position)
+        if run is not new:  # a source that comes back was in no mixture until here
             found = use_problems(run, _going(origin, branch))
     return Plan(run, origin.run_dir, "branch" if branch else "resume", tuple(words), composed.defaults, found,
                 changes(origin.run, run), origin, force)

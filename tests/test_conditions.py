@@ -1,5 +1,6 @@
 """Conditions of use over the life of a run: they end while it trains, and maxima are counted at its saves."""
 
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -130,7 +131,34 @@ def test_a_source_that_comes_back_is_judged(tmp_path: Path, monkeypatch: pytest.
     [problem] = plan_resume(plan.run_dir, ["data.sources.late.weight=0.5"], world_size=2).problems
     assert problem.key == "data.sources.late.path" and "may be used until 2020-01-01" in problem.rule
     change(tmp_path / "late", policy=Policy(not_after="2999-01-01"))
-    assert len(plan_resume(plan.run_dir, ["data.sources.late.weight=0.5"], world_size=2).checked().run.data.timeline) == 3
+    back = plan_resume(plan.run_dir, ["data.sources.late.weight=0.5"], world_size=2).checked()
+    assert len(back.run.data.timeline) == 3
+
+
+def test_a_source_can_be_taken_out_whatever_was_read_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the gate says where its conditions ended, also when it left before; then its folder may go."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    plan = plan_train(two_sources(tmp_path), tmp_path / "runs", world_size=2).checked()
+    write_start(plan, 2)
+    stands = {"at": start.Origin(plan.run_dir, plan.run, 0, 0)}
+    monkeypatch.setattr(start, "_read_origin", lambda *_, **__: stands["at"])
+    for step, words in enumerate([["data.sources.late.weight=0.5"], ["~data.sources.late"], ["data.sources.late.weight=2"]], 1):
+        stands["at"] = start.Origin(plan.run_dir, stands["at"].run, step, 7 * step)
+        stands["at"] = replace(stands["at"], run=plan_resume(plan.run_dir, words, world_size=2).checked().run)
+    change(tmp_path / "late", policy=Policy(not_after="2020-01-01"))
+    at = replace(stands["at"], step=4, position=28)
+    for words in ([["~data.sources.late"], ["~data.sources.late", "data.sources.text.weight=3", "optim.lr=1e-4"]]):
+        stands["at"] = at
+        left = plan_resume(plan.run_dir, words, world_size=2).checked().run
+        assert [sorted(stage.weights) for stage in left.data.timeline] == [
+            ["late", "text"], ["late", "text"], ["text"], ["late", "text"], ["text"]]
+        assert sorted(left.data.sources) == ["late", "text"] and left.data.timeline[-1].from_sample == 28
+        stands["at"] = start.Origin(plan.run_dir, left, 5, 35)
+        assert plan_resume(plan.run_dir, ["~data.sources.late"], world_size=2).checked().run.data == left.data
+    shutil.rmtree(tmp_path / "late")
+    assert plan_resume(plan.run_dir, ["steps=9"], world_size=2).checked().run.data == left.data
+    [problem] = plan_resume(plan.run_dir, ["~data.sources.text"], world_size=2).problems
+    assert (problem.key, problem.rule[:10]) == ("data.sources.text.path", "is missing")
 
 
 def test_what_an_older_checkpoint_reads_again_is_judged(pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

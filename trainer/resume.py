@@ -200,6 +200,25 @@ def _skip_that_works(old: list[list[int]], new: list[list[int]], position: int) 
 
 
 # ---- applying ----------------------------------------------------------------------------------------------
+def take_out(old: RunConfig, new: RunConfig, position: int) -> tuple[RunConfig, RunConfig]:
+    """Both runs with a timeline that goes on from sample `position` without the sources that `new` has no more.
+
+    They stay in `sources`, for what a timeline says was read from them. As they are where none is left, or where mixtures of
+    later steps say which.
+    """
+    from officina.trainer.data.order import extend_timeline, timeline_of
+
+    named = {name for stage in old.data.timeline for name in stage.weights}
+    gone = {name: old.data.sources[name] for name in sorted(named - set(new.data.sources))}
+    stay = {name: old.data.sources[name] for name in timeline_of(old.data)[-1].weights if name not in gone}
+    if not gone or not stay or new.data.stages or _planned_ahead(old.data, position):
+        return old, new
+    data = extend_timeline(old.data, position, stay)
+    kept = {name: source for name, source in gone.items() if name in data.sources}
+    return replace(old, data=data), replace(new, data=replace(
+        new.data, sources=kept | new.data.sources, timeline=data.timeline, planned_at=data.planned_at))
+
+
 def carry_forward(old: RunConfig, new: RunConfig, position: int, named: Collection[str] = ()) -> RunConfig:
     """`new` with the mixture's timeline that `old` and the change from sample `position` on make together.
 

@@ -23,6 +23,7 @@ from officina.trainer.config import (
 )
 from officina.trainer.data.gate import use_problems
 from officina.trainer.data.manifest import MANIFEST, open_dataset
+from officina.trainer.data.order import sources_in_use
 from officina.trainer.data.policy import AREAS, purpose_word
 from officina.trainer.data.policy import country as known_country
 from officina.trainer.data.register import Going
@@ -50,7 +51,7 @@ def problems(run: RunConfig, world_size: int | None = None, *, devices: int | No
     found = [*_numbers(run), *_run(run, devices), *_model(run), *adapter_problems(run), *_batch(run), *_engine(run, world_size),
              *_schedule(run), *_objective(run), *_life(run, world_size), *_data(run), *_use(run)]
     if read_data:
-        data = list(_data_sets(run))
+        data = list(_data_sets(run, going.position if going else 0))
         found += data or use_problems(run, going)
     return found
 
@@ -335,12 +336,12 @@ def _use(run: RunConfig) -> Iterator[Problem]:
         yield Problem("use.purpose", purpose, "must be one lower-case word, with hyphens", f"use.purpose={word}")
 
 
-def _data_sets(run: RunConfig) -> Iterator[Problem]:
-    """What the manifests say; the shards themselves are verified when they are read."""
+def _data_sets(run: RunConfig, position: int) -> Iterator[Problem]:
+    """What the manifests say of what is still to be read; the shards themselves are verified when they are read."""
     kind = "records" if isinstance(run.model, CustomModelConfig) else "tokens"
     tokenizers: dict[str, str] = {}
-    for name, source in run.data.sources.items():
-        key = f"data.sources.{name}.path"
+    for name in sources_in_use(run.data, position):
+        source, key = run.data.sources[name], f"data.sources.{name}.path"
         if not (Path(source.path) / MANIFEST).is_file():
             yield Problem(key, source.path, f"is no data set: there is no {MANIFEST} in it, seen from "
                           "the folder of this command", f"officina data build {source.path}")
