@@ -27,6 +27,7 @@ from officina.benchmarks.record import record, summary, write_record
 from officina.benchmarks.turns import median_interval
 
 ENVIRONMENTS = {
+    "numpy": "",
     "litdata": "litdata lightning-utilities obstore boto3 botocore s3transfer jmespath tifffile",
     "mosaicml-streaming": "mosaicml-streaming zstd Brotli python-snappy cramjam boto3 botocore s3transfer jmespath catalogue "
                           "paramiko oci azure-storage-blob azure-core azure-identity azure-storage-file-datalake",
@@ -37,10 +38,12 @@ ENVIRONMENTS = {
 """What is installed for each, without its dependencies: the heavy ones are here, and none may bring another torch."""
 HOLDS = {
     "officina, rows": "u32 rows, with a digest", "officina": "i64 tokens, labels and positions, i32 documents",
-    "officina, no documents": "i64 tokens and labels", "litdata": "i32 rows", "mosaicml-streaming": "u32 rows",
-    "datasets": "i32 rows", "grain": "u32 rows", "grain, documents": "i64 tokens, labels and positions, i32 documents",
+    "officina, no documents": "i64 tokens and labels", "numpy": "u32 rows, by np.take from a map", "litdata": "i32 rows",
+    "mosaicml-streaming": "u32 rows", "datasets": "i32 rows", "grain": "u32 rows",
+    "grain, documents": "i64 tokens, labels and positions, i32 documents",
     "megatron-core": "i64 tokens, labels and positions, f32 loss mask",
     "megatron-core, documents": "the same, by documents"}
+IN_PROCESS_ONLY = ("officina, rows", "numpy")
 SCRIPT = Path(__file__).with_name("loader_anchors.py")
 QUIET = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 STAND_IN = "class VisionDataset:\n    def __init__(self, *args, **kwargs):\n        pass\n"
@@ -136,7 +139,7 @@ def race(folder: Path, pythons: dict[str, Path], *, repeats: int, block_s: float
                 words = [str(python), str(SCRIPT), name, "serve", str(folder), str(workers)]
             else:
                 continue
-            if (name, mode) != ("officina, rows", "prefetch"):
+            if mode == "in process" or name not in IN_PROCESS_ONLY:
                 entrants[f"{name} | {mode}"] = words
     running: dict[str, Served] = {}
     left_out: dict[str, str] = {}
@@ -185,6 +188,7 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
     every = [name for name in found if not name.startswith("officina")]
     pairs = {
         "rows, in process": ("officina, rows | in process", rows),
+        "rows, in process, against np.take": ("officina, rows | in process", ["numpy | in process"]),
         "batches with documents, in process": ("officina | in process", ["megatron-core, documents | in process"]),
         "batches, in process": ("officina, no documents | in process", ["megatron-core | in process"]),
         "batches with documents, prefetch": (

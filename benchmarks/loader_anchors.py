@@ -43,6 +43,20 @@ def forever(make: Callable[[], Any]) -> Iterator[Any]:
         yield from make()
 
 
+# ---- numpy alone -----------------------------------------------------------------------------------------------------
+def prepare_numpy(folder: Path, out: Path) -> None:
+    """It reads the tokens as they are."""
+
+
+def numpy(folder: Path, out: Path, workers: int) -> Iterator[int]:
+    """uint32 rows by np.take from a map, in an order held in memory: what a loader comes to that knows nothing else."""
+    rows, ring, rng = rows_of(folder), [np.empty((BATCH, ROW), np.uint32) for _ in range(8)], np.random.default_rng(SEED)
+    while True:
+        order = rng.permutation(len(rows))
+        for n, first in enumerate(range(0, len(order) - BATCH + 1, BATCH)):
+            yield np.take(rows, order[first:first + BATCH], axis=0, out=ring[n % 8], mode="clip").shape[0] * SEQ_LEN
+
+
 # ---- litdata ---------------------------------------------------------------------------------------------------------
 def _one_of_litdata(what: tuple[str, int]) -> Iterator[Any]:
     import torch
@@ -199,9 +213,9 @@ def _fields(row: np.ndarray) -> dict[str, np.ndarray]:
             "positions": np.arange(SEQ_LEN) - np.repeat(borders[:-1], lengths)}
 
 
-ANCHORS = {"litdata": (prepare_litdata, litdata), "mosaicml-streaming": (prepare_mosaicml, mosaicml),
-           "datasets": (prepare_datasets, datasets), "grain": (prepare_grain, grain),
-           "grain, documents": (prepare_grain, grain_documents),
+ANCHORS = {"numpy": (prepare_numpy, numpy), "litdata": (prepare_litdata, litdata),
+           "mosaicml-streaming": (prepare_mosaicml, mosaicml), "datasets": (prepare_datasets, datasets),
+           "grain": (prepare_grain, grain), "grain, documents": (prepare_grain, grain_documents),
            "megatron-core": (prepare_megatron, megatron), "megatron-core, documents": (prepare_megatron, megatron_documents)}
 
 

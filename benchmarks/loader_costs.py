@@ -6,6 +6,7 @@ A measurement that needs a fresh process calls this module with its own name: `.
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from officina.benchmarks.loader_anchors import BATCH, SEQ_LEN
 from officina.benchmarks.loader_data import make_run
 from officina.benchmarks.record import interleaved, summary
 from officina.benchmarks.turns import median_interval
-from officina.trainer.config import SourceConfig
+from officina.trainer.config import RunConfig, SourceConfig
 from officina.trainer.data.loader import Loader
 from officina.trainer.data.manifest import ShardEntry, write_manifest
 from officina.trainer.data.order import extend_timeline, permute, permute_blocks, round_keys
@@ -34,8 +35,10 @@ COLD_ROWS = 64
 """Of a step from the disk."""
 IN_MEMORY = 0.01
 """Share of the pages that may still be in memory when a file counts as cold."""
-VERIFICATIONS = 21
-"""Least number of pairs of epochs: one takes a fraction of a second."""
+VERIFICATIONS = 61
+"""Least number of pairs of epochs: one takes a second, and two of them may differ by a quarter on a machine with others."""
+GROWTH_BATCHES = 1_000_000
+"""Of one row each."""
 SOURCES, SHARDS_EACH = 400, 38
 SHARD_TOKENS = 1_000_000_000
 """4 GB each; 400 x 38 of them hold 3.7e9 rows of 4,096."""
@@ -51,8 +54,8 @@ def measure(folder: Path, *, repeats: int) -> dict[str, Any]:
 
 def in_process(name: str, folder: Path, repeats: int) -> dict[str, Any]:
     """Numbers that a fresh process says, each summed up."""
-    if name == "open":
-        write_huge(folder / "huge")
+    if name in _WRITERS:
+        _WRITERS[name](folder)
     said = [fresh(name, folder) for _ in range(repeats)]
     return {"last": said[-1]} | {key: summary([each[key] for each in said]) for key in said[-1]}
 
@@ -198,8 +201,9 @@ def verification(folder: Path, repeats: int) -> dict[str, Any]:
 
 
 # ---- open, resume, memory: in a process of their own ------------------------------------------------------------------
-def write_huge(folder: Path) -> None:
+def write_huge(data: Path) -> None:
     """400 data sets of 38 shards of 4 GB. The shards are one sparse file under many names: no disk holds 61 TB here."""
+    folder = data / "huge"
     folder.mkdir()
     writer = ShardWriter(folder / "shard.dli", dtype="u32", holds_tokens=False)
     document = np.zeros(1_000_000, np.uint32)
@@ -233,31 +237,43 @@ def _open(folder: Path) -> dict[str, float]:
             "state_bytes": len(json.dumps(state))}
 
 
-def _resume(folder: Path) -> dict[str, float]:
-    names = {f"s{n}": folder / "officina" for n in range(8)}
-    changed = make_run(names)
+def write_resume(folder: Path) -> None:
+    """Eight data sets, the same tokens under eight names, and the state that rank 0 of 3 saved on them."""
+    for number in range(8):
+        shutil.copytree(folder / "officina", folder / "resume" / f"source{number}", copy_function=os.link)
+    with Loader(_resumed(folder), rank=0, world_size=3, position=80_000) as loader:
+        (folder / "resume" / "state.json").write_text(json.dumps(loader.state()))
+
+
+def _resumed(folder: Path) -> RunConfig:
+    """A run over them whose mixture changed before the position that it goes on from."""
+    names = {f"s{n}": folder / "resume" / f"source{n}" for n in range(8)}
     sources = {name: SourceConfig(path=str(path), weight=1.0 + i) for i, (name, path) in enumerate(names.items())}
-    changed = replace(changed, data=extend_timeline(changed.data, 40_000, sources))
-    with Loader(changed, rank=0, world_size=3, position=80_000) as loader:
-        state = loader.state()
+    run = make_run(names)
+    return replace(run, data=extend_timeline(run.data, 40_000, sources))
+
+
+def _resume(folder: Path) -> dict[str, float]:
+    changed, state = _resumed(folder), json.loads((folder / "resume" / "state.json").read_text())
     begun = time.perf_counter()
     with Loader(changed, rank=1, world_size=2, position=80_000) as loader:
         loader.check_state(state)
         loader.next_step()
         taken = time.perf_counter() - begun
-    return {"time_s": taken, "state_bytes": len(json.dumps(state))}
+        begun = time.perf_counter()
+        saved = json.dumps(loader.state())
+        return {"time_s": taken, "state_s": time.perf_counter() - begun, "state_bytes": len(saved)}
 
 
 def _memory(folder: Path) -> dict[str, float]:
-    small = make_run({"bench": folder / "officina"})
+    small = make_run({"bench": folder / "officina"}, rows=1)
     with Loader(small, rank=0, world_size=1, position=0) as loader:
-        for _ in range(4 * (loader._reader.rows["bench"] // BATCH)):
+        for _ in range(4 * loader._reader.rows["bench"]):
             loader.next_step()  # every page of the map is there
-        before, steps, begun = psutil.Process().memory_info().rss, 0, time.perf_counter()
-        while time.perf_counter() - begun < 60 and steps < 1_000_000:
+        before = psutil.Process().memory_info().rss
+        for _ in range(GROWTH_BATCHES):
             loader.next_step()
-            steps += 1
-        return {"batches": steps, "grown_bytes": psutil.Process().memory_info().rss - before}
+        return {"batches": GROWTH_BATCHES, "grown_bytes": psutil.Process().memory_info().rss - before}
 
 
 # ---- shuffle ---------------------------------------------------------------------------------------------------------
@@ -279,6 +295,8 @@ def shuffle(rows: int = 1_000_000, shards: int = 64) -> dict[str, Any]:
         found[name] = {"same_shard": float(np.mean(shard[1:] == shard[:-1])), "chi2_per_freedom": chi2}
     return found
 
+
+_WRITERS = {"open": write_huge, "resume": write_resume}
 
 if __name__ == "__main__":
     import torch

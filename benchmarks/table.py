@@ -212,13 +212,14 @@ def _loader(results: Record) -> str:
          f"{opened['grown_bytes']['median'] / 1e6:.0f} MB"],
         ["resume: 8 sources, a change of weights, other ranks, to the first batch",
          f"{resumed['time_s']['median'] * 1e3:.0f} ms"],
-        ["state of 8 sources", f"{resumed['last']['state_bytes']} bytes"],
+        ["state of 8 sources, made and written as JSON",
+         f"{resumed['last']['state_bytes']} bytes, {resumed['state_s']['median'] * 1e3:.2f} ms"],
         *([["state of 400 sources", f"{opened['last']['state_bytes']} bytes"]] if "state_bytes" in opened["last"] else []),
         ["verification on first touch, of an epoch's CPU time in memory",
          f"{results['verification']['slower']['median']:+.1%}"],
         *([["verification on first touch, of an epoch's time with prefetch",
             f"{results['verification']['of_time']['median']:+.1%}"]] if "of_time" in results["verification"] else []),
-        [f"growth over {memory['batches']:,} batches", f"{memory['grown_bytes'] / 1e6:.1f} MB"]]
+        [f"growth over {memory['batches']:,} batches of one row", f"{memory['grown_bytes'] / 1e6:.1f} MB"]]
     even = [[name, f"{r['same_shard']:.4f}", f"{r['chi2_per_freedom']:.2f}"] for name, r in results["shuffle"].items()]
     return "\n\n".join([
         _table(["loader", "a batch holds", "in process, M tokens/s", "with prefetch", "in process, M tokens per CPU second"],
