@@ -63,7 +63,7 @@ def explain(run_dir: Path, ended: Sequence[Ended], n_ranks: int, kills_before: i
         head = f"rank {first.rank}{of} on {socket.gethostname()} {_how(first.status, kills_before)}"
         body = _last_lines(log)
         status = first.status if first.status in (EXIT_USER, EXIT_CONTINUE, EXIT_NO_PROGRESS) else EXIT_BUG
-    print(f"\nofficina: {head}\n  Log: {log}", *([body] if body else []), sep="\n", file=sys.stderr, flush=True)
+    print(f"\nofficina: {head}", *([body] if body else []), f"  Log: {log}", sep="\n", file=sys.stderr, flush=True)
     return status
 
 

@@ -244,7 +244,8 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
             profiler=stack.enter_context(Profiler(run.profile, run_dir, ranks.rank, say=progress.say)),
             progress=progress, metrics=metrics, ledger=stack.enter_context(Ledger(run_dir)) if rank0 else None,
             uses=Uses(run, read_run_id(run_dir), state.position) if rank0 else None,
-            quarantine=Quarantine(run.data.max_damaged_blocks, _lost_before(run_dir, run, state.step, loader, ranks)),
+            quarantine=Quarantine(run.data.max_damaged_blocks, _lost_before(run_dir, run, state.step, loader, ranks),
+                                  loader.blocks),
             deadline=deadline(run, state.position),
             trackers=stack.enter_context(
                 open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),

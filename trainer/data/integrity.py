@@ -144,6 +144,8 @@ class Quarantine:
     """`data.max_damaged_blocks`."""
     lost: dict[str, Lost] = field(default_factory=dict)
     """By source."""
+    all_blocks: Mapping[str, int] = field(default_factory=dict)
+    """How many blocks each source has."""
 
     @property
     def blocks(self) -> int:
@@ -152,8 +154,14 @@ class Quarantine:
 
     @property
     def is_over(self) -> bool:
-        """Are more blocks set aside than the run may lose?"""
-        return self.blocks > self.budget
+        """Are more blocks set aside than the run may lose, or all of a source?"""
+        return self.blocks > self.budget or bool(self._gone)
+
+    @property
+    def _gone(self) -> list[str]:
+        """Sources of which nothing is left: small ones may lose all within the budget."""
+        counts = {source: sum(map(len, shards.values())) for source, shards in self.lost.items()}
+        return [source for source, count in counts.items() if count == self.all_blocks.get(source)]
 
     def agree(self, data: "StepData", found: float, ranks: "Ranks") -> tuple["StepData", list[str]]:
         """`data` with the lost blocks of all ranks' rows, and sentences on what is new; found: sum of `StepData.damage`.
@@ -171,10 +179,14 @@ class Quarantine:
         """What is lost, by name, and how the run could go on. folders: path of each source's data set."""
         named = [f"  - {folders[source]}/{shard}: block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
                  for source, shards in self.lost.items() for shard, blocks in shards.items()]
-        sources = list(self.lost)
-        return (f"{self.blocks} blocks are damaged, more than data.max_damaged_blocks={self.budget}:\n" + "\n".join(named) +
-                f"\nMend the data set from a copy (officina data stage COPY {folders[sources[0]]}), then go on; "
-                f"or go on without these blocks: data.max_damaged_blocks={self.blocks}")
+        damaged, mend = "\n".join(named), "Mend the data set from a copy (officina data stage COPY {}), then go on"
+        if self._gone:
+            gone = self._gone[0]
+            return (f"every block of data.sources.{gone} is damaged:\n{damaged}\n{mend.format(folders[gone])}; or go on "
+                    f"without it: '~data.sources.{gone}'")
+        return (f"{self.blocks} blocks are damaged, more than data.max_damaged_blocks={self.budget}:\n{damaged}\n"
+                f"{mend.format(folders[next(iter(self.lost))])}; or go on without these blocks: "
+                f"data.max_damaged_blocks={self.blocks}")
 
 
 def still_lost(run: RunConfig, run_dir: Path, step: int, sources: Iterable[str]) -> dict[str, Lost]:

@@ -137,6 +137,11 @@ class Loader:
         """Of the data set of every source that gives rows."""
         return dict(self._reader.fingerprints)
 
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Blocks of every source that gives rows, each with a checksum."""
+        return {name: stream.blocks for name, stream in self._reader.streams.items()}
+
     def refer(self, references: Mapping[str, np.ndarray]) -> None:
         """Give the batches the reference's log-probabilities of each source's pairs, (pairs, 2); before the first step."""
         for name, values in references.items():

@@ -24,7 +24,7 @@ from officina.trainer.data.packing import REFUSE, SPLIT, TRUNCATE, Plan, load_pl
 from officina.trainer.data.remote import TRIES, Pieces, RemoteFile, remote_of
 from officina.trainer.data.removal import removed_spans
 from officina.trainer.data.rows import Record, Rows
-from officina.trainer.data.shards import DTYPES, HEADER_BYTES, DamagedBlock, DamagedIndex, Lost, Shard
+from officina.trainer.data.shards import DTYPES, GRANULE_BYTES, HEADER_BYTES, DamagedBlock, DamagedIndex, Lost, Shard
 from officina.trainer.data.storage import at_once, copy_range, reads_by_pread
 from officina.trainer.errors import DataError
 
@@ -146,6 +146,12 @@ class Stream:
         if self.plan is not None:
             return len(self.plan)
         return max(0, (int(self.token_starts[-1]) - 1) // seq_len)
+
+    @property
+    def blocks(self) -> int:
+        """How many there are, each with a checksum."""
+        size = DTYPES[self.dataset.manifest.dtype].itemsize
+        return sum(-(-entry.tokens * size // GRANULE_BYTES) for entry in self.entries)
 
     def set_aside(self, lost: Lost) -> None:
         """These blocks are lost, by shard path, and no others: as a step's line in the ledger says."""

@@ -346,6 +346,20 @@ def test_beyond_the_budget_the_run_stops_with_names_and_goes_on_after_the_repair
     assert (line["reason"], line["exit_status"]) == ("damaged data", 2)
 
 
+def test_a_source_of_which_nothing_is_left_stops_the_run(pool, tmp_path: Path) -> None:
+    """A small one, which the budget would let train on without any loss."""
+    with SplitWriter(tmp_path / "d", "train", dtype="u16") as writer:
+        writer.add(np.random.default_rng(0).integers(0, 320, 10_000))
+        entries = writer.close()
+    write_manifest(tmp_path / "d", entries, {}, kind="tokens", dtype="u16", name="d")
+    flip(tmp_path / "d", 0)
+    begin(tmp_path / "run", life_of(tmp_path / "d"))
+    with pytest.raises(AssertionError, match=r"every block of data\.sources\.text is damaged:\n.*: block 0\n"
+                                             rf"Mend .* \(officina data stage COPY {tmp_path / 'd'}\)"):
+        pool.run(1, "tests.lives:live", str(tmp_path / "run"))
+    assert committed_steps(tmp_path / "run") == [0]
+
+
 def test_the_budget_is_of_the_run_and_not_of_each_start(pool, text: Path, tmp_path: Path) -> None:
     """Blocks that were repaired do not count, and a larger budget goes on."""
     name, folder = "shards/train-00000.dls", tmp_path / "run"
