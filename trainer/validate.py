@@ -340,8 +340,11 @@ def _data_sets(run: RunConfig, position: int) -> Iterator[Problem]:
     """What the manifests say of what is still to be read; the shards themselves are verified when they are read."""
     kind = "records" if isinstance(run.model, CustomModelConfig) else "tokens"
     tokenizers: dict[str, str] = {}
-    for name in sources_in_use(run.data, position):
-        source, key = run.data.sources[name], f"data.sources.{name}.path"
+    in_use = sources_in_use(run.data, position)
+    for name, source in run.data.sources.items():
+        if name not in in_use:
+            continue
+        key = f"data.sources.{name}.path"
         if not (Path(source.path) / MANIFEST).is_file():
             yield Problem(key, source.path, f"is no data set: there is no {MANIFEST} in it, seen from "
                           "the folder of this command", f"officina data build {source.path}")

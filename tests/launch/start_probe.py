@@ -36,13 +36,16 @@ def look(run_dir: Path) -> int:
 
 
 def train(run_dir: Path, ranks) -> int:
-    tell(ranks.env, sum=ranks.sum([1, ranks.rank]))
-    print(f"stdout of rank {ranks.rank}", flush=True)
-    if DEED[:1] == ["no-progress"] and ranks.rank == int(DEED[1]):
-        raise NoProgressError("step 7 again")
     with StopRequest() as stop:
+        tell(ranks.env, sum=ranks.sum([1, ranks.rank]))
+        print(f"stdout of rank {ranks.rank}", flush=True)
+        if DEED[:1] == ["no-progress"] and ranks.rank == int(DEED[1]):
+            raise NoProgressError("step 7 again")
         while DEED:
             if ranks.sum([stop.wanted])[0]:
+                deadline = time.monotonic() + 10  # it may reach this rank a little later than the one that told
+                while not stop.wanted and time.monotonic() < deadline:
+                    time.sleep(0.02)
                 (run_dir / f"stopped-{ranks.rank}").write_text(str(stop.reason))
                 return EXIT_CONTINUE
             time.sleep(0.02)

@@ -218,7 +218,7 @@ def test_dead_rank_of_a_step_is_named_and_the_status_kept(slurm_cluster: SlurmCl
 
 def test_stop_request_reaches_the_ranks_of_a_step(slurm_cluster: SlurmCluster, run_dir: Path):
     body = (f"{PROBE} {run_dir} train &\n"
-            f"for i in $(seq 600); do [ -e {run_dir}/probe-1.json ] && break; sleep 0.1; done\n"
+            f"for i in $(seq 600); do [ -e {run_dir}/probe-0.json -a -e {run_dir}/probe-1.json ] && break; sleep 0.1; done\n"
             "sleep 0.3; kill -TERM $!; wait $!; echo status $?\n")
     state, said = slurm_cluster.sbatch(body, "-N2", "-n2", folder=run_dir)
     assert "status 75" in said, said
