@@ -63,7 +63,10 @@ def explain(run_dir: Path, ended: Sequence[Ended], n_ranks: int, kills_before: i
         head = f"rank {first.rank}{of} on {socket.gethostname()} {_how(first.status, kills_before)}"
         body = _last_lines(log)
         status = first.status if first.status in (EXIT_USER, EXIT_CONTINUE, EXIT_NO_PROGRESS) else EXIT_BUG
-    print(f"\nofficina: {head}", *([body] if body else []), f"  Log: {log}", sep="\n", file=sys.stderr, flush=True)
+    told = [f"  Log: {log}", *([body] if body else [])]
+    if failure is not None and failure.exit_status != EXIT_BUG:  # what follows is the rest of the message, not a traceback
+        told.reverse()
+    print(f"\nofficina: {head}", *told, sep="\n", file=sys.stderr, flush=True)
     return status
 
 

@@ -121,7 +121,7 @@ def test_dead_rank_is_named_first(run_dir: Path, deed: str, n_ranks: int, said: 
 
 
 @pytest.mark.parametrize(("deed", "status", "said"), [
-    ("user", 2, "DataError: data.sources.a.path=/nowhere: there is no dataset.json. Try: officina data build"),
+    ("user", 2, "DataError: data.sources.a.path=/nowhere: there is no dataset.json.\nTry: officina data build\n  Log: "),
     ("no-progress", 76, "NoProgressError: 5 steps in a row had no finite gradient"),
 ])
 def test_verdicts_pass_through_without_a_traceback(run_dir: Path, deed: str, status: int, said: str):

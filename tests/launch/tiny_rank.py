@@ -39,7 +39,7 @@ def train(run_dir: Path, ranks) -> int:
             if step == 3 and mine and DEED == "oom":
                 allocate()
             if step == 3 and DEED == "user":
-                raise DataError("data.sources.a.path=/nowhere: there is no dataset.json. Try: officina data build")
+                raise DataError("data.sources.a.path=/nowhere: there is no dataset.json.\nTry: officina data build")
             if step == 3 and DEED == "no-progress":
                 raise NoProgressError("5 steps in a row had no finite gradient")
             if mine and DEED == "stubborn":
