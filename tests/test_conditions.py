@@ -117,12 +117,18 @@ def two_sources(tmp_path: Path) -> list[str]:
             f"data.sources.text.path={tmp_path / 'text'}", f"data.sources.late.path={tmp_path / 'late'}"]
 
 
-def test_a_source_that_comes_back_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def standing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[start.Plan, dict[str, start.Origin]]:
+    """A run of two sources that was planned, and where it stands: "at" may be set to any step, which nobody has trained."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     plan = plan_train(two_sources(tmp_path), tmp_path / "runs", world_size=2).checked()
     write_start(plan, 2)
     stands = {"at": start.Origin(plan.run_dir, plan.run, 1, 7)}
     monkeypatch.setattr(start, "_read_origin", lambda *_, **__: stands["at"])
+    return plan, stands
+
+
+def test_a_source_that_comes_back_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, stands = standing(tmp_path, monkeypatch)
     left = plan_resume(plan.run_dir, ["~data.sources.late"], world_size=2).checked()
     assert [sorted(stage.weights) for stage in left.run.data.timeline] == [["late", "text"], ["text"]]
     change(tmp_path / "late", policy=Policy(not_after="2020-01-01"))
@@ -137,11 +143,7 @@ def test_a_source_that_comes_back_is_judged(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_source_can_be_taken_out_whatever_was_read_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the gate says where its conditions ended, also when it left before; then its folder may go."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    plan = plan_train(two_sources(tmp_path), tmp_path / "runs", world_size=2).checked()
-    write_start(plan, 2)
-    stands = {"at": start.Origin(plan.run_dir, plan.run, 0, 0)}
-    monkeypatch.setattr(start, "_read_origin", lambda *_, **__: stands["at"])
+    plan, stands = standing(tmp_path, monkeypatch)
     for step, words in enumerate([["data.sources.late.weight=0.5"], ["~data.sources.late"], ["data.sources.late.weight=2"]], 1):
         stands["at"] = start.Origin(plan.run_dir, stands["at"].run, step, 7 * step)
         stands["at"] = replace(stands["at"], run=plan_resume(plan.run_dir, words, world_size=2).checked().run)

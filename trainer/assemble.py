@@ -22,11 +22,10 @@ from officina.trainer.checkpoint.write import SaveOutcome, Saver
 from officina.trainer.config import RunConfig
 from officina.trainer.data.chat import ANSWER_ENDS, CHAT_TEMPLATE
 from officina.trainer.data.gate import deadline, use_problems
-from officina.trainer.data.integrity import Quarantine, still_lost
+from officina.trainer.data.integrity import Quarantine, open_quarantine
 from officina.trainer.data.ledger import Ledger
 from officina.trainer.data.loader import Loader, StepData
 from officina.trainer.data.register import Going, Uses
-from officina.trainer.data.shards import Lost
 from officina.trainer.environment import describe, device_facts, rank_facts, write_environment
 from officina.trainer.errors import EXIT_DONE, CheckpointError, DataError
 from officina.trainer.initial import all_weights, content_of, hex_sums, initial_adapter, initial_weights, keep_tokenizer
@@ -244,8 +243,7 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
             profiler=stack.enter_context(Profiler(run.profile, run_dir, ranks.rank, say=progress.say)),
             progress=progress, metrics=metrics, ledger=stack.enter_context(Ledger(run_dir)) if rank0 else None,
             uses=Uses(run, read_run_id(run_dir), state.position) if rank0 else None,
-            quarantine=Quarantine(run.data.max_damaged_blocks, _lost_before(run_dir, run, state.step, loader, ranks),
-                                  loader.blocks),
+            quarantine=open_quarantine(run, run_dir, state.step, loader.blocks, ranks),
             deadline=deadline(run, state.position),
             trackers=stack.enter_context(
                 open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),
@@ -317,12 +315,6 @@ def _judge_again(run_dir: Path, run: RunConfig, opened: OpenCheckpoint, ranks: R
                     f"older one: officina resume {run_dir}")
     if told := ranks.broadcast_text(told):
         raise DataError(told)
-
-
-def _lost_before(run_dir: Path, run: RunConfig, step: int, loader: Loader, ranks: Ranks) -> dict[str, Lost]:
-    """Blocks that earlier starts set aside; all ranks know what rank 0 finds."""
-    found = still_lost(run, run_dir, step, loader.fingerprints) if ranks.rank == 0 and step else {}
-    return json.loads(ranks.broadcast_text(json.dumps(found)))
 
 
 def fingerprint(run: RunConfig) -> str:

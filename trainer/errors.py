@@ -55,12 +55,6 @@ class CheckpointError(OfficinaError):
     """No checkpoint could be written or read; names the path and what is wrong with it."""
 
 
-def told_by_place(exc: BaseException) -> str:
-    """What a user's code raised, by type, file and line: its words may quote the data, and stand in no message or log."""
-    frame = traceback.extract_tb(exc.__traceback__)[-1]
-    return f"{type(exc).__name__} at {frame.filename}:{frame.lineno}"
-
-
 class LaunchError(OfficinaError):
     """Ranks could not be started here, or one of them died."""
 
@@ -69,3 +63,9 @@ class NoProgressError(OfficinaError):
     """The run stopped itself because it made no progress; the last good checkpoint is intact."""
 
     exit_status = EXIT_NO_PROGRESS
+
+
+def told_by_place(exc: BaseException) -> str:
+    """What a user's code raised, by type, file and line: its words may quote the data, and stand in no message or log."""
+    frame = traceback.extract_tb(exc.__traceback__)[-1]
+    return f"{type(exc).__name__} at {frame.filename}:{frame.lineno}"

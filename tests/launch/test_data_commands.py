@@ -14,6 +14,7 @@ from data_sets import make_run, write_tokens
 from rich.console import Console
 
 from officina.launch import data_terminal
+from officina.trainer import card, initial
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.describe import change
 from officina.trainer.data.ledger import Ledger
@@ -22,7 +23,7 @@ from officina.trainer.data.policy import Policy
 from officina.trainer.data.shard_writer import write_records
 from officina.trainer.data.shards import HEADER_BYTES
 from officina.trainer.errors import DataError
-from officina.trainer.run_dir import save_config
+from officina.trainer.run_dir import load_config, save_config
 
 
 def officina(*words: object, cwd: Path | None = None) -> tuple[int, str, str]:
@@ -166,6 +167,9 @@ def test_a_licence_of_the_policy_is_one(tmp_path: Path) -> None:
     for policy, told in ((Policy(licence=("LicenseRef-ACME",), personal_data="pseudonymised"), "LicenseRef-ACME"),
                          (Policy(), "not stated")):
         change(tmp_path / "set", policy=policy)
+        [(_, facts)] = card._data(load_config(tmp_path / "run"))
+        assert (facts["licence"] or "not stated", facts["personal_data"]) == (told, policy.personal_data)
+        assert (initial._licences(tmp_path / "run")["s"] or "not stated") == told
         for words in (["stats", tmp_path / "set"], ["inspect", tmp_path / "set"], ["inspect", tmp_path / "run"]):
             status, out, err = officina(*words)
             assert (status, err) == (0, "") and told in out and ("not stated" in out) is (told == "not stated"), out

@@ -189,6 +189,12 @@ class Quarantine:
                 f"data.max_damaged_blocks={self.blocks}")
 
 
+def open_quarantine(run: RunConfig, run_dir: Path, step: int, blocks: Mapping[str, int], ranks: "Ranks") -> Quarantine:
+    """With what earlier starts set aside up to `step`; all ranks know what rank 0 finds. blocks: how many each source has."""
+    found = still_lost(run, run_dir, step, blocks) if ranks.rank == 0 and step else {}
+    return Quarantine(run.data.max_damaged_blocks, json.loads(ranks.broadcast_text(json.dumps(found))), blocks)
+
+
 def still_lost(run: RunConfig, run_dir: Path, step: int, sources: Iterable[str]) -> dict[str, Lost]:
     """The blocks of `sources` that were set aside up to `step`, as the ledger says, and are damaged still: what was repaired
     since is lost no more."""

@@ -30,7 +30,7 @@ from officina.trainer.data.packing import FOLDER as PLANS
 from officina.trainer.data.policy import POLICY
 from officina.trainer.data.remote import PIECES, REMOTE
 from officina.trainer.data.removal import FOLDER as REMOVED
-from officina.trainer.data.shards import index_of
+from officina.trainer.data.shards import INDEX_SUFFIX, Shard, index_of
 from officina.trainer.errors import DataError
 
 _CHUNK_BYTES = 8 << 20
@@ -75,7 +75,8 @@ def stage(folder: str | Path, out: str | Path, budget_bytes: int | None = None,
         base = done
         if sha256 and target.exists() and target.stat().st_size == size and hash_of(target) == sha256:
             kept += size
-        elif fault := _copy(source, target, sha256, lambda here, base=base: progress(base + here, total)):
+        elif fault := _index_fault(dataset, name) or _copy(source, target, sha256,
+                                                           lambda here, base=base: progress(base + here, total)):
             faults.append(fault)
         else:
             copied += size
@@ -177,6 +178,17 @@ def _files(dataset: Dataset) -> Iterator[tuple[str, str | None]]:
         index = index_of(Path(entry.path))
         if index.as_posix() != entry.path:
             yield index.as_posix(), None
+
+
+def _index_fault(dataset: Dataset, name: str) -> str:
+    """What is wrong with the file, if it is the index of a Megatron pair: no hash in the manifest covers it."""
+    if not name.endswith(INDEX_SUFFIX):
+        return ""
+    try:
+        faults = Shard(dataset.folder / name.replace(INDEX_SUFFIX, ".bin")).check_footer()
+    except DataError as exc:
+        faults = [str(exc)]
+    return faults[0] if faults else ""
 
 
 def room(origin: str | Path, out: Path, total: int, there: int, budget_bytes: int | None) -> None:

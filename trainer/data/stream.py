@@ -10,7 +10,7 @@ every token of a damaged block that is set aside, `officina.trainer.data.integri
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -19,13 +19,14 @@ import numpy as np
 
 from officina.trainer.config import DataConfig
 from officina.trainer.data.buffers import Buffers
+from officina.trainer.data.gather import borders_of_pieces, borders_of_rows, copy_rows, tokens_at
 from officina.trainer.data.manifest import Dataset, ShardEntry
 from officina.trainer.data.packing import REFUSE, SPLIT, TRUNCATE, Plan, load_plan, make_plan, plan_path
 from officina.trainer.data.remote import TRIES, Pieces, RemoteFile, remote_of
 from officina.trainer.data.removal import removed_spans
 from officina.trainer.data.rows import Record, Rows
 from officina.trainer.data.shards import DTYPES, GRANULE_BYTES, HEADER_BYTES, DamagedBlock, DamagedIndex, Lost, Shard
-from officina.trainer.data.storage import at_once, copy_range, reads_by_pread
+from officina.trainer.data.storage import reads_by_pread
 from officina.trainer.errors import DataError
 
 OnDamage = Callable[[Dataset, ShardEntry, Shard, int], object]
@@ -222,9 +223,9 @@ class Stream:
             if shard is None or not shard.is_checked(inside, seq_len + 1):
                 begins = np.asarray(inside)
                 shard = self._check(number, begins, begins + seq_len + 1)
-            _copy_rows(shard, inside, out, here)
+            copy_rows(shard, inside, out, here)
             if borders:
-                for i, column in zip(here, _borders_of_rows(shard.ends, inside, seq_len), strict=True):
+                for i, column in zip(here, borders_of_rows(shard.ends, inside, seq_len), strict=True):
                     columns[i] = column
         for i in over:
             columns[i] = self._copy_over_shards(i, int(starts[i]), out)
@@ -293,7 +294,7 @@ class Stream:
             shard = self._check(int(k), starts[here] - base, starts[here] + lengths[here] - base)
             of_shard = number[piece_of] == k
             at, inside = (token_row[of_shard], token_column[of_shard]), places[of_shard] - base
-            out[at] = _tokens_at(shard, starts[here] - base, lengths[here])
+            out[at] = tokens_at(shard, starts[here] - base, lengths[here])
             trained[at] = shard.trained(inside)
             for block in sorted({*shard.replaced, *shard.lost}):
                 first, stop = shard.token_span(block)
@@ -304,7 +305,7 @@ class Stream:
                 elif touched.any():
                     gone[cells] = True
                     lost.setdefault(self.entries[k].path, []).append(block)
-            piece_here, offset = _borders(shard.ends, starts[here] - base, lengths[here] - 1)
+            piece_here, offset = borders_of_pieces(shard.ends, starts[here] - base, lengths[here] - 1)
             borders.append((row[here][piece_here], column[here][piece_here] + offset))
         if lost and self.dataset.manifest.samples == "pairs":  # a pair that lost a part is no comparison
             hit = np.unique(piece_of[gone[token_row, token_column]])
@@ -362,49 +363,3 @@ class Stream:
 def resolve_overlong(dataset: Dataset, overlong: str) -> str:
     """What `data.overlong` means for this data set: auto splits documents and refuses samples."""
     return overlong if overlong != "auto" else REFUSE if dataset.manifest.samples else SPLIT
-
-
-def _copy_rows(shard: Shard, starts: list[int], out: np.ndarray, here: list[int]) -> None:
-    """out[here] = the tokens from each of `starts`; row by row beats every gather of numpy and torch."""
-
-    def copy(rows: Iterable[tuple[int, int]]) -> None:
-        for i, start in rows:
-            copy_range(shard.data, start, out[i])
-
-    rows = list(zip(here, starts, strict=True))
-    if shard.pread:
-        at_once(copy, rows)
-        return
-    for i, start in rows:
-        out[i] = shard.data[start:start + out.shape[1]]
-
-
-def _tokens_at(shard: Shard, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Tokens of the ranges that begin at `starts`, (n,) int64, end to end: (lengths.sum(),), unverified."""
-    into = np.cumsum(lengths) - lengths
-    if not shard.pread:
-        return shard.data[np.repeat(starts - into, lengths) + np.arange(lengths.sum())]
-    out = np.empty(lengths.sum(), shard.data.dtype)
-
-    def copy(pieces: Iterable[tuple[int, int, int]]) -> None:
-        for at, start, length in pieces:
-            copy_range(shard.data, start, out[at:at + length])
-
-    at_once(copy, list(zip(into.tolist(), starts.tolist(), lengths.tolist(), strict=True)))
-    return out
-
-
-def _borders_of_rows(ends: np.ndarray, starts: list[int], seq_len: int) -> list[np.ndarray]:
-    """Of each row the columns of the document ends e with start < e <= start + seq_len."""
-    begins = np.asarray(starts)
-    lo, hi = ends.searchsorted(begins, side="right").tolist(), ends.searchsorted(begins + seq_len, side="right").tolist()
-    return [ends[a:b] - start for a, b, start in zip(lo, hi, starts, strict=True)]
-
-
-def _borders(ends: np.ndarray, starts: np.ndarray, seq_len: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows 0..n-1 and columns of the document ends e with start < e <= start + seq_len."""
-    lo = np.searchsorted(ends, starts, side="right")
-    counts = np.searchsorted(ends, starts + seq_len, side="right") - lo
-    row = np.repeat(np.arange(len(starts)), counts)
-    nth = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return row, ends[lo[row] + nth] - starts[row]

@@ -313,6 +313,11 @@ def test_a_choice_that_the_use_excludes_does_not_mend_a_conflict() -> None:
     assert all(f.allowed for f in judge(mixture, U(commercial=False, release=True), "gen-ai", NOW))
 
 
+def test_several_licences_are_told_as_one_expression() -> None:
+    assert Policy(licence=("MIT OR CC0-1.0",)).licences == "MIT OR CC0-1.0" and Policy().licences == ""
+    assert Policy(licence=("MIT OR CC0-1.0", "CC-BY-4.0")).licences == "(MIT OR CC0-1.0) AND CC-BY-4.0"
+
+
 def test_spdx_expressions() -> None:
     names = [[licence.name for licence in chosen] for chosen in choices("MIT OR (GPL-3.0-only WITH x AND CC-BY-4.0)")]
     assert names == [["MIT"], ["GPL-3.0-only", "CC-BY-4.0"]]

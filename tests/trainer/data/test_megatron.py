@@ -16,6 +16,7 @@ from officina.trainer.data.megatron import export_megatron, index_folder
 from officina.trainer.data.removal import remove
 from officina.trainer.data.shard_writer import write_records
 from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES
+from officina.trainer.data.stage import stage
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 from officina.trainer.run_dir import save_config
@@ -99,6 +100,20 @@ def test_read_in_place_like_shards(tmp_path: Path, tokenizer: Path, dtype: str) 
             data = loader.next_step()
             ledger.write(step, data, data.digest)
     assert audit(tmp_path / "run").faults == []
+
+
+def test_a_damaged_index_is_not_staged(tmp_path: Path, tokenizer: Path) -> None:
+    """No hash in the manifest covers it, and it would take the place of a sound one in a repair."""
+    pairs(tmp_path / "meg", "u16", np.random.default_rng(0))
+    index_folder(tmp_path / "meg", tokenizer)
+    stage(tmp_path / "meg", tmp_path / "copy")
+    index = tmp_path / "copy" / "a_text_document.dli"
+    sound = index.read_bytes()
+    for place in (20, HEADER_BYTES):  # in the header, and in the ends of documents
+        index.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1:])
+        with pytest.raises(DataError, match=r"copy cannot be staged:\n  - .*a_text_document\.(bin|dli): .*does not match its"):
+            stage(tmp_path / "copy", tmp_path / "meg")
+        assert (tmp_path / "meg" / index.name).read_bytes() == sound and verify(tmp_path / "meg").faults == []
 
 
 def test_damage_is_found(tmp_path: Path, tokenizer: Path) -> None:
