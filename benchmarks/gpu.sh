@@ -59,9 +59,9 @@ export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1  # compiling takes most
 tests=("$python" -m pytest -m gpu -v --tb short -p no:cacheprovider --durations 10)
 "$python" -c "import xdist" 2> /dev/null && tests+=(--numprocesses "$at_once")
 hopper=(tests/gpu/test_flash_attention_hopper*.py)
-timeout -k 5 "${TESTS_S:-180}" "${tests[@]}" tests/gpu "${hopper[@]/#/--ignore=}" 2>&1 | tee "$out/tests.log" || status=1
+timeout -k 5 "${TESTS_S:-200}" "${tests[@]}" tests/gpu "${hopper[@]/#/--ignore=}" 2>&1 | tee "$out/tests.log" || status=1
 # By themselves: their warps wait for each other, so a fault may be a program without end.
-timeout -k 5 "${HOPPER_TESTS_S:-150}" "${tests[@]}" "${hopper[@]}" 2>&1 | tee "$out/tests_hopper.log" || status=1
+timeout -k 5 "${HOPPER_TESTS_S:-100}" "${tests[@]}" "${hopper[@]}" 2>&1 | tee "$out/tests_hopper.log" || status=1
 unset OFFICINA_GPU_TESTS_ON OMP_NUM_THREADS TORCHINDUCTOR_COMPILE_THREADS CUBLAS_WORKSPACE_CONFIG
 left_s=$((total_s - (SECONDS - began)))
 timeout "$((left_s + 5))" "$python" -m officina.benchmarks.gpu --out "$out" --seconds "$((left_s - 15))" "${tiny[@]}" 2>&1 |
