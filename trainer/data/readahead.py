@@ -1,19 +1,22 @@
 """Plans the steps of a rank, and has threads read what they need before they are made.
 
 The order is known in advance, so a disk need not wait for the rows, nor the rows for the disk: blocks that were not met yet
-are verified by threads of their own while the loader's thread makes the batches before them. Of blocks that were, the kernel
-is told which bytes come next, if the data are too large to have stayed in memory. How far ahead is bounded in bytes and grows
-from nothing, so that the first batch waits for itself alone. Of data in a store whole pieces are fetched ahead. If not all of
-them may stay, so few that they stay until they are needed.
+are verified by threads of their own while the loader's thread makes the batches before them; blocks that lie in memory by that
+thread itself, when their step comes, because threads that take turns at Python's lock need four times as long. Of blocks that
+were met, the kernel is told which bytes come next, if the data are too large to have stayed in memory. How far ahead is bounded
+in bytes and grows from nothing, so that the first batch waits for itself alone. Of data in a store whole pieces are fetched
+ahead. If not all of them may stay, so few that they stay until they are needed.
 """
 
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from operator import itemgetter
+from itertools import count, islice
+from operator import attrgetter
 
 import numpy as np
 
@@ -33,6 +36,10 @@ NODE_SHARE = 8
 """Ranks that may share the pieces of a store on a node: each reads ahead no more than this part of what may be kept."""
 TASK_RANGES = 32
 """That a thread tells the kernel in one go."""
+KEPT = 64
+"""Of as many tasks of blocks that have to be waited for, one is done by the loader's thread."""
+SLOW_BLOCK_S = 1e-4
+"""A block that takes longer to verify had to wait for a disk or a network; from memory it takes a quarter of that."""
 
 
 def memory_bytes() -> int:
@@ -49,7 +56,9 @@ class ReadAhead:
         self._steps: deque[PlannedStep] = deque()
         self._begun = 0  # how many of these are being read
         self._served = 0
-        self._reading: deque[tuple[int, Future]] = deque()
+        self._tasks: deque[Task] = deque()
+        self._waits = False  # whether the blocks last verified here had to be waited for
+        self._number = count(1)
         self._blocks = [_Blocks(reader, stored=stored) for stored in (False, True)] if not reader.records else []
         row_bytes = max(DTYPES[s.dataset.manifest.dtype].itemsize for s in reader.streams.values()) * reader.seq_len
         self._most = min(AHEAD_STEPS, max(1, AHEAD_BYTES // (max(len(own), 1) * row_bytes)))
@@ -71,13 +80,30 @@ class ReadAhead:
                 self._plan(self._steps[-1].stop)
             steps = list(islice(self._steps, self._begun, ahead + 1))
             tasks = [task for blocks in self._blocks for task in blocks.work(steps, self._served + self._begun)]
-            for number, work in sorted(tasks, key=itemgetter(0)):
-                self._reading.append((number, self._pool.submit(work)))
+            tasks.sort(key=attrgetter("step"))
+            self._tasks += tasks
+            self._to_threads(tasks if self._waits else [task for task in tasks if not task.blocks])
             self._begun = ahead + 1
-        while self._reading and self._reading[0][0] <= self._served:
-            self._reading.popleft()[1].result()
+        while self._tasks and self._tasks[0].step <= self._served:
+            self._finish(self._tasks.popleft())
         self._begun, self._served = max(self._begun - 1, 0), self._served + 1
         return self._steps.popleft()
+
+    def _to_threads(self, tasks: Iterable["Task"]) -> None:
+        """Some of the blocks stay here: so it is found out when they need no more be waited for."""
+        for task in tasks:
+            if task.begun is None and (not task.blocks or next(self._number) % KEPT):
+                task.begun = self._pool.submit(task.work)
+
+    def _finish(self, task: "Task") -> None:
+        if task.begun:
+            task.begun.result()
+            return
+        begun = time.perf_counter()
+        task.work()
+        self._waits = time.perf_counter() - begun > SLOW_BLOCK_S * task.blocks
+        if self._waits:
+            self._to_threads(self._tasks)
 
     def close(self) -> None:
         """End the threads; what they have not begun is not read."""
@@ -87,8 +113,17 @@ class ReadAhead:
         self._steps.extend(plan_steps(self._reader, position, self._rows, self._own))
 
 
-Task = tuple[int, Callable[[], object]]
-"""Number of the first step that waits for it, and what a thread does."""
+@dataclass(slots=True)
+class Task:
+    """What is to be read for a step."""
+
+    step: int
+    """Number of the first one that waits for it."""
+    work: Callable[[], object]
+    blocks: int = 0
+    """Of a local file that it verifies; 0: something else, which always has to be waited for."""
+    begun: Future | None = None
+    """By a thread."""
 
 
 class _Blocks:
@@ -170,7 +205,8 @@ class _Blocks:
         by_step = np.argsort(step, kind="stable")
         inside = block - self._block_starts[shard]
         size = 1 if self._stored else TASK_BLOCKS
-        return [(int(step[part[0]]), partial(self._meet, shard[part].tolist(), inside[part].tolist()))
+        return [Task(int(step[part[0]]), partial(self._meet, shard[part].tolist(), inside[part].tolist()),
+                     0 if self._stored else len(part))
                 for part in np.split(by_step, range(size, len(by_step), size))]
 
     def _meet(self, shards: list[int], blocks: list[int]) -> None:
@@ -190,7 +226,7 @@ class _Blocks:
         stop, step = np.maximum.reduceat(stop, begins), np.minimum.reduceat(step, begins)
         ranges = list(zip(shard[begins].tolist(), start[begins].tolist(), stop.tolist(), strict=True))
         by_step = np.argsort(step, kind="stable").tolist()
-        return [(int(step[by_step[i]]), partial(self._tell, [ranges[k] for k in by_step[i:i + TASK_RANGES]]))
+        return [Task(int(step[by_step[i]]), partial(self._tell, [ranges[k] for k in by_step[i:i + TASK_RANGES]]))
                 for i in range(0, len(by_step), TASK_RANGES)]
 
     def _tell(self, ranges: Iterable[tuple[int, int, int]]) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from officina.trainer.batch import IGNORE, Batch
 from officina.trainer.config import BatchConfig, CustomModelConfig, RunConfig, SourceConfig
+from officina.trainer.data import readahead
 from officina.trainer.data.loader import Loader, StepData, validation_rows, validation_sources
 from officina.trainer.data.order import extend_timeline
 from officina.trainer.data.shard_writer import write_records
@@ -264,11 +265,13 @@ def test_a_damaged_footer_stops_the_consumer_with_its_file(tmp_path: Path) -> No
             loader.next_step()
 
 
-def test_closing_ends_the_thread_even_when_nobody_reads(two_sources) -> None:
+def test_closing_ends_the_thread_even_when_nobody_reads(two_sources, monkeypatch) -> None:
+    monkeypatch.setattr(readahead, "memory_bytes", lambda: 1)  # so that a thread has to tell the kernel
     before = threading.active_count()
     loaders = [Loader(make_run({"a": (two_sources["a"], 1)}, prefetch_batches=1), rank=0, world_size=1, position=0)
                for _ in range(5)]
     for loader in loaders:
+        loader.next_step()
         loader.next_step()
     assert threading.active_count() > before + 5  # the threads that read ahead end too
     for loader in loaders:

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -38,29 +39,53 @@ def run_over(folder: Path, **how: object) -> RunConfig:
     return make_run({"a": (folder, 1)}, seq_len=1024, rows=4, micro_rows=4, **how)
 
 
+@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("how", [{"read": "mmap"}, {"read": "pread"}, {"read": "mmap", "shuffle_block": 64},
                                  {"read": "pread", "shuffle_block": 64}, {"read": "mmap", "packing": "best_fit"}], ids=str)
-def test_blocks_are_verified_before_their_step_and_once(folder: Path, how: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_verified_before_their_step_and_once(
+        folder: Path, how: dict, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the loader's thread where they lie in memory, else by others."""
+    monkeypatch.setattr(readahead, "SLOW_BLOCK_S", 0 if slow else 1e9)
+    monkeypatch.setattr(readahead, "TASK_BLOCKS", 1)
+    run = run_over(folder, **how)
+    steps, checked = verified(run, monkeypatch)
+    assert len(checked) == 25 and all(len(threads) == 1 for threads in checked.values())
+    reader = RowReader(run)
+    of_first = {(f"train-{shard:05d}.dls", block) for _, shard, block in
+                blocks_of(reader, [("a", row) for row in reader.place(np.arange(4)).row.tolist()])}
+    ahead = {block for block, [thread] in checked.items() if thread.startswith("officina-ahead")}
+    assert not ahead & of_first  # the first step waits for nothing but itself
+    assert len(ahead) >= len(checked) - len(of_first) - 1 if slow else not ahead  # by one block it is found out
+    assert steps == [reader.digest(np.arange(4 * i, 4 * i + 4)) for i in range(len(steps))]
+
+
+def test_blocks_that_come_to_lie_in_memory_are_verified_by_the_loaders_thread_again(
+        folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "SLOW_BLOCK_S", 0.1)
+    monkeypatch.setattr(readahead, "TASK_BLOCKS", 1)
+    monkeypatch.setattr(readahead, "KEPT", 6)
+    _, checked = verified(run_over(folder, shuffle=False), monkeypatch, slow=8, slow_s=0.2)
+    own = [not threads[0].startswith("officina-ahead") for threads in checked.values()]  # in the order in which they began
+    assert own[:2] == [True, True] and own.count(False) >= 5  # the first step's, the first that is slow; then threads
+    assert all(own[-8:])
+
+
+def verified(run: RunConfig, monkeypatch: pytest.MonkeyPatch, *, slow: int = 0,
+             slow_s: float = 0.0) -> tuple[list[str], dict[tuple[str, int], list[str]]]:
+    """Digests of an epoch's steps, and which threads verified which block. The first `slow` blocks take slow_s."""
     checked: dict[tuple[str, int], list[str]] = defaultdict(list)
     check = Shard._check_granule
 
     def told(shard: Shard, granule: int) -> None:
         checked[shard.path.name, granule].append(threading.current_thread().name)
+        if len(checked) <= slow:
+            time.sleep(slow_s)
         check(shard, granule)
 
-    monkeypatch.setattr(Shard, "_check_granule", told)
-    run = run_over(folder, **how)
-    with Loader(run, rank=0, world_size=1, position=0) as loader:
-        steps = loader._reader.rows["a"] // 4
-        found = [loader.next_step().digest for _ in range(steps)]
-    monkeypatch.undo()
-    assert len(checked) == 25 and all(len(threads) == 1 for threads in checked.values())
-    reader = RowReader(run)
-    of_first = {(f"train-{shard:05d}.dls", block) for _, shard, block in
-                blocks_of(reader, [("a", row) for row in reader.place(np.arange(4)).row.tolist()])}
-    for block, [thread] in checked.items():  # the first step waits for nothing but itself
-        assert thread.startswith("officina-ahead") != (block in of_first)
-    assert found == [reader.digest(np.arange(4 * i, 4 * i + 4)) for i in range(steps)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Shard, "_check_granule", told)
+        with Loader(run, rank=0, world_size=1, position=0) as loader:
+            return [loader.next_step().digest for _ in range(loader._reader.rows["a"] // 4)], checked
 
 
 def blocks_of(reader: RowReader, step_rows: list[tuple[str, int]]) -> set[tuple[str, int, int]]:
@@ -101,9 +126,9 @@ def test_the_blocks_are_those_under_the_rows(
             patch.setattr(stream, "meet", lambda number, here, name=name: now.update((name, number, k) for k in here))
         patch.setattr(readahead, "TASK_BLOCKS", 1)
         for first, part in ((0, steps[:5]), (5, steps[5:])):
-            for step, work in blocks.work(part, first):
-                work()
-                asked[step] |= now
+            for task in blocks.work(part, first):
+                task.work()
+                asked[task.step] |= now
                 now.clear()
         met: set = set()
         for i, planned in enumerate(steps):
