@@ -5,6 +5,7 @@ torch is imported inside functions only: login nodes import this module to ask w
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -34,6 +35,8 @@ __all__ = ["LONE", "RankEnv", "Ranks", "read_rank_env", "start_ranks", "stop_ran
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 """A rank gives up after this long in one collective: longer than any save of one rank that others wait for."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h: free bytes at the heap's end that are given back, and bytes from which a block is a mapping of its own."""
 _VERDICT_MARGIN_S = 5.0
 """How much longer than rank 0 waits for ranks the others wait for what it found."""
 
@@ -115,7 +118,8 @@ class Ranks:
 
 
 def start_ranks(env: RankEnv, *, device: str = "auto", threads: int = 0, timeout_s: float = 300.0) -> Ranks:
-    """Meet the other ranks. Sets this process's device, CPU threads, and for libraries RANK, MASTER_ADDR and so on.
+    """Meet the other ranks. Sets this process's device, CPU threads, on a CPU how it allocates, and for libraries RANK,
+    MASTER_ADDR and so on.
 
     device: `auto`, `cpu` or `cuda`. threads: CPU threads of this rank; 0 = its fair share of the cores it may use.
     timeout_s: how long to wait for the others. Raises LaunchError with address, port and the ranks that did not come.
@@ -142,6 +146,8 @@ def start_ranks(env: RankEnv, *, device: str = "auto", threads: int = 0, timeout
     ranks = Ranks(env, chosen)
     n_threads = _agree_on_hosts(ranks, threads)
     torch.set_num_threads(n_threads)
+    if chosen.type == "cpu":
+        _keep_freed_memory()
     return dataclasses.replace(ranks, threads=n_threads)
 
 
@@ -163,6 +169,20 @@ def _init_group(env: RankEnv, device: torch.device, store: Store) -> None:
 
 
 # ---- device and threads ---------------------------------------------------------------------------------------
+def _keep_freed_memory() -> None:
+    """Have glibc keep what the tensors of a step leave for those of the next one, up to a limit.
+
+    Else it gives blocks back to the kernel, more or fewer by how they happen to lie, and takes thousands of page faults a step
+    to get them again. Other C libraries are left as they are. Source: mallopt(3).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    if not mallopt(_M_MMAP_THRESHOLD, 2**30):
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most before glibc 2.35
+
+
 def _pick_device(env: RankEnv, device: str) -> torch.device:
     import torch
 

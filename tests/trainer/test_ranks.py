@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -264,6 +265,25 @@ def test_one_rank_has_a_group_only_if_asked():
         assert not torch.distributed.is_initialized()
         """, LONE)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize("megabytes", [4, 64])
+def test_a_step_on_a_cpu_finds_the_memory_of_the_one_before(megabytes):
+    done, = _run(f"""
+        import resource, torch
+        start_ranks(env, device="cpu")
+        def fill():
+            tensors = [torch.ones({megabytes} << 18) for _ in range(3)]
+        for _ in range(8):
+            fill()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            fill()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        """, LONE)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100  # pages, of 12 tensors
 
 
 def _free_port() -> int:
