@@ -245,15 +245,14 @@ def hf_trainer(turns: Turns, env: RankEnv, *, run_dir: Path, scratch: Path, comp
 
 
 def alone(run_dir: Path, env: RankEnv) -> tuple[RunConfig, Ranks]:
-    """The run and this process for a Trainer, which shall neither look for a hub nor for other ranks."""
+    """The run and this process for a Trainer: as its users start it, but it shall not look for a hub."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
     # `python -m` puts the folder it was called in first, where our kernels/ hides a package of transformers.
     sys.path[:] = [path for path in sys.path if path not in ("", os.getcwd())]
     run = load_config(run_dir)
-    ranks = start_ranks(env, device=run.device, threads=run.threads)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name)  # from which Trainer would conclude that it shall wrap the model in DDP
-    return run, ranks
+    device = torch.device("cuda", 0) if run.device != "cpu" and torch.cuda.is_available() else torch.device("cpu")
+    torch.set_num_threads(run.threads or len(os.sched_getaffinity(0)))
+    return run, Ranks(env, device, torch.get_num_threads())
 
 
 def trainer_settings(run: RunConfig, ranks: Ranks, scratch: Path) -> dict[str, Any]:
