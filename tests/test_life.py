@@ -121,7 +121,8 @@ def test_a_load_into_bf16_is_checked_as_well(pool, data, tmp_path):
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(pool, data, tmp_path):
     begin(tmp_path / "run", plain_run(data, engine=DDPConfig()))
     assert lived(pool, tmp_path / "run", 3, stop_after=5) == EXIT_CONTINUE
-    assert read_metrics(tmp_path / "run").generations[-1].stop.step == 5 and committed_steps(tmp_path / "run")[-1] == 5
+    stop = read_metrics(tmp_path / "run").generations[-1].stop
+    assert (stop.step, stop.reason) == (5, "signal to another rank") and committed_steps(tmp_path / "run")[-1] == 5
 
 
 def test_a_profile_is_of_the_chosen_step_and_rank(pool, data, tmp_path):

@@ -39,12 +39,12 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             job.progress.say(f"all {run.steps:,} steps are done; to go on: officina resume {run_dir} steps=N")
             return job.finish("done", EXIT_DONE)
         data = job.loader.next_step()
-        step_tokens, stop_votes, over_votes, damage = ranks.sum([
-            data.loss_tokens, stop.wanted or job.time_left.is_over(), job.use_is_over(), data.damage])
+        step_tokens, stop_votes, late_votes, over_votes, damage = ranks.sum([
+            data.loss_tokens, stop.wanted, job.time_left.is_over(), job.use_is_over(), data.damage])
         data = job.know_damage(data, damage)
         may_skip = run.objective.on_spike == "skip"
         clock = time.perf_counter()
-        while job.step < run.steps and not stop_votes and not over_votes and not job.quarantine.is_over:
+        while job.step < run.steps and not (stop_votes or late_votes or over_votes or job.quarantine.is_over):
             factor = lr_factor(run.lr_schedule, job.step, run.steps)
             torch.manual_seed(_seed(run.seed, job.step, ranks.rank))  # dropout follows from the step, not from history
             # The end of a decay to 0 changes nothing, rightly.
@@ -57,11 +57,11 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             following = job.loader.next_step() if job.step < run.steps else None
 
             # The one collective of a step beyond the engine's own.
-            loss_sum, digest, next_tokens, stop_votes, over_votes, save_votes, peak_bytes, damage, *measures = ranks.sum([
-                result.loss_sum_nats, data.digest, following.loss_tokens if following else 0,
-                stop.wanted or job.time_left.is_over(), job.use_is_over(), job.saver.pending_vote(),
-                peak_memory_bytes(ranks.device), bool(following and following.damage), data.filled_tokens,
-                *result.measured])
+            (loss_sum, digest, next_tokens, stop_votes, late_votes, over_votes, save_votes, peak_bytes, damage,
+             *measures) = ranks.sum([
+                result.loss_sum_nats, data.digest, following.loss_tokens if following else 0, stop.wanted,
+                job.time_left.is_over(), job.use_is_over(), job.saver.pending_vote(), peak_memory_bytes(ranks.device),
+                bool(following and following.damage), data.filled_tokens, *result.measured])
             step_time_s = time.perf_counter() - clock
 
             job.position = data.stop_sample
@@ -75,7 +75,7 @@ def train(run_dir: Path, ranks: Ranks) -> int:
 
             last = job.step == run.steps
             following = following and job.know_damage(following, damage)
-            stopping = stop_votes or over_votes or job.quarantine.is_over
+            stopping = stop_votes or late_votes or over_votes or job.quarantine.is_over
             if not stopping and (last or _due(job.step, run.eval.every_steps)):
                 evaluate(job)
             if last or stopping or _due(job.step, run.checkpoint.every_steps):
@@ -92,8 +92,9 @@ def train(run_dir: Path, ranks: Ranks) -> int:
                 job.finish("damaged data", EXIT_USER)
                 raise DataError(f"stopped in good order after step {job.step:,}, with a checkpoint: {job.why_damaged()}")
             how = "" if os.environ.get(SUPERVISED) else f"; to go on: officina resume {run_dir}"
-            job.progress.say(f"stopped in good order after step {job.step:,} ({stop.reason or 'time limit'}){how}")
-            return job.finish(f"signal {stop.reason}" if stop.reason else "time limit", EXIT_CONTINUE)
+            why = f"signal {stop.reason}" if stop.reason else "signal to another rank" if stop_votes else "time limit"
+            job.progress.say(f"stopped in good order after step {job.step:,} ({why}){how}")
+            return job.finish(why, EXIT_CONTINUE)
         return job.finish("done", EXIT_DONE)
 
 
