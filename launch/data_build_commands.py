@@ -91,7 +91,7 @@ def build(args: argparse.Namespace) -> int:
     recipe = {"": "", "answers": "experiment=sft init_from=MODEL ", "pairs": "experiment=dpo init_from=MODEL "}[
         result.manifest.samples]
     screen.print(f"Built {args.folder} in {time.monotonic() - begun:.1f} s. "
-                 f"Train on it: officina train {recipe}data.sources.main.path={args.folder}", markup=False)
+                 f"Train on it: officina train {recipe}data.sources.main.path={args.folder}")
     return EXIT_DONE
 
 
@@ -105,26 +105,25 @@ def _tell(result, folder: str, screen) -> None:
     told = [f"{left_out['undecodable']} not UTF-8", f"{left_out['duplicates']} exact duplicates", f"{left_out['empty']} empty"]
     if left_out["bad_rows"]:
         told.append(f"{left_out['bad_rows']} bad rows")
-    screen.print(f"left out     {', '.join(told)}", markup=False)
+    screen.print(f"left out     {', '.join(told)}")
     for name in left_out["undecodable_files"][:5]:
-        screen.print(f"             not UTF-8: {name}", markup=False)
+        screen.print(f"             not UTF-8: {name}")
     for step in result.manifest.steps:
         if step.name != "exact-duplicates":
             changed = f", {step.documents_changed:,} changed" if step.documents_changed else ""
             screen.print(f"step         {step.name} {step.version}: {step.documents_in - step.documents_out:,} of "
-                         f"{step.documents_in:,} documents left out{changed}", markup=False)
+                         f"{step.documents_in:,} documents left out{changed}")
     if languages := result.manifest.languages:
-        screen.print(f"languages    {len(languages)}: {', '.join(languages[:12])}", markup=False)
+        screen.print(f"languages    {len(languages)}: {', '.join(languages[:12])}")
     samples = result.manifest.samples
     ends = f"answers end with {result.manifest.provenance['answers_end_with']}" if samples else (
         f"documents end with {result.manifest.tokenizer.eos}")
-    screen.print(f"vocabulary   {result.manifest.tokenizer.vocab_size:,} tokens, {ends}", markup=False)
+    screen.print(f"vocabulary   {result.manifest.tokenizer.vocab_size:,} tokens, {ends}")
     from officina.trainer.data.manifest import open_dataset
     from officina.trainer.data.policy import policy_of
 
     if not policy_of(open_dataset(folder)).licences:
-        screen.print(f"licence      not stated: officina data describe {folder} --licence SPDX", markup=False)
+        screen.print(f"licence      not stated: officina data describe {folder} --licence SPDX")
     if result.manifest.sealed:
-        screen.print(f"sealed       with the key {result.manifest.sealed}; a run names it: data.sources.NAME.key=FILE",
-                     markup=False)
+        screen.print(f"sealed       with the key {result.manifest.sealed}; a run names it: data.sources.NAME.key=FILE")
     screen.print(f"fingerprint  {result.manifest.fingerprint}")

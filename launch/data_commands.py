@@ -51,13 +51,13 @@ def verify(args: argparse.Namespace) -> int:
         raise DataError(f"the bytes of {args.folder} are sound, but what is said about them is not:\n"
                         + "\n".join(f"  - {fault}" for fault in described.faults))
     screen.print(f"{args.folder} is sound: {len(found.dataset.shards)} shards, {size(found.bytes)}, "
-                  f"sha256 of each as in its manifest ({time.monotonic() - begun:.1f} s).", markup=False)
+                  f"sha256 of each as in its manifest ({time.monotonic() - begun:.1f} s).")
     screen.print(f"fingerprint  {found.dataset.manifest.fingerprint}")
     if sealed := found.dataset.manifest.sealed:
         tried = "every block opens" if args.key else "to try every block: --key FILE"
-        screen.print(f"sealed       with the key {sealed}; {tried}", markup=False)
+        screen.print(f"sealed       with the key {sealed}; {tried}")
     if described.missing:
-        screen.print(f"not stated   {', '.join(described.missing)}: officina data describe {args.folder} --help", markup=False)
+        screen.print(f"not stated   {', '.join(described.missing)}: officina data describe {args.folder} --help")
     return EXIT_DONE
 
 
@@ -79,13 +79,13 @@ def audit(args: argparse.Namespace) -> int:
         return EXIT_USER
     for step, lists in found.removals:
         told = ", ".join(f"{name} by {n} {'list' if n == 1 else 'lists'}" for name, n in lists.items()) or "none"
-        screen.print(f"removed on request from step {step} on: {told}", markup=False)
+        screen.print(f"removed on request from step {step} on: {told}")
     for source, shards in found.lost.items():
         for shard, blocks in shards.items():
             screen.print(f"damaged, read without loss: {source}, {shard}, block{'s' * (len(blocks) > 1)} "
-                         f"{', '.join(map(str, blocks))}", markup=False)
+                         f"{', '.join(map(str, blocks))}")
     begun = "started once" if found.starts == 1 else f"started {found.starts} times"
     screen.print(f"Proved: {found.steps:,} steps ({begun}) read samples {found.first_sample:,} to "
                   f"{found.stop_sample:,}, each exactly once and in order; none twice, none missing; "
-                  f"{sum(b - a for a, b in found.skipped):,} left out by data.skip.", markup=False)
+                  f"{sum(b - a for a, b in found.skipped):,} left out by data.skip.")
     return EXIT_DONE

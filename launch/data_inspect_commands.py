@@ -85,7 +85,7 @@ def _inspect_dataset(folder: Path, split: str, document: int, key: str) -> int:
     manifest, policy = dataset.manifest, policy_of(dataset)
     if key and manifest.sealed:
         dataset = replace(dataset, seal=read_seal(key, manifest.sealed))
-    screen.print(f"{manifest.name} {manifest.version}: {manifest.description or manifest.kind}", markup=False)
+    screen.print(f"{manifest.name} {manifest.version}: {manifest.description or manifest.kind}")
     for label, value in (("licence", policy.licences or "not stated"),
                          ("personal data", policy.personal_data),
                          ("kind", f"{manifest.kind}, {manifest.dtype}"),
@@ -96,7 +96,7 @@ def _inspect_dataset(folder: Path, split: str, document: int, key: str) -> int:
                            for n, each in enumerate(manifest.steps, 1)),
                          *((each.path, f"{each.documents:,} documents removed on request") for each in manifest.removals),
                          *manifest.provenance.items(), ("fingerprint", manifest.fingerprint)):
-        screen.print(f"  {label:<16} {' '.join(value) if isinstance(value, list) else value}", markup=False)
+        screen.print(f"  {label:<16} {' '.join(value) if isinstance(value, list) else value}")
     rows_shown = table("split", "documents", "tokens" if manifest.tokenizer else "bytes", "shards", "size")
     for name, totals in manifest.splits.items():
         rows_shown.add_row(name, f"{totals.documents:,}", f"{totals.tokens:,}", str(totals.shards), size(totals.bytes))
@@ -112,17 +112,17 @@ def _inspect_dataset(folder: Path, split: str, document: int, key: str) -> int:
         inside = number - int(stream.document_starts[of_shard])
         name, id, source, language = describe_document(stream, of_shard, stream.shard(of_shard), inside)
         screen.rule(f"document {number} · {name}", align="left")
-        screen.print(f"id {id or 'none'}, source {source}, language {language}", markup=False, style="dim")
+        screen.print(f"id {id or 'none'}, source {source}, language {language}", style="dim")
         gone = inside in removed.get(stream.entries[of_shard].path, ())
         shard = stream.shard(of_shard)
         if manifest.sealed and (not key or not policy.shows_text):  # the key is not even used
             why = "personal or sensitive" if not policy.shows_text else "to show it: --key FILE"
             tokens = int(shard.ends[inside]) - (int(shard.ends[inside - 1]) if inside else 0)
-            screen.print(f"({tokens} tokens; sealed; {why}: not shown)", markup=False, highlight=False)
+            screen.print(f"({tokens} tokens; sealed; {why}: not shown)", highlight=False)
             continue
         content = stream.record(number).content
         if gone or not shard.has_trained or not policy.shows_text:
-            screen.print(_REMOVED if gone else show(content)[:1200], markup=False, highlight=False)
+            screen.print(_REMOVED if gone else show(content)[:1200], highlight=False)
         else:
             start = int(shard.ends[inside - 1]) if inside else 0
             _tell_marked(screen, manifest, content, shard.trained(np.arange(start, int(shard.ends[inside]))), show)
@@ -190,14 +190,13 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
     found = reader.digest(samples)
     screen = console()
     screen.print(f"step {entry.step}: samples {entry.first_sample} to {entry.stop_sample}, {len(samples)} rows; digest "
-                 f"{entry.digest}, {'as the shards give it' if found == entry.digest else f'but the shards give {found}'}",
-                 markup=False)
+                 f"{entry.digest}, {'as the shards give it' if found == entry.digest else f'but the shards give {found}'}")
     if entry.skipped:
-        screen.print(f"left out by data.skip: {entry.skipped}", markup=False)
+        screen.print(f"left out by data.skip: {entry.skipped}")
     for source, shards in entry.lost.items():
         for shard, blocks in shards.items():
             screen.print(f"damaged, without loss: {source}, {shard}, block{'s' * (len(blocks) > 1)} "
-                         f"{', '.join(map(str, blocks))}", markup=False)
+                         f"{', '.join(map(str, blocks))}")
     places = reader.place(samples)
     if not reader.records:
         _tell_documents(screen, reader, places, policies)
@@ -218,7 +217,7 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
         show = _decoder(stream.dataset, policy)
         screen.rule(f"sample {sample}", align="left")
         if reader.records:
-            screen.print(show(reader.read_records(samples[i:i + 1])[0][0].content), markup=False, highlight=False)
+            screen.print(show(reader.read_records(samples[i:i + 1])[0][0].content), highlight=False)
         else:
             _tell_row(screen, reader, samples[i:i + 1], stream, int(places.row[i]), policy, show)
     return EXIT_DONE
@@ -256,10 +255,10 @@ def _tell_row(screen: "Console", reader: "RowReader", sample: "np.ndarray", stre
         if each.start:
             screen.print("──── document border ────", style="cyan")
         screen.print(f"{each.document}, id {each.id or 'none'}, source {each.source}, language {each.language}, licence "
-                     f"{policy.licences or 'not stated'}", markup=False, style="dim")
+                     f"{policy.licences or 'not stated'}", style="dim")
         gone = content.removed is not None and content.removed[0, each.start:each.stop].all()
         if content.trained is not None and manifest.samples and policy.shows_text and not gone:
             inside = slice(each.start, each.stop)
             _tell_marked(screen, manifest, tokens[inside].tobytes(), content.trained[0, inside], show)
             continue
-        screen.print(_NOT_READ if gone else show(tokens[each.start:each.stop].tobytes())[:2000], markup=False, highlight=False)
+        screen.print(_NOT_READ if gone else show(tokens[each.start:each.stop].tobytes())[:2000], highlight=False)

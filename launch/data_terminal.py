@@ -49,10 +49,10 @@ def share(text: str) -> float:
 
 
 def console() -> "Console":
-    """Where results go."""
+    """Where results go, as they are: names and texts of data may look like markup."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def table(*columns: str) -> "Table":
@@ -92,7 +92,7 @@ def progress(console: "Console", phases: dict[str, str], unit: str = "bytes") ->
     steps = TextColumn("{task.completed}/{task.total} steps")
     rate: ProgressColumn = TransferSpeedColumn() if unit == "bytes" else steps
     remaining = TimeRemainingColumn(elapsed_when_finished=True)
-    with Progress(TextColumn("{task.description}"), BarColumn(), rate, remaining,
+    with Progress(TextColumn("{task.description}", markup=False), BarColumn(), rate, remaining,
                   console=console) as bars:
         tasks = {}
 
@@ -128,6 +128,6 @@ def _lines(console: "Console", phases: dict[str, str], unit: str) -> Callable[[s
             words.append(f"{shown(round(rate))}/s")
         if total and rate > 0:
             words.append(f"{timedelta(seconds=round((total - done) / rate))} left")
-        console.print(" · ".join(words), markup=False)
+        console.print(" · ".join(words))
 
     return report

@@ -97,7 +97,7 @@ def stats(args: argparse.Namespace) -> int:
     for folder in args.folders:
         found = statistics(folder, args.split)
         manifest, licences = found.dataset.manifest, policy_of(found.dataset).licences or "not stated"
-        screen.print(f"{manifest.name} {manifest.version}, {args.split}", markup=False)
+        screen.print(f"{manifest.name} {manifest.version}, {args.split}")
         for title, key in (("source", 0), ("language", 1)):
             screen.print(_shares(title, found.by(key)))
         total = by_licence.setdefault(licences, Counts())
@@ -112,7 +112,7 @@ def stats(args: argparse.Namespace) -> int:
                 draw_lengths(found, args.picture)
             except OSError as exc:
                 raise DataError(f"--picture {args.picture}: {exc.strerror}. Name a file that you may write.") from exc
-            screen.print(f"Wrote {args.picture}", markup=False)
+            screen.print(f"Wrote {args.picture}")
     screen.print(_shares("licence", by_licence))
     return EXIT_DONE
 
@@ -147,14 +147,14 @@ def stage(args: argparse.Namespace) -> int:
             found = staging.stage(args.folder, args.out, args.budget, told)
     if args.on_demand:
         screen.print(f"{args.out} reads the shards of {args.folder.split('?')[0]} when they are needed ({found.files} small "
-                     f"files copied, {time.monotonic() - begun:.1f} s).", markup=False)
+                     f"files copied, {time.monotonic() - begun:.1f} s).")
         return EXIT_DONE
     kept = f", {size(found.kept_bytes)} were there already" if found.kept_bytes else ""
     screen.print(f"Staged {args.folder} to {args.out}: {found.files} files, {size(found.copied_bytes)} copied{kept}, each as "
-                 f"in the manifest ({time.monotonic() - begun:.1f} s).", markup=False)
+                 f"in the manifest ({time.monotonic() - begun:.1f} s).")
     if found.own_words:
         screen.print(f"{args.out} was not staged from anywhere, so it goes on saying what it says of itself: "
-                     f"{', '.join(found.own_words)} stay, though {args.folder} says something else.", markup=False)
+                     f"{', '.join(found.own_words)} stay, though {args.folder} says something else.")
     return EXIT_DONE
 
 
@@ -170,8 +170,7 @@ def index(args: argparse.Namespace) -> int:
                                 progress=lambda done: report("index", done, total), **said)
     for name, totals in manifest.splits.items():
         screen.print(f"{name:<12} {totals.documents:,} documents, {totals.tokens:,} tokens in {totals.shards} "
-                     f"{'file' if totals.shards == 1 else 'files'}",
-                     markup=False)
+                     f"{'file' if totals.shards == 1 else 'files'}")
     screen.print(f"fingerprint  {manifest.fingerprint}")
     return EXIT_DONE
 
@@ -187,11 +186,11 @@ def remove(args: argparse.Namespace) -> int:
     found, screen = removal.remove(args.folder, names), console()
     documents = f"{found.documents:,} {'document' if found.documents == 1 else 'documents'}"
     screen.print(f"Removed {documents} with {found.tokens:,} tokens from {args.folder}; {found.before:,} had been removed "
-                 "before. Order and fingerprint are as they were.", markup=False)
+                 "before. Order and fingerprint are as they were.")
     if found.missing:
         shown = ", ".join(found.missing[:5]) + (", ..." if len(found.missing) > 5 else "")
-        screen.print(f"not found    {len(found.missing):,} of {len(names):,}: {shown}", markup=False)
-    screen.print("Runs heed it from their next start on: officina resume RUN", markup=False)
+        screen.print(f"not found    {len(found.missing):,} of {len(names):,}: {shown}")
+    screen.print("Runs heed it from their next start on: officina resume RUN")
     return EXIT_DONE
 
 
@@ -222,6 +221,5 @@ def pack(args: argparse.Namespace) -> int:
     screen.print(shown)
     use = "" if manifest.samples else " data.packing=best_fit"
     use += f" data.overlong={args.overlong}" * (args.overlong != "auto")
-    screen.print(f"Train on it: officina train data.sources.main.path={args.folder} batch.seq_len={args.seq_len}{use}",
-                 markup=False)
+    screen.print(f"Train on it: officina train data.sources.main.path={args.folder} batch.seq_len={args.seq_len}{use}")
     return EXIT_DONE

@@ -116,9 +116,9 @@ def describe(args: argparse.Namespace) -> int:
     for name in ("name", *describing.CHANGEABLE, "personal_data", "sensitive", "languages", "policy_sha256", "fingerprint"):
         value = judged.get(name, getattr(dataset.manifest, name))
         shown = ", ".join(value) if isinstance(value, list) else value
-        screen.print(f"  {name:<14} {'not stated' if shown in ('', None) else shown}", markup=False)
+        screen.print(f"  {name:<14} {'not stated' if shown in ('', None) else shown}")
     for fault in strict(dataset).faults:
-        screen.print(f"  - {fault}", markup=False)
+        screen.print(f"  - {fault}")
     return EXIT_DONE
 
 
@@ -216,14 +216,14 @@ def _errors() -> "Console":
     """Progress goes there: stdout may be JSON for a machine."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def _tell(found: "Summary") -> None:
     screen = console()
     when = f", {found.first} to {found.last}, {found.duration_s:,.0f} s of work" if found.first else ""
     screen.print(f"{found.run}: {found.total:,} {found.unit} in {found.steps:,} steps ({found.starts} "
-                 f"start{'s' * (found.starts != 1)}{when})", markup=False)
+                 f"start{'s' * (found.starts != 1)}{when})")
     shown = table("source", "licence", found.unit, "share", "passes")
     for name, used in found.sources.items():
         shown.add_row(f"{name} ({used.dataset})", used.licence, f"{used.tokens:,}", f"{used.tokens / found.total:.2%}",
@@ -234,8 +234,7 @@ def _tell(found: "Summary") -> None:
     screen.print(shown)
     for name, used in found.sources.items():
         if used.lost:
-            screen.print(f"damaged      {used.lost:,} {found.unit} of {name} lay in damaged blocks: not read, not counted",
-                         markup=False)
+            screen.print(f"damaged      {used.lost:,} {found.unit} of {name} lay in damaged blocks: not read, not counted")
     by = {"contributor": found.by_contributor, "licence": found.by_licence, "language": found.by_language}
     for title, counts in by.items():
         shown = table("source", found.unit, "share")
@@ -243,7 +242,7 @@ def _tell(found: "Summary") -> None:
         for name, tokens in counts.items():
             shown.add_row(name, f"{tokens:,}", f"{tokens / found.total:.2%}")
         screen.print(shown)
-    screen.print("Attribution:", markup=False)
+    screen.print("Attribution:")
     for text in found.attribution:
-        screen.print(f"  {text}", markup=False)
+        screen.print(f"  {text}")
 

@@ -33,7 +33,8 @@ def main() -> int:
         shutil.rmtree(run)  # the demo owns this folder; the data set is kept, since building it twice gives the same
     zero = importlib.util.find_spec("deepspeed") is not None
     if not zero:
-        console.print("DeepSpeed is not installed (pip install 'officina[deepspeed]'): step 3 takes DDP instead.")
+        console.print("DeepSpeed is not installed (pip install 'officina[deepspeed]'): step 3 takes DDP instead.",
+                      markup=False)
 
     if (data / "dataset.json").exists():
         console.print(f"{data} is there already: not built again.")

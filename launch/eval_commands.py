@@ -118,7 +118,7 @@ def _wait_for(folder: Path, run: RunConfig, request: Request) -> None:
 def _tell(run_dir: Path, results: Results, unit: str) -> None:
     screen = console()
     ranks = f"{results.world_size} rank{'s' * (results.world_size > 1)}"
-    screen.print(f"{run_dir} at step {results.step:,}, {results.engine} on {ranks}", markup=False)
+    screen.print(f"{run_dir} at step {results.step:,}, {results.engine} on {ranks}")
     if results.held_out:
         text = unit == "tokens"  # a user's own loss is of records, in whatever unit
         shown = table("source", "language", "tokens", "nats/token", "bits/byte", "perplexity") if text else table(
@@ -130,7 +130,7 @@ def _tell(run_dir: Path, results: Results, unit: str) -> None:
         screen.print(shown)
         for found in results.held_out:
             if found["lost_blocks"]:
-                screen.print(f"{found['source']}: {found['lost_blocks']} damaged blocks were left out", markup=False)
+                screen.print(f"{found['source']}: {found['lost_blocks']} damaged blocks were left out")
     if results.tasks:
         shown = table("source", "metric", "value", "standard error")
         shown.columns[0].header = "task"
@@ -143,7 +143,7 @@ def _tell(run_dir: Path, results: Results, unit: str) -> None:
         screen.print(shown)
     if not results.held_out and not results.tasks:
         screen.print("no source of the run has a validation split: nothing to evaluate. Build one: "
-                     "officina data build ... --validation 0.01", markup=False)
+                     "officina data build ... --validation 0.01")
 
 
 def _numbers(found: dict) -> list[str]:

@@ -161,6 +161,17 @@ def test_what_was_read_before_the_policy_hid_it_is_not_told(tmp_path: Path) -> N
     assert "Jane" not in str(error.value)
 
 
+def test_names_and_texts_that_look_like_markup_stand_as_they_are(tmp_path: Path) -> None:
+    rows = [{"id": f"[/b]{i}", "text": f"[/red] some words [bold]{i} :smile: " * 20, "from": "[/red]web"} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for words in (["build", "[set]", "rows.jsonl", "--vocab-size", "400", "--source-field", "from", "--licence", "CC0-1.0"],
+                  ["verify", "[set]"], ["inspect", "[set]"], ["stats", "[set]"]):
+        status, out, err = officina(*words, cwd=tmp_path)
+        assert (status, err) == (0, "") and "[set]" in out
+        assert words[0] in ("build", "verify") or "[/red]web" in out
+        assert words[0] != "inspect" or ("[/red] some words [bold]" in out and ":smile:" in out)
+
+
 def test_a_licence_of_the_policy_is_one(tmp_path: Path) -> None:
     write_tokens(tmp_path / "set", {"train": [40, 30]})
     train(make_run({"s": (tmp_path / "set", 1)}, rows=2), tmp_path / "run")

@@ -1,9 +1,11 @@
-"""Samples made of Python sources."""
+"""The demo's steps, and samples made of Python sources."""
 
 import json
 from dataclasses import replace
 
-from officina.launch import demo_samples
+import pytest
+
+from officina.launch import demo, demo_samples
 from officina.launch.demo_samples import DOCSTRING, SIGNATURE, samples_of, write_samples
 from officina.trainer.data.sources import standard_library
 
@@ -27,6 +29,18 @@ class Reader:
     def silent(self):
         return 2
 '''
+
+
+@pytest.mark.parametrize(("found", "engine"), [(None, "engine=ddp"), (object(), "engine=zero2")])
+def test_without_deepspeed_the_demo_goes_on_under_ddp_and_says_so(found, engine, monkeypatch, tmp_path, capsys):
+    ran = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(demo, "run_step", lambda console, title, run, *words, **_: ran.append((title, words)))
+    assert demo.main() == 0
+    [(title, _)] = [(title, words) for title, words in ran if engine in words]
+    assert ("DDP" if found is None else "DeepSpeed ZeRO-2") in title
+    assert ("pip install 'officina[deepspeed]'" in capsys.readouterr().out) is (found is None)
 
 
 def test_a_function_gives_its_signature_and_its_docstring():
