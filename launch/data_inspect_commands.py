@@ -118,11 +118,11 @@ def _inspect_dataset(folder: Path, split: str, document: int, key: str) -> int:
         if manifest.sealed and (not key or not policy.shows_text):  # the key is not even used
             why = "personal or sensitive" if not policy.shows_text else "to show it: --key FILE"
             tokens = int(shard.ends[inside]) - (int(shard.ends[inside - 1]) if inside else 0)
-            screen.print(f"({tokens} tokens; sealed; {why}: not shown)", highlight=False)
+            screen.print(f"({tokens} tokens; sealed; {why}: not shown)")
             continue
         content = stream.record(number).content
         if gone or not shard.has_trained or not policy.shows_text:
-            screen.print(_REMOVED if gone else show(content)[:1200], highlight=False)
+            screen.print(_REMOVED if gone else show(content)[:1200])
         else:
             start = int(shard.ends[inside - 1]) if inside else 0
             _tell_marked(screen, manifest, content, shard.trained(np.arange(start, int(shard.ends[inside]))), show)
@@ -217,7 +217,7 @@ def _inspect_step(folder: Path, step: int | None, rows: int) -> int:
         show = _decoder(stream.dataset, policy)
         screen.rule(f"sample {sample}", align="left")
         if reader.records:
-            screen.print(show(reader.read_records(samples[i:i + 1])[0][0].content), highlight=False)
+            screen.print(show(reader.read_records(samples[i:i + 1])[0][0].content))
         else:
             _tell_row(screen, reader, samples[i:i + 1], stream, int(places.row[i]), policy, show)
     return EXIT_DONE
@@ -261,4 +261,4 @@ def _tell_row(screen: "Console", reader: "RowReader", sample: "np.ndarray", stre
             inside = slice(each.start, each.stop)
             _tell_marked(screen, manifest, tokens[inside].tobytes(), content.trained[0, inside], show)
             continue
-        screen.print(_NOT_READ if gone else show(tokens[each.start:each.stop].tobytes())[:2000], highlight=False)
+        screen.print(_NOT_READ if gone else show(tokens[each.start:each.stop].tobytes())[:2000])
