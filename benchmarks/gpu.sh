@@ -59,7 +59,7 @@ export OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1  # compiling takes most
 tests=("$python" -m pytest -m gpu -v --tb short -p no:cacheprovider --durations 10)
 # One that hangs is named and its process ended, and the others go on.
 "$python" -c "import xdist" 2> /dev/null &&
-    tests+=(--numprocesses "$at_once" -o faulthandler_timeout=90 -o faulthandler_exit_on_timeout=true)
+    tests+=(--numprocesses "$at_once" -o faulthandler_timeout=120 -o faulthandler_exit_on_timeout=true)
 hopper=(tests/gpu/test_flash_attention_hopper*.py)
 timeout -k 5 "${TESTS_S:-200}" "${tests[@]}" tests/gpu "${hopper[@]/#/--ignore=}" 2>&1 | tee "$out/tests.log" || status=1
 # By themselves: their warps wait for each other, so a fault may be a program without end.
