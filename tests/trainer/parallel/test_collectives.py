@@ -49,7 +49,11 @@ def sent(ranks, case: Case) -> Counter[str]:
     ("fsdp2", 2, {GATHER: 2 * UNITS, SCATTER: UNITS}, {REDUCE: 1}),  # forward and backward; the norm
     ("fsdp2_fast", 2, {}, {GATHER: UNITS, SCATTER: UNITS, REDUCE: 1}),
     ("hsdp", 4, {GATHER: 2 * UNITS, SCATTER: UNITS}, {REDUCE: UNITS + 1}),  # the sum over replicas
-    ("hsdp_fast", 4, {}, {GATHER: UNITS, SCATTER: UNITS, REDUCE: UNITS + 1})])
+    ("hsdp_fast", 4, {}, {GATHER: UNITS, SCATTER: UNITS, REDUCE: UNITS + 1}),
+    # DeepSpeed's buckets hold this whole model, each group of AdamW's by itself; the norm, and whether it is finite
+    ("zero1", 2, {}, {REDUCE: 1 + 2, GATHER: 2}),
+    ("zero2", 2, {REDUCE: 1}, {REDUCE: 2, GATHER: 2}),
+    ("zero3", 2, {GATHER: 1, SCATTER: 1}, {REDUCE: 2})])
 def test_a_step_sends_what_it_must(pool, engine, ranks, a_micro, a_step):
     case = Case(engine, splits=3)
     wanted = Counter({name: case.splits * times for name, times in a_micro.items()}) + Counter(a_step)
