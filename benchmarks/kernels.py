@@ -2,6 +2,7 @@
 
     officina bench kernels                                          # all shapes, on a GPU
     python -m officina.benchmarks.kernels --goals --seconds 90      # only shapes that a goal is set for, in the time given
+    python -m officina.benchmarks.kernels --goals --compiled        # the same, also against FlexAttention and torch.compile
     python -m officina.benchmarks.kernels --page kernels.json       # draw the page of a record again
 
 Floors are bytes that must be read and written over the speed of a large copy, or operations over the speed of a large
@@ -140,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--goals", action="store_true", help="only the shapes that a goal is set for, without baselines that "
                         "compile for long")
+    parser.add_argument("--compiled", action="store_true", help="with --goals: these baselines too (without it always)")
     parser.add_argument("--only", nargs="+", metavar="KERNEL", help="only these kernels, such as attention")
     parser.add_argument("--without", nargs="+", default=[], metavar="ENTRANT", help="leave out, such as 'officina, portable'")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile at once, with "
@@ -167,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"officina: there is no kernel {', '.join(sorted(wrong))}; there are {', '.join(known)}", file=sys.stderr)
         return EXIT_USER
     device = torch.device("cpu") if args.tiny else torch.device("cuda", torch.cuda.current_device())
-    without = {*args.without, *(SLOW_STARTERS if args.goals or args.tiny else ())}
+    without = {*args.without, *(SLOW_STARTERS if args.tiny or (args.goals and not args.compiled) else ())}
     chosen = [case for case in chosen if not args.only or case.kernel in args.only]
     began = time.monotonic()
     if not args.tiny:

@@ -124,6 +124,23 @@ def test_without_a_gpu_it_refuses(words, capsys, tmp_path):
     assert "tuning needs a GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("words", "left_out"), [([], set()), (["--goals"], SLOW_STARTERS), (["--goals", "--compiled"], set())])
+def test_who_is_measured_on_a_gpu(words, left_out, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def run(device, chosen, *, without, **_):
+        raise Asked(without)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(kernels, "compile_ahead", lambda *_: None)
+    monkeypatch.setattr(kernels, "run", run)
+    with pytest.raises(Asked) as asked:
+        kernels.main(words)
+    assert asked.value.args == (left_out,)
+
+
 def test_an_unknown_kernel_is_refused_with_the_known_ones(capsys, monkeypatch, tmp_path):
     assert kernels.main(["--tiny", "--only", "atention"]) == EXIT_USER
     assert "there is no kernel atention; there are attention, RMSNorm" in capsys.readouterr().err
