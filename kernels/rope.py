@@ -57,8 +57,9 @@ def rope_reference(q_BHTK: Tensor, k_BGTK: Tensor, cos_B1TP: Tensor, sin_B1TP: T
                    q_weight_K: Tensor | None = None, k_weight_K: Tensor | None = None, eps: float = 1e-6,
                    zero_centred: bool = False, cast_first: bool = False) -> tuple[Tensor, Tensor]:
     """Same contract in plain torch (any memory layout): the oracle for tests and benchmarks."""
-    if q_weight_K is not None:
-        q_BHTK, k_BGTK = (rms_norm_reference(x, weight, eps=eps, zero_centred=zero_centred, cast_first=cast_first)
+    if q_weight_K is not None:  # tokens before heads, as they mostly lie: torch's norm copies what lies otherwise
+        q_BHTK, k_BGTK = (rms_norm_reference(x.transpose(1, 2), weight, eps=eps, zero_centred=zero_centred,
+                                             cast_first=cast_first).transpose(1, 2)
                           for x, weight in ((q_BHTK, q_weight_K), (k_BGTK, k_weight_K)))
     return tuple(_rotate(x, cos_B1TP, sin_B1TP, interleaved) for x in (q_BHTK, k_BGTK))
 

@@ -52,14 +52,15 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, config: DecoderConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self._options = {"eps": config.norm_eps, "zero_centred": config.norm_weight == "zero_centred",
-                         "cast_first": config.norm_cast == "before", "impl": config.kernels}
+        self.options = {"eps": config.norm_eps, "zero_centred": config.norm_weight == "zero_centred",
+                        "cast_first": config.norm_cast == "before", "impl": config.kernels}
+        """Those of `kernels.rms_norm`."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of x; with a residual the norm of their sum, and the sum, in one pass over memory."""
         if residual is None:
-            return rms_norm(x, self.weight, **self._options)
-        return add_rms_norm(x, residual, self.weight, **self._options)
+            return rms_norm(x, self.weight, **self.options)
+        return add_rms_norm(x, residual, self.weight, **self.options)
 
 
 class MLP(nn.Module):

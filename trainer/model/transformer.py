@@ -55,11 +55,14 @@ class Attention(nn.Module):
         if self.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.unflatten(-1, (-1, self.head_size)) for x in (q, k, v))
-        if self.qk_norm == "head":
+        if self.qk_norm == "head" and self.rope is None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if self.rope is not None:
-            q, k = rope(q, k, *shared.ropes[self.rope], impl=self.impl)
+            options = {"impl": self.impl}
+            if self.qk_norm == "head":  # in one launch; ZeRO-3 gathers another module's weight where it is asked for
+                options = self.q_norm.options | {"q_weight_K": self.q_norm.weight, "k_weight_K": self.k_norm.weight}
+            q, k = rope(q, k, *shared.ropes[self.rope], **options)
         if cache is not None:
             k, v = cache.append(k, v)
         out_BHTK = attention(q, k, v, scale=self.scale, window=self.window, softcap=self.softcap,
