@@ -6,12 +6,14 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from officina.trainer.config import (
     AdamWConfig,
     DDPConfig,
+    DecoderConfig,
     EvalConfig,
     FSDP2Config,
     HSDPConfig,
@@ -28,6 +30,7 @@ from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE
 from officina.trainer.metrics import read_metrics
 from officina.trainer.run_dir import committed_steps
 from officina.trainer.spikes import SpikeDetector
+from tests.data_sets import write_tokens
 from tests.distributed import RankFailure
 from tests.lives import begin, changed, copy_of, losses, plain_run, states
 
@@ -197,6 +200,20 @@ def test_an_optimizer_that_changes_nothing_is_found_at_the_first_step(pool, data
     begin(tmp_path / "run", plain_run(data, optim=AdamWConfig(lr=1e-30, weight_decay=0)))
     with pytest.raises(RankFailure, match="changed none of the"):
         lived(pool, tmp_path / "run", 1)
+
+
+def test_a_step_without_loss_bearing_tokens_is_neither_a_loss_nor_a_spike(pool, tmp_path):
+    trained = np.repeat(np.arange(70) >= 4 * 7, 32)  # the first four steps have none
+    write_tokens(tmp_path / "set", {"train": [32] * 70}, trained={"train": trained}, samples="answers")
+    run = plain_run(tmp_path / "set", engine=DDPConfig(), optim=AdamWConfig(lr=1e-3, weight_decay=0),
+                    model=DecoderConfig(vocab_size=70 * 32, n_layers=1, d_model=16, n_heads=2, d_ff=32),
+                    lr_schedule=LrScheduleConfig(warmup_steps=0),
+                    objective=ObjectiveConfig(spike_sigma=6, spike_window=3, on_spike="stop", max_nonfinite_steps=1))
+    begin(tmp_path / "run", replace(run, data=replace(run.data, shuffle=False)))
+    assert lived(pool, tmp_path / "run", 2) == EXIT_DONE
+    steps = read_metrics(tmp_path / "run").steps
+    assert [math.isnan(s.loss_nats) for s in steps] == [s.tokens == 0 for s in steps] == [True] * 4 + [False] * 4
+    assert all(s.applied and not s.spike for s in steps)
 
 
 def test_a_spike_stops_the_run_where_asked(pool, data, tmp_path):

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch
 from torch import Tensor, nn
 
 IGNORE = -100
@@ -40,5 +41,10 @@ class Batch:
 
 
 def loss_of(sums: Tensor) -> Tensor:
-    """The loss among what a `LossFn` gave, 0-dim."""
-    return sums if sums.ndim == 0 else sums[0]
+    """The loss among what a `LossFn` gave, 0-dim, to be differentiated.
+
+    One that is not finite has no finite gradient: the norm, which every rank learns, then tells of it, and the step is left
+    out. (Cross-entropy of a label whose logit is minus infinity, for one, is infinite with the finite gradient of a softmax.)
+    """
+    loss = sums if sums.ndim == 0 else sums[0]
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)

@@ -47,7 +47,7 @@ def train(run_dir: Path, ranks: Ranks) -> int:
         while job.step < run.steps and not (stop_votes or late_votes or over_votes or job.quarantine.is_over):
             factor = lr_factor(run.lr_schedule, job.step, run.steps)
             torch.manual_seed(_seed(run.seed, job.step, ranks.rank))  # dropout follows from the step, not from history
-            # The end of a decay to 0 changes nothing, rightly.
+            # The end of a decay to 0 changes nothing, rightly; nor need a step without loss-bearing tokens.
             before = state_hashes(job.trained_state(), slots={PARAM}) if job.unchecked and factor else None
             job.profiler.step(job.step + 1)
             tokens = max(int(step_tokens), 1)
@@ -68,7 +68,7 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             job.tokens += int(step_tokens) if result.applied else 0
             _record(job, data, result, tokens=int(step_tokens), loss_sum=loss_sum, digest=digest, lr_factor=factor,
                     step_time_s=step_time_s, peak_bytes=int(peak_bytes / ranks.world_size), measures=measures)
-            if before is not None and result.applied:
+            if before is not None and result.applied and result.grad_norm:
                 verify_changed(before, state_hashes(job.trained_state(), slots={PARAM}), ranks)
                 job.unchecked = False
             job.saved(job.saver.settle(save_votes))
@@ -111,9 +111,9 @@ def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_s
             lr_factor: float, step_time_s: float, peak_bytes: int, measures: Sequence[float]) -> None:
     """Metrics and ledger of one step; raises NoProgressError where going on is useless."""
     objective = job.run.objective
-    loss = loss_sum / tokens if tokens else 0.0
-    finite = math.isfinite(result.grad_norm) and math.isfinite(loss)
-    spike = job.loss_spikes.observe(loss) | job.norm_spikes.observe(result.grad_norm)
+    loss = loss_sum / tokens if tokens else math.nan
+    finite = math.isfinite(result.grad_norm) and (math.isfinite(loss) or not tokens)
+    spike = tokens > 0 and job.loss_spikes.observe(loss) | job.norm_spikes.observe(result.grad_norm)
     filled, *measures = measures
     tokens_per_s = tokens / step_time_s
     mfu = [None, None]

@@ -31,7 +31,7 @@ class StepMetrics:
     tokens: int
     """Loss-bearing tokens (records for custom models, pairs for DPO) of this step over all ranks; padding does not count."""
     loss_nats: float
-    """Mean loss of those tokens, before the update; of next_token the cross-entropy alone."""
+    """Mean loss of those tokens, before the update; of next_token the cross-entropy alone. NaN where there are none."""
     grad_norm: float
     """Global L2 norm before clipping."""
     lr: float

@@ -69,7 +69,7 @@ def live(ranks, run_dir: str) -> int:
 
 
 class Tied(nn.Module):
-    """One weight used twice, one saved buffer, one that is not saved."""
+    """One weight and one saved buffer that two modules share, a buffer that is not saved."""
 
     def __init__(self, width: int = 4):
         super().__init__()
@@ -78,6 +78,7 @@ class Tied(nn.Module):
         self.head.weight = self.embed.weight
         self.blocks = nn.ModuleList([nn.Linear(width, width)])
         self.register_buffer("seen", torch.arange(3))
+        self.head.register_buffer("also_seen", self.seen)
         self.register_buffer("scale", torch.tensor([2.5]), persistent=False)
 
     def forward(self, tokens):
@@ -90,6 +91,12 @@ def tied(width: int = 4) -> nn.Module:
 
 def no_module():
     return {"not": "a module"}
+
+
+def complex_one():
+    module = nn.Linear(2, 2)
+    module.turn = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    return module
 
 
 def on_meta():

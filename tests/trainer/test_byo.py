@@ -117,6 +117,7 @@ def test_ties_and_buffers_survive_the_meta_device():
             tensor.copy_(built.source.read(name, PARAM, 0, tensor.numel()).view_as(tensor))
     assert built.module.head.weight is built.module.embed.weight
     assert torch.equal(built.module.seen, torch.arange(3)) and built.module.seen.dtype == torch.int64
+    assert built.module.head.also_seen is built.module.seen
     tokens = torch.tensor([1, 2])
     assert torch.equal(built.module(tokens), original(tokens))
 
@@ -169,6 +170,7 @@ def test_a_path_that_names_nothing_callable_is_refused(path, message):
 @pytest.mark.parametrize("factory,args,message", [
     ("no_module", {}, r"model.factory=.*returned a dict, not an nn.Module"),
     ("on_meta", {}, "left weight on the meta device"),
+    ("complex_one", {}, r"gave the complex parameter turn; .*torch.view_as_real"),
     ("tied", {"widht": 3}, r"does not take them: got an unexpected keyword argument 'widht'.*\(width: int = 4\)"),
 ])
 def test_a_factory_that_cannot_be_used_is_refused(factory, args, message):

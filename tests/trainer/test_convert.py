@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from officina.trainer.convert import export_run, import_model
 from officina.trainer.errors import OfficinaError
 from officina.trainer.generate import generate, load
 from officina.trainer.hf.base import open_base
-from officina.trainer.hf.config_file import FAMILIES, family_for
+from officina.trainer.hf.config_file import FAMILIES, family_for, read_config
 from officina.trainer.run_dir import load_config
 
 
@@ -189,6 +190,17 @@ def test_a_configuration_that_is_not_understood_is_refused_by_name(folder, keys,
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
     assert main(["convert", "import", str(folder), "--to", str(folder.parent / "run")]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_softcap_that_transformers_keeps_and_never_uses_is_refused(tmp_path):
+    save("gemma3", tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"attn_logit_softcapping": 50.0}))
+    with pytest.raises(OfficinaError, match=r"attn_logit_softcapping=50.0: is kept by transformers' Gemma 3 and caps nothing"):
+        open_base(str(tmp_path))
+    _, model = read_config(raw)
+    with pytest.raises(OfficinaError, match=r"no family .* cannot hold model\.\w+"):
+        family_for(replace(model, attn_softcap=50.0))
 
 
 def test_what_two_versions_of_transformers_read_differently_is_refused(tmp_path):

@@ -37,6 +37,7 @@ def _read2(keys: Keys) -> Values:
 
 
 def _read3(keys: Keys) -> Values:
+    keys.only("attn_logit_softcapping", None, why="is kept by transformers' Gemma 3 and caps nothing there")
     values = _common(keys)
     types = keys.may("layer_types", None)
     keys.skip("sliding_window_pattern", "_sliding_window_pattern")

@@ -157,15 +157,19 @@ def _build_custom(config: CustomModelConfig, seed: int) -> Built:
     if on_meta := [name for name, value in saved.items() if value.is_meta]:
         rule = f"left {on_meta[0]} on the meta device, without values"
         raise ConfigError([Problem("model.factory", config.factory, rule, "build the module on the CPU")])
+    if complex_ones := [name for name, parameter in module.named_parameters() if parameter.is_complex()]:
+        rule = f"gave the complex parameter {complex_ones[0]}; what a run trains and saves is real"
+        remedy = "keep torch.view_as_real of it as the parameter, and torch.view_as_complex in forward"
+        raise ConfigError([Problem("model.factory", config.factory, rule, remedy)])
     saved |= {name: parameter.detach().float() for name, parameter in module.named_parameters()}
     _to_meta(module)
     return Built(module, ValuesSource(saved), record_loss(losses_of, config.loss), decode)
 
 
 def _to_meta(module: nn.Module) -> None:
-    """Like `module.to("meta")`, but a parameter that two modules share stays one, and buffers that are not
-    saved keep the values that the constructor gave them."""
-    moved: dict[nn.Parameter, nn.Parameter] = {}
+    """Like `module.to("meta")`, but what two modules share stays one, and buffers that are not saved keep the values that
+    the constructor gave them."""
+    moved: dict[Tensor, Tensor] = {}
     for child in module.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None:
@@ -174,7 +178,7 @@ def _to_meta(module: nn.Module) -> None:
                 child._parameters[name] = moved[parameter]
         for name, buffer in child._buffers.items():
             if buffer is not None and name not in child._non_persistent_buffers_set:
-                child._buffers[name] = buffer.to("meta")
+                child._buffers[name] = moved.setdefault(buffer, buffer.to("meta"))
 
 
 def _kind(found: object) -> str:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from officina.kernels.flash_attention import OPERATOR
 from officina.trainer.config import CustomModelConfig, RunConfig
-from officina.trainer.errors import ConfigError, Problem
+from officina.trainer.errors import ConfigError, OfficinaError, Problem
 
 _ATEN = torch.ops.aten
 _KEPT = {
@@ -26,7 +26,10 @@ _KEPT = {
 
 
 def find_blocks(module: nn.Module, run: RunConfig) -> nn.ModuleList:
-    """The repeated blocks: the unit of sharding, recomputation and compilation. Raises ConfigError if there are none."""
+    """The repeated blocks, each once: the unit of sharding, recomputation and compilation.
+
+    Raises ConfigError if there are none.
+    """
     path = run.model.blocks if isinstance(run.model, CustomModelConfig) else "blocks"
     try:
         found = module.get_submodule(path)
@@ -36,7 +39,29 @@ def find_blocks(module: nn.Module, run: RunConfig) -> nn.ModuleList:
         lists = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList) and len(child)]
         raise ConfigError([Problem("model.blocks", path, "names no filled nn.ModuleList of the model",
                                    f"model.blocks={lists[0]}" if lists else "keep the repeated layers in an nn.ModuleList")])
-    return found
+    return nn.ModuleList(dict.fromkeys(found))
+
+
+def check_shardable(module: nn.Module, blocks: nn.ModuleList, run: RunConfig, *, by_block: bool) -> None:
+    """Raise OfficinaError for parameters that cannot be sharded: without dimensions, or by block and in two blocks at once."""
+    engine = run.engine.kind
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 0:
+            raise OfficinaError(f"{name} has no dimension, and engine={engine} shards the first one. Give it shape (1,), or "
+                                "use engine=ddp")
+    if not by_block:
+        return
+    inside = {id(child) for block in blocks for child in block.modules()}
+    outside = (child for child in module.modules() if id(child) not in inside)
+    units = [("outside of the blocks", outside), *((f"in block {i}", block.modules()) for i, block in enumerate(blocks))]
+    places: dict[int, str] = {}
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for place, children in units:
+        for parameter in {id(p) for child in children for p in child.parameters(recurse=False)}:
+            if parameter in places:
+                raise OfficinaError(f"{names[parameter]} is used {places[parameter]} and {place}, and engine={engine} shards "
+                                    "each block by itself. Share it within one block or outside of all, or use engine=ddp")
+            places[parameter] = place
 
 
 def prepare_blocks(blocks: nn.ModuleList, run: RunConfig) -> None:

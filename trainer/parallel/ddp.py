@@ -13,7 +13,7 @@ from officina.trainer.muon import Split
 from officina.trainer.optim import Groups
 from officina.trainer.parallel.engine import Parts
 from officina.trainer.parallel.single import TorchEngine, prepare_whole
-from officina.trainer.parallel.tensors import deal
+from officina.trainer.parallel.tensors import deal, refuse_unreached
 
 
 def build(parts: Parts) -> TorchEngine:
@@ -47,6 +47,7 @@ class DDPEngine(TorchEngine):
     def forward_backward(self, batch: Batch, *, step_tokens: int, last: bool) -> Tensor:
         if not self._warm:
             self._settle_buckets(batch)
+        self._kept.keep()
         with nullcontext() if last else self._ddp.no_sync():
             with self._autocast():
                 loss = self._loss_fn(self._ddp, batch.fields)
@@ -71,6 +72,7 @@ class DDPEngine(TorchEngine):
             with self._autocast():
                 loss = self._loss_fn(self._ddp, batch.fields)
             loss_of(loss).backward()
+        refuse_unreached(name for name, p in self._params.items() if p.requires_grad and p.grad is None)
         for parameter in self._params.values():
             parameter.grad = None
         for name, buffer in self.module.named_buffers():

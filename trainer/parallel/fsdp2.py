@@ -11,7 +11,7 @@ from officina.trainer.config import HSDPConfig
 from officina.trainer.errors import OfficinaError
 from officina.trainer.muon import Split
 from officina.trainer.optim import group_parameters
-from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
+from officina.trainer.parallel.blocks import check_shardable, find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts
 from officina.trainer.parallel.precision import frozen_dtype, storage_dtype
 from officina.trainer.parallel.single import TorchEngine
@@ -24,12 +24,9 @@ SHARD, REPLICATE = "dp_shard", "dp_replicate"
 def build(parts: Parts) -> "FSDP2Engine":
     """The FSDP2 or HSDP engine. No rank ever holds the whole model: it is sharded while still on the meta device.
 
-    Raises OfficinaError for a parameter without dimensions, and where shard_size does not divide the number of ranks.
+    Raises OfficinaError for what cannot be sharded, and where shard_size does not divide the number of ranks.
     """
-    scalars = [name for name, parameter in parts.module.named_parameters() if parameter.ndim == 0]
-    if scalars:
-        raise OfficinaError(f"{scalars[0]} has no dimension, and engine={parts.run.engine.kind} shards the first one. "
-                            "Give it shape (1,), or use engine=ddp")
+    check_shardable(parts.module, find_blocks(parts.module, parts.run), parts.run, by_block=True)
     parts.ranks.ensure_group()
     return FSDP2Engine(parts)
 

@@ -14,10 +14,12 @@ from officina.trainer.parallel.engine import Parts, StepOutcome
 from officina.trainer.parallel.precision import frozen_dtype, set_precision, storage_dtype
 from officina.trainer.parallel.tensors import (
     Held,
+    KeptBuffers,
     buffer_pieces,
     fill_buffers,
     materialize,
     persistent_buffers,
+    refuse_unreached,
 )
 from officina.trainer.state import PARAM, Piece, Source
 
@@ -51,17 +53,19 @@ class TorchEngine:
         self._autocast = set_precision(parts.module, find_blocks(parts.module, parts.run), parts.precision,
                                        parts.ranks.device, bf16_weights=parts.precision == "bf16_pure")
         self._params = dict(parts.module.named_parameters())
-        self._buffers = persistent_buffers(parts.module)
+        self._kept = KeptBuffers(parts.module)
         kernels = getattr(parts.run.model, "kernels", "auto")  # a user's own model has no such key
         self._optimizer = Optimizer(parts.run.optim, groups, self._params, split, kernels)
 
     def forward_backward(self, batch: Batch, *, step_tokens: int, last: bool) -> Tensor:
+        self._kept.keep()
         with self._autocast():
             loss = self._loss_fn(self.module, batch.fields)
         (loss_of(loss) / step_tokens).backward()
         return loss.detach().float()
 
     def step(self, lr_factor: float, *, max_norm: float = math.inf) -> StepOutcome:
+        refuse_unreached(name for name, p in self._params.items() if p.requires_grad and p.grad is None)
         gradients = [self._local(p.grad) for p in self._params.values() if p.grad is not None]
         norm = self._global_norm([gradient for gradient in gradients if gradient.numel()])
         applied = math.isfinite(norm) and norm <= max_norm
@@ -72,6 +76,7 @@ class TorchEngine:
             self.optimizer_steps += 1
         for parameter in self._params.values():
             parameter.grad = None
+        self._kept.settle(applied)
         return StepOutcome(norm, applied)
 
     def evaluate(self, batch: Batch) -> Tensor:
@@ -96,7 +101,7 @@ class TorchEngine:
             if optimizer_steps is not None:
                 for slot, state in self._optimizer.slots(name):
                     held.fill(self._local(state), source, slot)
-        fill_buffers(self._buffers, source)
+        fill_buffers(persistent_buffers(self.module), source)
 
     def export_state(self, without: Collection[str] = ()) -> Iterator[Piece]:
         for name, parameter in self._params.items():
@@ -108,11 +113,11 @@ class TorchEngine:
                 for slot, state in self._optimizer.slots(name):
                     yield held.piece(slot, self._local(state).float())
         if self._ranks.rank == 0:
-            yield from buffer_pieces(self._buffers)
+            yield from buffer_pieces(persistent_buffers(self.module))
 
     def close(self) -> None:
         # Parameters hold their gradients, hooks and modules in cycles; what is dropped here is freed at once.
-        self._params, self._buffers, self._optimizer, self._loss_fn = {}, {}, None, None
+        self._params, self._kept, self._optimizer, self._loss_fn = {}, None, None, None
         self.module = None
 
     def _global_norm(self, gradients: list[Tensor]) -> float:

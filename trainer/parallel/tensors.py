@@ -1,6 +1,6 @@
 """What every engine does with a module's tensors: make them real, name them, deal them out, fill the buffers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +72,7 @@ def _real_parameter(parameter: nn.Parameter, device: torch.device, dtype: torch.
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the state, by name; a shared one once."""
+    """Buffers that belong to the state, by name; a shared one once. To be asked each time: a forward may replace them."""
     transient = {f"{path}.{name}" if path else name
                  for path, child in module.named_modules() for name in child._non_persistent_buffers_set}
     return {name: buffer for name, buffer in module.named_buffers() if name not in transient}
@@ -89,6 +89,48 @@ def buffer_pieces(buffers: Mapping[str, Tensor]) -> Iterator[Piece]:
     """The buffers as pieces: replicated everywhere, so for one rank to yield."""
     for name, buffer in buffers.items():
         yield Held(name, tuple(buffer.shape), 0, buffer.numel()).piece(PARAM, buffer)
+
+
+class KeptBuffers:
+    """A module's persistent buffers as they were before a step: one that is left out changes nothing."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module if persistent_buffers(module) else None
+        self._before: dict[str, Tensor] = {}
+
+    def keep(self) -> None:
+        """Before each micro-batch: the first of a step counts."""
+        if self._module and not self._before:
+            self._before = {name: buffer.clone() for name, buffer in persistent_buffers(self._module).items()}
+
+    def settle(self, applied: bool) -> None:
+        """After the step."""
+        if self._before and not applied:
+            for name, buffer in persistent_buffers(self._module).items():
+                buffer.copy_(self._before[name])
+        self._before = {}
+
+
+def refuse_unreached(names: Iterable[str]) -> None:
+    """Raise OfficinaError if there are trainable parameters without a gradient: what becomes of them is each engine's own."""
+    if names := list(names):
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise OfficinaError(f"{names[0]}{more} is trainable, but the loss of this step does not depend on it, and engines "
+                            "differ in what they would make of it. Freeze it with requires_grad_(False), leave it out of the "
+                            "module, or let every forward pass use it")
+
+
+def leaves_of(loss: Tensor) -> set[int]:
+    """ids of the tensors that the loss is differentiated with respect to."""
+    seen, found, todo = set(), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+            if hasattr(node, "variable"):
+                found.add(id(node.variable))
+    return found
 
 
 def deal(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:

@@ -17,14 +17,17 @@ from officina.trainer.batch import Batch, LossFn, loss_of
 from officina.trainer.config import MuonConfig, RunConfig, ZeroConfig
 from officina.trainer.errors import ConfigError, OfficinaError, Problem
 from officina.trainer.optim import group_parameters, new_adamw
-from officina.trainer.parallel.blocks import find_blocks, prepare_blocks
+from officina.trainer.parallel.blocks import check_shardable, find_blocks, prepare_blocks
 from officina.trainer.parallel.engine import Parts, StepOutcome
 from officina.trainer.parallel.precision import set_precision
 from officina.trainer.parallel.tensors import (
+    KeptBuffers,
     buffer_pieces,
     fill_buffers,
+    leaves_of,
     materialize,
     persistent_buffers,
+    refuse_unreached,
 )
 from officina.trainer.parallel.zero_state import ZeroState
 from officina.trainer.state import Piece, Source
@@ -37,10 +40,13 @@ def build(parts: Parts) -> "ZeroEngine":
     """The ZeRO engine.
 
     Stages 1 and 2 build the whole module on every rank's device, as ZeRO does; stage 3 makes one block real at a time and
-    shards it before the next. Raises ConfigError for Muon, OfficinaError where DeepSpeed is not installed.
+    shards it before the next. Raises ConfigError for Muon, OfficinaError for what cannot be sharded and where DeepSpeed is not
+    installed.
     """
     if isinstance(parts.run.optim, MuonConfig):
         raise ConfigError([Problem("optim", "muon", NO_MUON, "optim=adamw, or engine=fsdp2")])
+    blocks = find_blocks(parts.module, parts.run)
+    check_shardable(parts.module, blocks, parts.run, by_block=parts.run.engine.stage == 3)
     parts.ranks.ensure_group()
     return ZeroEngine(parts)
 
@@ -66,7 +72,7 @@ class ZeroEngine:
             materialize(module, parts.ranks.device, dtype=compute)
         prepare_blocks(blocks, run)
         self._autocast = set_precision(module, blocks, parts.precision, parts.ranks.device, bf16_weights=True)
-        self._buffers = persistent_buffers(module)
+        self._bare, self._kept, self._reached = module, KeptBuffers(module), False
         optimizer = new_adamw(run.optim, groups, dict(module.named_parameters()))
         self._lr = run.optim.lr
         self.module, *_ = deepspeed.initialize(
@@ -75,8 +81,13 @@ class ZeroEngine:
         self._guard = NormGuard(self.module.optimizer)
 
     def forward_backward(self, batch: Batch, *, step_tokens: int, last: bool) -> Tensor:
+        self._kept.keep()
         with self._autocast():
             loss = self._loss_fn(self.module, batch.fields)
+        if not self._reached:  # DeepSpeed hides the gradients: ask the graph, of the first micro-batch
+            leaves = leaves_of(loss)
+            refuse_unreached(name for name, p in self._bare.named_parameters() if p.requires_grad and id(p) not in leaves)
+            self._reached = True
         # ZeRO averages over the ranks.
         self.module.backward(loss_of(loss) * (self._ranks.world_size / step_tokens), scale_wrt_gas=False)
         return loss.detach().float()
@@ -89,6 +100,7 @@ class ZeroEngine:
         norm = seen.norm if seen.norm is not None else self.module.get_global_grad_norm()
         applied = self.module.was_step_applied()
         self.optimizer_steps += applied
+        self._kept.settle(applied)
         return StepOutcome(float(norm), applied)
 
     def evaluate(self, batch: Batch) -> Tensor:
@@ -107,17 +119,16 @@ class ZeroEngine:
     def import_state(self, source: Source, *, optimizer_steps: int | None) -> None:
         self._state.fill(source, optimizer_steps)
         self.optimizer_steps = optimizer_steps or 0
-        fill_buffers(self._buffers, source)
+        fill_buffers(persistent_buffers(self._bare), source)
 
     def export_state(self, without: Collection[str] = ()) -> Iterator[Piece]:
         yield from self._state.pieces(without)
         if self._ranks.rank == 0:
-            yield from buffer_pieces(self._buffers)
+            yield from buffer_pieces(persistent_buffers(self._bare))
 
     def close(self) -> None:
         self.module.destroy()
-        self._guard = self._state = self.module = self._loss_fn = None
-        self._buffers = {}
+        self._guard = self._state = self.module = self._bare = self._kept = self._loss_fn = None
         forget_deepspeed()
 
 

@@ -25,7 +25,7 @@ def test_frozen_tied_and_buffers(pool, engine, ranks):
     assert ("place", "exp_avg") not in found.state and ("head.weight", "exp_avg") in found.state
     assert ("ramp", "param") not in found.state
     # DDP's thrown-away first backward and evaluation leave no trace in a buffer that counts training forwards.
-    assert found.state["seen", "param"] == [custom.STEPS]
+    assert found.state["seen", "param"] == found.state["replaced", "param"] == [custom.STEPS]
     assert found.state["scale", "param"].tolist() == [0.5, 2.0]
 
 
@@ -37,6 +37,36 @@ def test_resume_is_bitwise(pool, engine, ranks):
     assert rest.losses == whole.losses[3:] and rest.eval_losses == whole.eval_losses
     for key, values in whole.state.items():
         assert np.array_equal(values, rest.state[key]), key
+
+
+@pytest.mark.parametrize(("engine", "ranks"), ALL)
+def test_an_infinite_loss_with_a_finite_gradient_leaves_no_trace(pool, engine, ranks):
+    found, plain = (join(pool.run(ranks, TRAIN, engine, steps=3, infinite=at)) for at in (2, -1))
+    assert found.applied == [True, True, False] and not np.isfinite(found.norms[2]) and found.optimizer_steps == 2
+    assert found.losses[:2] == plain.losses[:2] and found.losses[2] == np.inf
+    before = join(pool.run(ranks, TRAIN, engine, steps=2))
+    for key, values in before.state.items():  # buffers that a forward changes included
+        assert np.array_equal(values, found.state[key]), key
+
+
+@pytest.mark.parametrize(("engine", "ranks"), ALL)
+def test_a_parameter_that_the_loss_does_not_reach_is_named(pool, engine, ranks):
+    pool.run(ranks, "tests.trainer.parallel.custom:refuses", engine, "spare",
+             r"spare.weight \(and 1 more\) is trainable, but the loss of this step does not depend on it")
+
+
+@pytest.mark.parametrize(("engine", "ranks"), ALL)
+@pytest.mark.parametrize("kind", ["repeated", "across"])
+def test_blocks_that_share(pool, engine, ranks, kind):
+    if kind == "across" and engine in ("fsdp2", "hsdp", "zero3", "zero3_persist"):
+        pool.run(ranks, "tests.trainer.parallel.custom:refuses", engine, kind,
+                 r"layers.0.up.weight is used in block 0 and in block 1, and engine=\w+ shards each block by itself")
+        return
+    found, plain = join(pool.run(ranks, TRAIN, engine, kind=kind)), reference(kind)
+    assert np.abs(np.subtract(found.losses, plain.losses)).max() <= 1e-5
+    assert np.abs(np.divide(found.norms, plain.norms) - 1).max() <= 1e-5
+    for key, values in plain.state.items():
+        assert np.abs(found.state[key] - values).max() <= 1e-5, key
 
 
 @pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero3", 2)])
