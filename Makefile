@@ -41,7 +41,7 @@ gpu: ## on a machine with one GPU: gpu-marked tests, then the benchmarks, record
 
 venv: $(VENV)/.installed ## .venv with the tested set of packages
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"officina needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; try: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"officina needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; try: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	@echo "Setting up $(VENV) (once, a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip

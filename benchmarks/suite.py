@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         if name not in BENCHMARKS:
             raise OfficinaError(f"there is no benchmark {name}; there are {', '.join(BENCHMARKS)}. Try: officina bench list")
     if args.quick and args.out is None:
-        raise OfficinaError("--quick would overwrite committed records with figures that mean nothing. "
+        raise OfficinaError(f"--quick makes figures that mean nothing, which are not for the records in {_results()}. "
                             f"Try: officina bench {' '.join(names)} --quick --out quick-results")
     return run(names, args.out or _results(), quick=args.quick)
 

@@ -9,7 +9,7 @@ from officina.launch.data_terminal import add_parser, console, count, progress, 
 from officina.trainer.errors import EXIT_DONE
 
 _EXAMPLES = """examples:
-  officina data build demo/data                            the Python standard library's sources
+  officina data build demo/data --vocab-size 2048          the Python standard library's sources
   officina data build corpus texts/ more.jsonl.zst         a folder and a file of JSON lines
   officina data build corpus texts/ --include '*.tex'      only these files
   officina data build corpus hplt/*.jsonl.zst --tokenizer base/tokenizer.json --licence CC0-1.0

@@ -90,7 +90,7 @@ def _inspect_dataset(folder: Path, split: str, document: int, key: str) -> int:
                          ("personal data", policy.personal_data),
                          ("kind", f"{manifest.kind}, {manifest.dtype}"),
                          ("sources", ", ".join(manifest.sources[:20])),
-                         ("languages", ", ".join(manifest.languages[:20]) or "not known"),
+                         ("languages", ", ".join(manifest.languages[:20]) or "not stated"),
                          *((f"step {n}", f"{each.name} {each.version}: {each.documents_in:,} documents in, "
                             f"{each.documents_out:,} out, {each.documents_changed:,} changed")
                            for n, each in enumerate(manifest.steps, 1)),

@@ -1,6 +1,7 @@
 """`officina demo`: the whole way of a run, as the commands a person would type."""
 
 import importlib.util
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,11 +13,13 @@ from rich.console import Console
 
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, LaunchError
 from officina.trainer.metrics import read_metrics
-from officina.trainer.run_dir import METRICS
+from officina.trainer.run_dir import METRICS, claim, read_run_id
 
 FOLDER = Path("demo")
 RUN = FOLDER / "first-run"
-PROMPT = 'def read_lines(path):\n    """'
+PROMPT = "def read_lines(path):"
+MADE = FOLDER / ".first-run"
+"""Holds the id of the run that the demo made."""
 STOP_AFTER_STEPS = 320
 """Half of the experiment's steps."""
 
@@ -29,8 +32,7 @@ def main() -> int:
     def step(title: str, *words: str, stop_after: int = 0) -> None:
         run_step(console, title, run, *words, stop_after=stop_after)
 
-    if run.exists():
-        shutil.rmtree(run)  # the demo owns this folder; the data set is kept, since building it twice gives the same
+    make_way(run)
     zero = importlib.util.find_spec("deepspeed") is not None
     if not zero:
         console.print("DeepSpeed is not installed (pip install 'officina[deepspeed]'): step 3 takes DDP instead.",
@@ -51,10 +53,21 @@ def main() -> int:
     return EXIT_DONE
 
 
+def make_way(run: Path) -> None:
+    """Remove the run of an earlier demo. LaunchError where it is somebody's own, or still trains."""
+    if not run.exists():
+        return
+    if not MADE.exists() or MADE.read_text() != read_run_id(run):
+        raise LaunchError(f"{run} is there already and not known to be of an earlier demo; this one begins anew. Look at it: "
+                          f"officina report {run}. Or, if you want to, remove it: rm -r {run}")
+    with claim(run):
+        shutil.rmtree(run)
+
+
 def run_step(console: Console, title: str, run: Path, *words: str, stop_after: int = 0) -> None:
     """Show and run `officina WORDS`, a command about `run`; LaunchError if it does not end as it should."""
     console.rule(f"[bold]{title}", align="left")
-    console.print(f"[dim]$ officina {' '.join(_quoted(w) for w in words)}")
+    console.print(f"$ officina {shlex.join(words)}", style="dim", markup=False, soft_wrap=True)  # to be pasted
     with subprocess.Popen([sys.executable, "-m", "officina.launch.cli", *words]) as command:
         if stop_after:
             _stop_after(stop_after, run, command)
@@ -67,11 +80,9 @@ def run_step(console: Console, title: str, run: Path, *words: str, stop_after: i
 def _stop_after(steps: int, run_dir: Path, command: subprocess.Popen) -> None:
     """SIGTERM to the command once its run has done so many steps."""
     while command.poll() is None:
-        if (run_dir / METRICS).exists() and (done := read_metrics(run_dir).steps) and done[-1].step >= steps:
-            command.send_signal(signal.SIGTERM)
-            return
+        if (run_dir / METRICS).exists():
+            MADE.write_text(read_run_id(run_dir) or "")
+            if (done := read_metrics(run_dir).steps) and done[-1].step >= steps:
+                command.send_signal(signal.SIGTERM)
+                return
         time.sleep(0.2)
-
-
-def _quoted(word: str) -> str:
-    return word if word.replace("=", "").replace("-", "").replace("/", "").replace("_", "").isalnum() else repr(word)

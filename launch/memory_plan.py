@@ -7,7 +7,7 @@ estimated: activations as the Triton kernels keep them, weights gathered by shar
 import math
 from dataclasses import dataclass, fields
 
-from officina.trainer.config import DecoderConfig, FSDP2Config, HSDPConfig, RunConfig, ZeroConfig
+from officina.trainer.config import DDPConfig, DecoderConfig, FSDP2Config, HSDPConfig, RunConfig, SingleConfig, ZeroConfig
 from officina.trainer.model.flops import ParameterCounts, parameter_count
 from officina.trainer.model.shapes import NF4_BLOCK, nf4_row_bytes
 from officina.trainer.model.targets import choose, trained_count
@@ -96,6 +96,8 @@ def _state(run: RunConfig, world: int, size: _Bytes, counts: ParameterCounts, pu
             gathered, whole = cast, 0
         here = 0 if engine.cpu_offload else 1 / shards
         return own * here, gathered, T * size.gradient * here + whole, moments * here
+    if not isinstance(engine, SingleConfig | DDPConfig):
+        raise NotImplementedError(f"what the engine {engine.kind} keeps of the state is not told here")
     return own, cast, T * size.gradient, moments  # DDP's gradients are views of its buckets
 
 

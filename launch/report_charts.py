@@ -111,6 +111,7 @@ def draw(chart: Chart, width: int, height: int) -> str:
         if value % 1:  # there is no half of a step
             continue
         parts.append(f'<text class="tick" x="{to_x(value):.1f}" y="{height - 7}" text-anchor="middle">{int(value):,}</text>')
+    parts.append(f'<text class="tick" x="{LEFT - 8}" y="{height - 7}" text-anchor="end">step</text>')
     for span in chart.spans:
         a, b = to_x(max(span.start, x_low)), to_x(min(span.stop, x_high))
         parts.append(f'<rect class="span {span.style}" x="{a:.1f}" y="17" width="{max(b - a - 2, 2):.1f}" height="4" rx="2"/>')
@@ -121,10 +122,12 @@ def draw(chart: Chart, width: int, height: int) -> str:
         parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - BOTTOM}">'
                      f'<title>{escape(mark.label)}</title></line>')
     parts.append(f'<g clip-path="url(#{clip})">')
-    hover = []
+    hover, firsts = [], []
     for series, (xs, means, lows, highs) in kept:
         points = [(to_x(max(x, x_low)), to_y(y)) for x, y in zip(xs, means, strict=True)]
         shown = _smooth(means, series.smooth) if series.smooth else means
+        firsts.append((next((y for x, y in zip(xs, shown, strict=True) if x >= x_low and math.isfinite(y)), low),
+                       next((x for (x, _), y in zip(points, shown, strict=True) if y <= high), LEFT)))
         if series.smooth:
             parts.append(_band(xs, lows, highs, to_x, to_y, series.style) if lows is not highs else
                          f'<path class="raw {series.style}" d="{_path(points)}"/>')
@@ -139,6 +142,9 @@ def draw(chart: Chart, width: int, height: int) -> str:
         hover.append({"n": series.name, "c": series.style, "x": [_short(x) for x in xs],
                       "y": [_short(y) for y in means], "t": [chart.number(y) for y in means]})
     parts.append("</g>")
+    first, enters = max(firsts)
+    if first > high:
+        parts.append(f'<text class="tick" x="{enters + 20:.1f}" y="{top + 9}">begins at {escape(chart.number(first))}</text>')
     for x, label in chart.ticks:
         at, y = to_x(max(x, x_low)), height - BOTTOM
         parts.append(f'<path class="event" d="M{at - 4.5:.1f} {y}h9l-4.5 -8z"><title>{escape(label)}</title></path>')
@@ -162,13 +168,13 @@ def _short(value: float) -> float | None:
 def _columns(series: Series) -> tuple[list[float], list[float], list[float], list[float]]:
     """x, mean, lowest and highest of at most COLUMNS columns of neighbouring points; a gap is nan."""
     n = len(series.x)
-    if n <= COLUMNS:
+    each = -(-n // COLUMNS)  # the same for all, or the band would go by how many points a column has; the first has the rest
+    if each <= 1:
         ys = [y if math.isfinite(y) else math.nan for y in series.y]
         return list(series.x), ys, ys, ys
     xs, means, lows, highs = [], [], [], []
-    for column in range(COLUMNS):
-        a, b = column * n // COLUMNS, (column + 1) * n // COLUMNS
-        known = [y for y in series.y[a:b] if math.isfinite(y)]
+    for b in range(n % each or each, n + 1, each):
+        known = [y for y in series.y[max(b - each, 0):b] if math.isfinite(y)]
         xs.append(series.x[b - 1])
         means.append(math.fsum(known) / len(known) if known else math.nan)
         lows.append(min(known, default=math.nan))
@@ -178,10 +184,11 @@ def _columns(series: Series) -> tuple[list[float], list[float], list[float], lis
 
 def _smooth(values: Sequence[float], window: int) -> list[float]:
     """Running median centred on each value, shorter at the ends; gaps are left out. A median because one wild
-    step must show as itself and not as a plateau."""
-    half, smoothed = window // 2, []
+    step must show as itself and not as a plateau. At the end a quarter of the window stays: where a run has got to is
+    not what its last step happened to be. Of few values no window takes in more than a quarter."""
+    half, smoothed = min(window, len(values) // 4) // 2, []
     for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)  # symmetric, or the ends of a falling curve would bend
+        reach = min(half, i, max(half // 2, len(values) - 1 - i))  # symmetric, or the start of a falling curve would bend
         known = [v for v in values[i - reach:i + reach + 1] if math.isfinite(v)]
         smoothed.append(statistics.median(known) if known else math.nan)
     return smoothed

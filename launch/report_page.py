@@ -66,7 +66,7 @@ def where(life: Life) -> str:
 
 
 def _tiles(f: Facts) -> str:
-    unit = "nats" if _is_text(f) else ""
+    unit = "nats" if _in_nats(f) else ""
     final = [("Training loss", loss(f.final_loss_nats), unit, _perplexity(f.final_perplexity))]
     if f.held_out:
         h = f.held_out[0]
@@ -95,9 +95,14 @@ def _tiles(f: Facts) -> str:
         f'<div class="n">{note}</div></div>' for k, v, unit, note in final) + "</div>"
 
 
-def _is_text(f: Facts) -> bool:
-    """Custom models count records, and their loss is whatever the user's function gives."""
+def _in_nats(f: Facts) -> bool:
+    """The loss of a custom model is whatever the user's function gives."""
     return f.model["kind"] == "decoder"
+
+
+def _per_item(f: Facts) -> str:
+    """What a loss is: `in nats per token`, `in nats per pair`, `per record`."""
+    return f"{'in nats ' if _in_nats(f) else ''}per {f.items.removesuffix('s')}"
 
 
 def _perplexity(value: float | None) -> str:
@@ -113,7 +118,7 @@ def _loss(f: Facts, m: RunMetrics) -> str:
                      smooth=max(5, min(len(steps), 400) // 30))]
     names = list(dict.fromkeys(e.source for e in m.evals))
     if len(names) > 1:
-        together = pooled(m, text=_is_text(f))
+        together = pooled(m, text=f.items == "tokens")
         series.append(Series(name="held-out, all", x=[h.step for h in together], y=[h.loss_nats for h in together],
                              style="b", dots=True))
     for name, style in zip(names, "bcde" if len(names) == 1 else "cde", strict=False):
@@ -128,13 +133,16 @@ def _loss(f: Facts, m: RunMetrics) -> str:
     shown = (f'<div class="wide"><div class="linear">{draw(linear, *WIDE)}</div>'
              f'<div class="log">{draw(Chart(**chart, x_log=True), *WIDE)}</div></div>'
              f'<div class="narrow">{draw(linear, *NARROW)}</div>')
-    legend = "".join(f'<span class="{s.style}"><i{" class=round" if s.dots else ""}></i>{escape(s.name)}</span>'
-                     for s in series)
+    legend = _legend(series)
     if events:
         legend += '<span class="bad"><i class="tri"></i>left out or spike</span>'
-    return (f'<figure class="card"><figcaption><b>Loss</b><span class="legend">{legend}</span>'
+    return (f'<figure class="card"><figcaption><b>Loss {_per_item(f)}</b><span class="legend">{legend}</span>'
             '<span class="switch"><label><input type="radio" name="axis" value="linear" checked>steps</label>'
             f'<label><input type="radio" name="axis" value="log">log steps</label></span></figcaption>{shown}</figure>')
+
+
+def _legend(series: Sequence[Series]) -> str:
+    return "".join(f'<span class="{s.style}"><i{" class=round" if s.dots else ""}></i>{escape(s.name)}</span>' for s in series)
 
 
 def _marks(f: Facts) -> list[Mark]:
@@ -162,7 +170,8 @@ def _small_charts(f: Facts, m: RunMetrics) -> str:
     def add(title: str, note: str, series: Sequence[Series], **options: Any) -> None:
         svg = draw(Chart(label=f"{title} over the steps", series=series, marks=_marks(f), **options), *SMALL)
         if svg:
-            figures.append(f'<figure class="card"><figcaption><b>{title}</b><span>{note}</span></figcaption>'
+            legend = f'<span class="legend">{_legend(series)}</span>' if len(series) > 1 else ""
+            figures.append(f'<figure class="card"><figcaption><b>{title}</b>{legend}<span>{note}</span></figcaption>'
                            f"{svg}</figure>")
 
     last = steps[-1]
@@ -191,7 +200,7 @@ def _small_charts(f: Facts, m: RunMetrics) -> str:
             [Series(name="memory", x=x, y=[s.peak_memory_bytes or math.nan for s in steps], style="e", fill=True)],
             number=size, from_zero=True, y_steps=(1, 2, 4, 8), y_base=16.0)
     if f.mfu_causal is not None:
-        add("MFU", "model FLOP/s as a share of the device's peak",
+        add("MFU", "of the device's peak",
             [Series(name=name, x=x, y=[math.nan if v is None else v for v in values], style=style)
              for name, values, style in (("causal attention", [s.mfu_causal for s in steps], "a"),
                                          ("full attention", [s.mfu_full for s in steps], "b"))],
@@ -199,9 +208,11 @@ def _small_charts(f: Facts, m: RunMetrics) -> str:
     timed = [s for s in steps if s.time]
     if len(figures) % 2 and timed:
         begun = f.lives[0].time if f.lives else timed[0].time
+        whole = {"number": clock, "y_steps": (1, 2, 5, 10, 20, 30), "y_base": 60.0}
+        short = timed[-1].time - begun < 60
         add("Wall clock", "since the first start, pauses included",
             [Series(name="time", x=[s.step for s in timed], y=[s.time - begun for s in timed], style="d", fill=True)],
-            number=clock, from_zero=True, y_steps=(1, 2, 5, 10, 20, 30), y_base=60.0)
+            from_zero=True, **({"number": seconds} if short else whole))
     return f'<div class="grid2">{"".join(figures)}</div>'
 
 
@@ -388,11 +399,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _footer(f: Facts) -> str:
-    one = "token" if _is_text(f) else "record"
     rate = "" if f.tokens_per_wall_s is None else (
-        f" Over the whole wall time, with evaluation, saving and repeated steps in it: {count(f.tokens_per_wall_s)} {one}s/s.")
+        " Over the whole wall time, with evaluation, saving and repeated steps in it: "
+        f"{count(f.tokens_per_wall_s)} {f.items}/s.")
     return ("<footer>How it was counted. All numbers were measured in this run; none is predicted. "
-            f"Loss is {'in nats ' if _is_text(f) else ''}per {one}; the training loss is the mean over the last {FINAL_STEPS} "
-            f"steps. Only {one}s that carried loss count: padding and masked ones do not.{rate} Wall time runs from each "
+            f"Loss is {_per_item(f)}; the training loss is the mean over the last {FINAL_STEPS} "
+            f"steps. Only {f.items} that carried loss count: padding and masked ones do not.{rate} Wall time runs from each "
             "start to its last line in metrics.jsonl. MFU is given only for devices whose peak is known exactly. "
             f"officina {escape(str(f.officina or ''))}. The same facts for machines: report.json.</footer>")

@@ -54,7 +54,7 @@ def ask_slurm(environ: Mapping[str, str]) -> Probe:
         except subprocess.TimeoutExpired:
             fault = f"did not answer in {_TIMEOUT_S} s"
         if fault and name in _NEEDED:
-            raise LaunchError(f"{' '.join(command)}: {fault}. Run it on a login node of the cluster: officina sites probe")
+            raise LaunchError(f"{' '.join(command)}: {fault}. Run the same command of officina on a login node of the cluster")
         if fault:
             remarks.append(f"Not known: {_LEFT_OUT[name]}, for {command[0]} fails: {fault}")
     return read_probe(said, remarks)

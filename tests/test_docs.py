@@ -1,5 +1,6 @@
 """The documents name what is there: options, keys, files and headings."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -53,6 +54,19 @@ def test_runs_that_pages_start_are_taken(page):
             composed = compose_all(words, {})
             found = [*composed.problems, *problems(composed.run, read_data=False)]
             assert [str(p) for p in found if not p.key.startswith(absent)] == [], line
+
+
+def test_figures_in_prose_are_those_of_the_records():
+    results = json.loads((ROOT / "benchmarks/results/gpu.json").read_text())["results"]
+    rates = {model: {f"{found['officina']['tokens_per_s']['median']:,.0f}" for name, found in results.items()
+                     if re.match(r"\w+", name)[0] == model and "officina" in found} for model in ("h200_8b", "h200_1b8")}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [told] = re.findall(r"Llama-3 8B trains at ([\d,]+) tokens/s and a 1.8B model at ([\d,]+) ", readme)
+    assert told[0] in rates["h200_8b"] and told[1] in rates["h200_1b8"], (told, rates)
+    goals = json.loads((ROOT / "benchmarks/results/kernels.json").read_text())["results"]["goals"]
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    of_missed = page[page.index("Of the goals that were missed"):page.index("<!-- record: kernels -->")].lower()
+    assert [goal["kernel"] for goal in goals if not goal["met"] and goal["kernel"].lower() not in of_missed] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

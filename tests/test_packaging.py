@@ -28,8 +28,9 @@ def wheel(tmp_path_factory):
         source = ROOT / name
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(source, copy / name, ignore=ignored) if source.is_dir() else shutil.copy(source, copy)
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check", "--outdir",
-                    str(copy / "dist"), str(copy)], check=True, capture_output=True, text=True)
+    built = subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check", "--outdir",
+                            str(copy / "dist"), str(copy)], check=True, capture_output=True, text=True)
+    assert "is absent from the `packages` configuration" not in built.stdout + built.stderr
     [path] = (copy / "dist").glob("*.whl")
     return path
 

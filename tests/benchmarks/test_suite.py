@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 
@@ -52,8 +53,10 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         suite.main(["stepp"])
 
 
-def test_quick_figures_never_go_among_the_records():
-    with pytest.raises(OfficinaError, match=r"--quick would overwrite.*officina bench step --quick --out"):
+@pytest.mark.parametrize("records", [RESULTS, Path("bench-results")])  # of a clone, of an installation
+def test_quick_figures_never_go_among_the_records(monkeypatch, records):
+    monkeypatch.setattr(suite, "_results", lambda: records)
+    with pytest.raises(OfficinaError, match=rf"not for the records in {records}\. Try: officina bench step --quick --out"):
         suite.main(["step", "--quick"])
 
 

@@ -59,6 +59,7 @@ def test_build_verify_inspect(texts: Path, tmp_path: Path) -> None:
     assert status == 0 and "is sound: 2 shards" in out and manifest["fingerprint"] in out
     status, out, _ = officina("inspect", tmp_path / "set", "--document", "1")
     assert status == 0 and "CC0-1.0" in out and "Document number" in out and "document 1 ·" in out
+    assert re.search(r"languages +not stated\n", out), "as in the summary and the card"
     assert "<|endoftext|>" in out
     status, _, err = officina("inspect", tmp_path / "set", "--document", "99")
     assert status == 2 and "--document 99: split train has" in err and "Traceback" not in err

@@ -1,13 +1,21 @@
 """The demo's steps, and samples made of Python sources."""
 
+import io
 import json
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from officina.launch import demo, demo_samples
 from officina.launch.demo_samples import DOCSTRING, SIGNATURE, samples_of, write_samples
 from officina.trainer.data.sources import standard_library
+from officina.trainer.errors import LaunchError
+from officina.trainer.run_dir import read_run_id
+from tests.lives import begin, plain_run
 
 SOURCE = b'''
 class Reader:
@@ -41,6 +49,46 @@ def test_without_deepspeed_the_demo_goes_on_under_ddp_and_says_so(found, engine,
     [(title, _)] = [(title, words) for title, words in ran if engine in words]
     assert ("DDP" if found is None else "DeepSpeed ZeRO-2") in title
     assert ("pip install 'officina[deepspeed]'" in capsys.readouterr().out) is (found is None)
+
+
+def test_a_run_that_is_there_is_left_alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "run_step", lambda *words, **_: pytest.fail("it went on"))
+    mine = tmp_path / "demo/first-run/checkpoints/step-00000001/COMMIT"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    with pytest.raises(LaunchError, match="demo/first-run is there already.* officina report .* rm -r demo/first-run"):
+        demo.main()
+    assert mine.exists()
+
+
+def test_the_run_of_an_earlier_demo_makes_way_unless_it_trains(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    begin(demo.RUN, plain_run(tmp_path))
+    demo.MADE.write_text(read_run_id(demo.RUN))
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+from officina.trainer.run_dir import claim
+with claim("{demo.RUN}"):
+    print("held", flush=True), input()"""], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(LaunchError, match="demo/first-run is being trained by another start"):
+        demo.make_way(demo.RUN)
+    assert read_run_id(demo.RUN)
+    holder.communicate("\n")
+    demo.make_way(demo.RUN)
+    assert not demo.RUN.exists()
+    begin(demo.RUN, plain_run(tmp_path))  # another run, made by hand since
+    with pytest.raises(LaunchError, match="not known to be of an earlier demo"):
+        demo.make_way(demo.RUN)
+
+
+def test_the_commands_it_shows_can_be_pasted(monkeypatch, tmp_path):
+    shown = io.StringIO()
+    monkeypatch.setattr(demo.sys, "executable", "true")
+    words = ["generate", str(demo.RUN), demo.PROMPT, "~data.sources.python", "optim.lr=[1,2]", "x" * 100]
+    demo.run_step(Console(file=shown, width=60), "A step", tmp_path, *words)
+    [line] = [line for line in shown.getvalue().splitlines() if line.startswith("$ ")]
+    assert shlex.split(line) == ["$", "officina", *words]
 
 
 def test_a_function_gives_its_signature_and_its_docstring():

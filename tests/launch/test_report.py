@@ -7,13 +7,14 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from data_sets import write_tokens
 
 from officina.launch.report import main, summary, write_report
-from officina.launch.report_charts import Chart, Mark, Series, draw, nearest
+from officina.launch.report_charts import Chart, Mark, Series, _columns, _smooth, draw, nearest
 from officina.launch.report_facts import gather
 from officina.trainer.config import (
     BatchConfig,
@@ -188,6 +189,7 @@ def test_the_page_needs_no_network_and_tells_everything(run_dir, found):
             "no space left: 58.6 MiB needed, 12 MiB free", "torch 2.", "Put an item into the queue & <wait>"):
         assert expected in text, expected
     assert "MFU is given only for devices" in text and "MFU 4" not in text, "a CPU has no MFU"
+    assert "Step time step of it waiting for data longest" in text, "two lines have a legend"
     assert "nan" not in text.split(), "nothing that is unknown is printed as a number"
 
 
@@ -272,11 +274,11 @@ def test_speed_counts_all_tokens_and_what_is_trained_is_told(tmp_path, kind, tol
     save_config(RunConfig(objective=ObjectiveConfig(kind=kind)), tmp_path / "config.yaml")
     with MetricsWriter(tmp_path) as writer:
         writer.write(StartMetrics(step=0, action="start", engine="single", world_size=1, device="cpu", precision="fp32",
-                                  parameters=2_000_000, trained_parameters=30_000))
+                                  parameters=2_000_000, trained_parameters=30_000, time=BEGUN))
         for n in range(1, 4):
             writer.write(StepMetrics(step=n, tokens=30, loss_nats=1.0, grad_norm=1.0, lr=1.0, step_time_s=0.1, data_wait_s=0.0,
-                                     tokens_per_s=300.0, filled_tokens=90, filled_tokens_per_s=900.0))
-        writer.write(EvalMetrics(step=3, source="a", loss_nats=0.5, tokens=9, **(
+                                     tokens_per_s=300.0, filled_tokens=90, filled_tokens_per_s=900.0, time=BEGUN + n))
+        writer.write(EvalMetrics(step=3, source="a", loss_nats=0.5, tokens=9, time=BEGUN + 3, **(
             {"reward_accuracy": 0.625} if kind == "dpo" else {"token_accuracy": 0.375, "sample_accuracy": 0.125})))
     page = Page(write_report(tmp_path).read_text())
     facts, _ = gather(tmp_path)
@@ -285,6 +287,10 @@ def test_speed_counts_all_tokens_and_what_is_trained_is_told(tmp_path, kind, tol
         assert ("perplexity 1.649" in text) == (kind == "next_token")  # a DPO loss is no loss of tokens
         shares = ["62.5% of pairs with the chosen"] if kind == "dpo" else ["37.5% of tokens right", "12.5% of samples right"]
         assert all(share in text for share in shares)
+    one = "pair" if kind == "dpo" else "token"
+    read = " ".join(page.text)
+    assert f"Loss in nats per {one}" in read and f"Loss is in nats per {one}; the" in read and f"Only {one}s that" in read
+    assert f"repeated steps in it: 30 {one}s/s." in read
     assert json.loads((tmp_path / "report.json").read_text())["model"]["trained_parameters"] == 30_000
     assert {900.0} == {y for c in page.charts if c["label"].startswith("Throughput") for s in c["s"] for y in s["y"]}
 
@@ -324,6 +330,7 @@ def test_a_custom_model_counts_records_and_has_no_perplexity(tmp_path):
                                  data_wait_s=0.0, tokens_per_s=320.0))
     text = " ".join(Page(write_report(tmp_path).read_text()).text)
     assert "Records" in text and "records/s" in text and "nats" not in text and "perplexity" not in text
+    assert "Loss per record" in text
     assert "mymodels.vit:build" in text
 
 
@@ -381,6 +388,40 @@ def test_strange_values_draw_or_leave_out_but_never_fail(y, y_log, x_log):
     svg = draw(chart, 400, 200)
     assert (svg == "") == (not y)
     assert "NaN" not in svg and "nan " not in svg and " inf" not in svg
+
+
+@pytest.mark.parametrize("n", [601, 640, 900, 1199, 1200, 1201, 100_000])
+def test_columns_take_as_many_points_each(n):
+    xs, _, lows, highs = _columns(Series(name="s", x=range(1, n + 1), y=[i % 2 for i in range(n)]))
+    assert 300 <= len(xs) <= 600 and xs[-1] == n
+    assert set(zip(lows[1:], highs[1:], strict=True)) == {(0, 1)}, "the band of even noise is as wide everywhere"
+    assert {b - a for a, b in pairwise(xs)} == {-(-n // 600)}
+
+
+def test_a_smoothed_line_starts_where_the_run_does_and_ends_where_it_has_got_to():
+    smooth = _smooth([9.0, *[1.0] * 98, 5.0], 13)
+    assert smooth[0] == 9.0 and set(smooth[-7:]) == {1.0}
+    assert _smooth([3.0, 2.0, 1.0], 13) == [3.0, 2.0, 1.0], "of three values none is smoothed away"
+
+
+def test_what_begins_above_the_plot_is_said():
+    falls = Series(name="s", x=range(1, 501), y=[2 + 6 * math.exp(-n / 5) for n in range(500)], smooth=9)
+    assert "begins at 8.0" in draw(Chart(label="c", series=[falls], number=lambda v: f"{v:.1f}", settled=0.04), 800, 300)
+    assert "begins" not in draw(Chart(label="c", series=[falls], number=str, x_log=True), 800, 300)
+
+
+def test_a_run_of_seconds_has_each_time_once_at_its_clock(tmp_path):
+    save_config(RunConfig(steps=3), tmp_path / "config.yaml")
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(StartMetrics(step=0, action="start", engine="single", world_size=1, device="cpu", precision="fp32",
+                                  time=BEGUN))
+        for n in range(1, 4):
+            writer.write(StepMetrics(step=n, tokens=10, loss_nats=1.0, grad_norm=1.0, lr=1.0, step_time_s=0.5, data_wait_s=0.0,
+                                     tokens_per_s=20.0, peak_memory_bytes=1, time=BEGUN + n / 2))
+    page = write_report(tmp_path).read_text()
+    clock = page[page.index("Wall clock over the steps"):]
+    labels = re.findall(r'text-anchor="end">([^<]+)<', clock[:clock.index("</svg>")])
+    assert labels == ["0", "500 ms", "1 s", "1.5 s", "step"]
 
 
 def test_nearest():

@@ -305,7 +305,8 @@ def test_probe_finds_the_site_by_the_host(slurm_here, capsys, monkeypatch):
 
 
 def test_a_host_without_slurm(tmp_path, monkeypatch):
-    with pytest.raises(LaunchError, match="scontrol show config: there is no such program here. Run it on a login node"):
+    with pytest.raises(LaunchError, match="scontrol show config: there is no such program here. "
+                       "Run the same command of officina on a login node of the cluster$"):
         ask_slurm({"PATH": str(tmp_path)})
     environ = programs(tmp_path / "bin", scontrol="echo 'error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(LaunchError, match="Unable to contact slurm controller"):
