@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from officina.kernels.dispatch import Impl, choose_impl, jit, tl, triton, why_not_triton
-from officina.kernels.ops import define_op, multiprocessors, wide_dtype, wide_type
+from officina.kernels.ops import define_op, multiprocessors, rows_of, wide_dtype, wide_type
 from officina.kernels.tables import SAFE, Config, arch_of, look_up
 
 XIELU_BETA, XIELU_EPS = 0.5, -1e-6
@@ -42,11 +42,13 @@ def geglu(gate: Tensor, up: Tensor, *, impl: Impl = "auto") -> Tensor:
 
 def xielu(x: Tensor, alpha_p: Tensor, alpha_n: Tensor, *, impl: Impl = "auto") -> Tensor:
     """xIELU with two learned numbers, tensors of one element each, rounded to x's dtype; x's shape and dtype, fp32 inside."""
+    if x.dim() < 1:
+        raise ValueError(f"xielu: x {tuple(x.shape)} has no axis; need (..., F), such as x[None]")
     if alpha_p.numel() != 1 or alpha_n.numel() != 1:
         raise ValueError(f"xielu: alpha_p {tuple(alpha_p.shape)} and alpha_n {tuple(alpha_n.shape)} must have one element each")
     if choose_impl("xielu", impl, why_not_triton(x, alpha_p, alpha_n)) == "reference":
         return xielu_reference(x, alpha_p, alpha_n)
-    return torch.ops.officina.xielu(x.reshape(-1, x.shape[-1]), alpha_p, alpha_n).view(x.shape)
+    return torch.ops.officina.xielu(rows_of(x), alpha_p, alpha_n).view(x.shape)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -70,11 +72,11 @@ def xielu_reference(x: Tensor, alpha_p: Tensor, alpha_n: Tensor) -> Tensor:
 
 def _gated(op: str, gate: Tensor, up: Tensor, impl: Impl) -> Tensor:
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() < 1:
-        raise ValueError(f"{op}: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be alike")
+        raise ValueError(f"{op}: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be alike, "
+                         "(..., F)")
     if choose_impl(op, impl, why_not_triton(gate, up)) == "reference":
         return (swiglu_reference if op == "swiglu" else geglu_reference)(gate, up)
-    gate_NF, up_NF = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
-    return torch.ops.officina.gated(gate_NF, up_NF, op == "geglu").view(gate.shape)
+    return torch.ops.officina.gated(rows_of(gate), rows_of(up), op == "geglu").view(gate.shape)
 
 
 @jit
@@ -167,13 +169,13 @@ def xielu_backward_kernel(dout, x, alpha_p, alpha_n, dx, dalphas, dout_stride, x
         mask = column < F
         value = tl.load(x + row * x_stride + column, mask=mask, other=0).to(WIDE)
         upper = tl.load(dout + row * dout_stride + column, mask=mask, other=0).to(WIDE)
-        rises = value > 0
+        falls = value <= 0  # no comparison holds of NaN, which is to reach all three gradients
         grown = _expm1(tl.minimum(value, EPS))
         # Below EPS the slope is n expm1(x); between EPS and 0 the clamp holds exp, and only -n x is left of it.
-        slope = tl.where(rises, 2 * p * value, n * tl.where(value <= EPS, grown, -1))
+        slope = tl.where(falls, n * tl.where(value <= EPS, grown, -1), 2 * p * value)
         tl.store(dx + row * F + column, (upper * (slope + BETA)).to(dtype), mask=mask)
-        total_p += tl.where(rises, upper * value * value, 0)
-        total_n += tl.where(rises, 0, upper * (grown - value))
+        total_p += tl.where(falls, 0, upper * value * value)
+        total_n += tl.where(value > 0, 0, upper * (grown - value))
     tl.store(dalphas + 2 * program, tl.sum(total_p) * tl.sigmoid(raw_p))
     tl.store(dalphas + 2 * program + 1, tl.sum(total_n) * tl.sigmoid(raw_n))
 

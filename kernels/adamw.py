@@ -43,6 +43,9 @@ def adamw_step_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seq
     reason = why_not_triton(params[0], grads[0], *copies[:1])
     if params[0].dtype != torch.float32:
         reason = f"params are {params[0].dtype}, the kernel updates torch.float32"
+    for name, tensors in (("grads", grads), ("copies", copies)):
+        if reason is None and tensors and tensors[0].dtype not in _TYPES:
+            reason = f"{name} are {tensors[0].dtype}, the kernel takes {', '.join(map(str, _TYPES))}"
     arguments = (grad_scale, skip, lr, beta1, beta2, eps, weight_decay)
     if choose_impl("adamw_step_", impl, reason) == "triton":
         torch.ops.officina.adamw_(params, grads, exp_avgs, exp_avg_sqs, copies, step, *arguments)
@@ -76,16 +79,18 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, copies, scalars: dict[str, Tens
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"adamw_step_: {len(tensors)} {name} for {len(params)} params; need one for each")
+    device = params[0].device
     for name, tensors in {"params": params, **lists}.items():
         dtype = params[0].dtype if name.startswith("exp_avg") else tensors[0].dtype
         for place, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-            if tensor.shape != param.shape or tensor.dtype != dtype or not tensor.is_contiguous():
-                raise ValueError(f"adamw_step_: {name}[{place}] is {tuple(tensor.shape)} {tensor.dtype}, contiguous: "
-                                 f"{tensor.is_contiguous()}; need {tuple(param.shape)} {dtype}, contiguous")
+            if (tensor.shape != param.shape or tensor.dtype != dtype or tensor.device != device
+                    or not tensor.is_contiguous()):
+                raise ValueError(f"adamw_step_: {name}[{place}] is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, "
+                                 f"contiguous: {tensor.is_contiguous()}; need {tuple(param.shape)} {dtype} on {device}, "
+                                 "contiguous")
     for name, tensor in scalars.items():
-        if tensor is not None and (tensor.numel() != 1 or tensor.device != params[0].device):
-            raise ValueError(f"adamw_step_: {name} is {tuple(tensor.shape)} on {tensor.device}; need one element on "
-                             f"{params[0].device}")
+        if tensor is not None and (tensor.numel() != 1 or tensor.device != device):
+            raise ValueError(f"adamw_step_: {name} is {tuple(tensor.shape)} on {tensor.device}; need one element on {device}")
 
 
 @jit
@@ -144,8 +149,9 @@ def config_for(arch: str) -> Config:
 
 
 def _constants(beta1: float, beta2: float, eps: float, weight_decay: float, config: Config) -> dict[str, Any]:
-    return {"BETA1": beta1, "BETA2": beta2, "LOG_BETA1": math.log(beta1), "LOG_BETA2": math.log(beta2), "EPS": eps,
-            "DECAY": weight_decay, "BLOCK": config.block_n}
+    log1, log2 = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
+    return {"BETA1": beta1, "BETA2": beta2, "LOG_BETA1": log1, "LOG_BETA2": log2, "EPS": eps, "DECAY": weight_decay,
+            "BLOCK": config.block_n}
 
 
 def compilations(arch: str) -> Iterator[tuple[str, Any, dict[str, Any], Config]]:
@@ -169,8 +175,8 @@ def _adamw(params, grads, exp_avgs, exp_avg_sqs, copies, step, grad_scale, skip,
     skip = None if skip is None else skip.view(torch.uint8)
     if len(blocks):
         adamw_kernel[(len(blocks),)](
-            _table((numels, *addresses), device), blocks, step, grad_scale, skip, lr, GRAD=_triton_type(grads[0].dtype),
-            COPY=_triton_type(copies[0].dtype) if copies else None,
+            _table((numels, *addresses), device), blocks, step, grad_scale, skip, lr, GRAD=_TYPES[grads[0].dtype],
+            COPY=_TYPES[copies[0].dtype] if copies else None,
             ALIGNED=all(address % 16 == 0 for column in addresses for address in column),
             **_constants(beta1, beta2, eps, weight_decay, config), **config.options(arch))
     step.add_(1 if skip is None else (skip == 0).to(step.dtype))
@@ -192,8 +198,8 @@ def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
-def _triton_type(dtype: torch.dtype) -> Any:
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16} if tl else {}
+"""Of gradients and copies, and what triton calls them."""
 
 
 define_op("adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] copies,"

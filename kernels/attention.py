@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from officina.kernels.dispatch import log_once
-from officina.kernels.flash_attention import flash_attention, flash_attention_reference, why_not_flash
+from officina.kernels.flash_attention import (
+    check_shapes,
+    check_switches,
+    flash_attention,
+    flash_attention_reference,
+    why_not_flash,
+)
 from officina.kernels.masks import dense_mask, document_spans
 
 Impl = Literal["auto", "triton", "reference", "sdpa", "flex"]
@@ -49,24 +55,28 @@ def attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: bool = 
     Args:
         scale: factor on q k^T; None = D ** -0.5.
         window: a query sees this many keys, its own included; 0 = all. Needs causal.
-        softcap: tanh cap on the scaled scores; 0 = none.
+        softcap: tanh cap on the scaled scores; 0 = none. `triton`'s is off by some softcap * 6e-8.
         documents_BS: a number per document, each a run of neighbouring tokens; queries see keys of their own document only.
+            (1, S): the same for all rows.
         impl: `auto` takes the fastest that can do the case and logs which once; a named one never falls back.
         plan: what `plan_attention` gave for the same arguments; saves building it again.
     Raises ValueError for shapes or switches that do not fit, and where a named impl cannot do the case.
     """
-    B, H, T, D = q_BHTD.shape
-    if k_BGSD.shape != v_BGSD.shape or k_BGSD.shape[0] != B or k_BGSD.shape[3] != D or H % k_BGSD.shape[1]:
-        shapes = f"q {tuple(q_BHTD.shape)}, k {tuple(k_BGSD.shape)}, v {tuple(v_BGSD.shape)}"
-        raise ValueError(f"attention: {shapes} do not fit; need q (B, H, T, D) and k, v (B, G, S, D) with H a multiple of G")
+    check_shapes("attention", q_BHTD, k_BGSD, v_BGSD)
+    B, _, T, D = q_BHTD.shape
+    S = k_BGSD.shape[2]
+    if documents_BS is not None and (documents_BS.dim() != 2 or documents_BS.shape[0] not in (1, B)):
+        raise ValueError(f"attention: documents {tuple(documents_BS.shape)} do not fit {B} rows; need ({B}, {S}), or (1, {S}) "
+                         "for all rows")
     if plan is None:
-        plan = plan_attention(T, k_BGSD.shape[2], causal=causal, window=window, softcap=softcap,
+        plan = plan_attention(T, S, causal=causal, window=window, softcap=softcap,
                               documents_BS=documents_BS, impl=impl, device=q_BHTD.device, head_dim=D, dtype=q_BHTD.dtype)
-    scale = D**-0.5 if scale is None else scale
     if plan.impl == "triton":
-        return flash_attention(q_BHTD, k_BGSD, v_BGSD, causal=causal, scale=scale, window=window, softcap=softcap,
-                               spans_B2S=plan.spans_B2S, impl="triton",
+        spans_B2S = None if plan.spans_B2S is None else plan.spans_B2S.expand(B, -1, -1)
+        return flash_attention(q_BHTD, k_BGSD, v_BGSD, causal=causal, scale=scale, window=window if window < S else 0,
+                               softcap=softcap, spans_B2S=spans_B2S, impl="triton",
                                deterministic=torch.are_deterministic_algorithms_enabled())[0]
+    scale = D**-0.5 if scale is None else scale
     if plan.impl == "flex":
         return _flex(q_BHTD, k_BGSD, v_BGSD, plan, scale)
     if plan.impl == "sdpa":
@@ -87,8 +97,7 @@ def plan_attention(n_queries: int, n_keys: int, *, causal: bool = True, window: 
 
     Raises ValueError where a named impl cannot do the case.
     """
-    if window and not causal:
-        raise ValueError(f"attention: window={window} needs causal=True")
+    check_switches("attention", causal, window, softcap)
     if n_keys < n_queries:
         raise ValueError(f"attention: {n_queries} queries but only {n_keys} keys; the last keys are the queries' own")
     if documents_BS is not None and documents_BS.shape[1] != n_keys:
@@ -183,7 +192,8 @@ def _block_mask(n_queries: int, n_keys: int, causal: bool, window: int, spans_B2
         if window:
             seen = seen & (i + offset - j < window)
         if starts_BS is not None:
-            seen = seen & (starts_BS[b, i + offset] == starts_BS[b, j])
+            row = b if rows > 1 else 0
+            seen = seen & (starts_BS[row, i + offset] == starts_BS[row, j])
         return seen
 
     rows = None if starts_BS is None else starts_BS.shape[0]

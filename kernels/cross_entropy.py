@@ -13,17 +13,17 @@ Shapes: N tokens, V rows of the vocabulary (of this rank), R ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from officina.kernels import cross_entropy_triton as kernels
 from officina.kernels.dispatch import Impl, choose_impl, tl, why_not_triton
-from officina.kernels.ops import define_op, multiprocessors, wide_dtype, wide_type
+from officina.kernels.ops import define_op, differentiable_once, multiprocessors, wide_dtype, wide_type
 from officina.kernels.tables import INTERPRETER, SAFE, Config, arch_of, look_up
 
 IGNORE = -100
@@ -53,8 +53,8 @@ class Terms:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"cross_entropy: label_smoothing={self.label_smoothing} must be at least 0 and below 1; 0 = none")
-        if self.softcap < 0:
-            raise ValueError(f"cross_entropy: softcap={self.softcap} must not be negative; 0 = none")
+        if not 0 <= self.softcap < math.inf:
+            raise ValueError(f"cross_entropy: softcap={self.softcap} must not be negative, and finite; 0 = none")
 
 
 def cross_entropy(logits_NV: Tensor, labels_N: Tensor, *, z_loss: float = 0.0, label_smoothing: float = 0.0,
@@ -62,10 +62,12 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor, *, z_loss: float = 0.0, l
     """The tokens' losses, (N,) fp32 (fp64 for fp64 logits); differentiable once in the logits.
 
     Args:
-        labels_N: int64 rows of the whole vocabulary; IGNORE: no loss, no gradient. Any other that is no row gives NaN.
+        labels_N: int64 rows of the whole vocabulary; IGNORE: no loss, no gradient. Any other that is no row gives the loss NaN,
+            which is to be looked for: the gradient of its logits is zero.
         z_loss: weight of the squared log-partition function.
         label_smoothing: weight of the uniform distribution over the vocabulary in the target.
-        softcap: tanh cap on the logits; 0 = none.
+        softcap: tanh cap on the logits; 0 = none. The kernel's tanh is off by some 6e-8, so the capped logits by
+            softcap * 6e-8: for caps far above the logits, 1e5 say, impl=reference is more exact.
         shard: where the logits are those of a part of the vocabulary; every rank then gets the whole loss.
         impl: `auto` takes the kernel where it can and says once if not; a named one never falls back.
     Raises ValueError where shapes, terms or a named impl do not fit.
@@ -80,12 +82,14 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor, *, z_loss: float = 0.0, l
 def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, *, z_loss: float = 0.0, label_smoothing: float = 0.0,
                    softcap: float = 0.0, shard: VocabShard | None = None, impl: Impl = "auto") -> Tensor:
     """As `cross_entropy`, but the logits become the gradient of the losses' sum, at once: for callers that have no other use
-    for them and go on by hand. Half the memory, and two instead of three passes over it. Not recorded for autograd."""
+    for them and go on by hand. Half the memory, and two instead of three passes over it. Not recorded for autograd. Where a
+    label is no row, the loss is NaN and the gradient finite: that of the loss without its z[label]."""
     terms = Terms(z_loss, label_smoothing, softcap)
     _check(logits_NV, labels_N, shard)
-    if not _neighbouring(logits_NV):
+    N, V = logits_NV.shape
+    if not _neighbouring(logits_NV) or (N > 1 and logits_NV.stride(0) < V):
         raise ValueError(f"cross_entropy_: logits of strides {logits_NV.stride()} cannot become their gradient; the last "
-                         "stride must be 1. Call .contiguous() first")
+                         f"stride must be 1, and rows may not overlap: the first at least {V}. Call .contiguous() first")
     with torch.no_grad():
         losses_2N, gradient_NV = loss_and_gradient(logits_NV, labels_N, terms, shard, choose(logits_NV, labels_N, impl))
         if gradient_NV is not logits_NV:
@@ -160,6 +164,8 @@ def _check(logits_NV: Tensor, labels_N: Tensor, shard: VocabShard | None) -> Non
 # ---- plain torch ---------------------------------------------------------------------------------------------------
 def _row_sums_reference(logits_NV: Tensor, labels_N: Tensor, first: int, softcap: float) -> Tensor:
     z_NV = capped(logits_NV.to(wide_dtype(logits_NV.dtype)), softcap)
+    if z_NV.requires_grad:  # of a shard that is switched off, the gradient of lse is 0 and not exp(-inf - -inf)
+        z_NV = z_NV.masked_fill(z_NV.detach().amax(1, keepdim=True) == -torch.inf, -torch.inf)
     here_N, index_N1 = _place(labels_N, first, z_NV.shape[1])
     target_N = torch.where(here_N, z_NV.gather(1, index_N1).squeeze(1), 0.0)
     return torch.stack([z_NV.logsumexp(1), target_N, z_NV.sum(1)]).masked_fill(labels_N == IGNORE, 0.0)
@@ -173,6 +179,10 @@ def _loss_and_gradient_reference(logits_NV: Tensor, labels_N: Tensor, terms: Ter
     # One exponential serves loss and gradient: the largest probability is 1 / sum(exp(z - max z)), never below 1 / V.
     p_NV = z_NV.softmax(1)
     lse_N = z_NV.amax(1) - p_NV.amax(1).log()
+    if shard:  # may be switched off as a whole
+        off_N = z_NV.amax(1) == -torch.inf
+        lse_N.masked_fill_(off_N, -torch.inf)
+        p_NV.masked_fill_(off_N[:, None], 0.0)
     target_N = torch.where(here_N, z_NV.gather(1, index_N1).squeeze(1), 0.0)
     own_3N = torch.stack([lse_N, target_N, z_NV.sum(1) if terms.label_smoothing else torch.zeros_like(lse_N)])
     sums_3N = shard.combine(own_3N) if shard else own_3N
@@ -218,14 +228,17 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own_3N: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
         sums_3N = combine(own_3N)
-        ctx.save_for_backward(_share(own_3N, sums_3N))
+        ctx.save_for_backward(_share(own_3N, sums_3N), sums_3N)
         return sums_3N
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slopes_3N: Tensor) -> tuple[Tensor, None]:
-        dlse_N, dtarget_N, dtotal_N = slopes_3N.unbind()
-        return torch.stack([dlse_N * ctx.saved_tensors[0], dtarget_N, dtotal_N]), None
+        share_N, sums_3N = ctx.saved_tensors
+        with torch.no_grad():
+            dlse_N, dtarget_N, dtotal_N = slopes_3N.unbind()
+            own_3N = torch.stack([dlse_N * share_N, dtarget_N, dtotal_N])
+        return *differentiable_once("the gradient of cross_entropy with a shard", "cross_entropy_reference",
+                                    (sums_3N, slopes_3N), own_3N), None
 
 
 # ---- Triton --------------------------------------------------------------------------------------------------------
@@ -266,9 +279,8 @@ def _launch(name: str, kernel: Any, logits_NV: Tensor, *arguments: Any, **consta
     arch = arch_of(logits_NV.device)
     config = look_up("cross_entropy", CONFIGS, arch, name)
     programs = min(N, multiprocessors(logits_NV.device) * config.block_m)
-    with torch.cuda.device_of(logits_NV):
-        kernel[(programs,)](logits_NV, *arguments, WIDE=wide_type(logits_NV.dtype), BLOCK=config.block_n, **constants,
-                            **config.options(arch))
+    kernel[(programs,)](logits_NV, *arguments, WIDE=wide_type(logits_NV.dtype), BLOCK=config.block_n, **constants,
+                        **config.options(arch))
 
 
 def _sums(logits_NV: Tensor, labels_N: Tensor, first: int, softcap: float) -> Tensor:

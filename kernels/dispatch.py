@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -55,6 +56,15 @@ def why_not_triton(*tensors: Tensor | None) -> str | None:
         if INTERPRETED and tensor.dtype == torch.bfloat16:
             # Triton's interpreter adds and multiplies the raw bits of bf16, without an error.
             return "Triton's interpreter computes bf16 wrongly; use fp32 or fp16"
+    return why_no_tangents(*tensors)
+
+
+def why_no_tangents(*tensors: Tensor | None) -> str | None:
+    """Why kernels cannot take these tensors where they carry tangents of forward-mode differentiation, or None."""
+    if forward_ad._current_level < 0:  # outside of it nothing is looked at
+        return None
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        return "kernels have no forward-mode derivative: their tangents would come out as zeros"
     return None
 
 

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from officina.kernels.dispatch import INTERPRETED, Impl, choose_impl, why_not_triton, why_not_triton_on
+from officina.kernels.dispatch import INTERPRETED, Impl, choose_impl, why_no_tangents, why_not_triton, why_not_triton_on
 from officina.kernels.masks import dense_mask
 from officina.kernels.ops import define_op
 
@@ -35,23 +35,27 @@ def flash_attention(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *, causal: b
     Args:
         scale: factor on q k^T, not 0; None = D ** -0.5.
         window: a query sees this many keys, its own included; 0 = all. Needs causal.
-        softcap: tanh cap on the scaled scores; 0 = none.
+        softcap: tanh cap on the scaled scores; 0 = none. The kernels' tanh is off by some 6e-8, so the scores by
+            softcap * 6e-8: 3e-6 at 50, but 6e-3 at 1e5, where impl=reference is more exact.
         spans_B2S: documents, from masks.document_spans or masks.length_spans; None: each row is one.
         deterministic: bitwise the same gradients each time: dq in a pass of its own, seven matrix products instead of five.
             False adds it up by atomic additions, in an order that varies.
         impl: `triton` takes bf16, fp16 and fp32 on a GPU (in Triton's interpreter fp16 and fp32 on the CPU).
     Raises ValueError for shapes or switches that do not fit, and where impl=triton cannot do the case.
     """
-    _check(q_BHTD, k_BGSD, v_BGSD, causal, window, spans_B2S)
-    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
-    if not scale or not math.isfinite(scale):
+    _check(q_BHTD, k_BGSD, v_BGSD, spans_B2S)
+    check_switches("flash_attention", causal, window, softcap)
+    if scale is None:  # not looked at: torch.compile may know the head width by a symbol only
+        scale = q_BHTD.shape[-1] ** -0.5
+    elif not scale or not math.isfinite(scale):
         raise ValueError(f"flash_attention: scale={scale} must be a finite number other than 0; None is head_dim ** -0.5")
-    if choose_impl("flash_attention", impl, why_not_flash(q_BHTD.shape[-1], q_BHTD.dtype, q_BHTD.device)) == "reference":
+    elif scale < 0:  # the kernels take the largest score before they scale
+        q_BHTD, scale = -q_BHTD, -scale
+    why = why_not_flash(q_BHTD.shape[-1], q_BHTD.dtype, q_BHTD.device) or why_no_tangents(q_BHTD, k_BGSD, v_BGSD)
+    if choose_impl("flash_attention", impl, why) == "reference":
         T, S = q_BHTD.shape[2], k_BGSD.shape[2]
         mask = dense_mask(T, S, causal, window, spans_B2S, q_BHTD.device)
         return flash_attention_reference(q_BHTD, k_BGSD, v_BGSD, mask=mask, scale=scale, softcap=softcap)
-    if scale < 0:  # the kernels take the largest score before they scale
-        q_BHTD, scale = -q_BHTD, -scale
     return torch.ops.officina.flash_attention(q_BHTD, k_BGSD, v_BGSD, spans_B2S, causal, scale, window, softcap, deterministic)
 
 
@@ -87,22 +91,34 @@ def why_not_flash(head_dim: int, dtype: torch.dtype, device: torch.device) -> st
     return why_not_triton(torch.empty(0, dtype=dtype)) if INTERPRETED else why_not_triton_on(device)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int, spans: Tensor | None) -> None:
+def check_shapes(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """ValueError where these are no queries, keys and values."""
     if (q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]
-            or not k.shape[1] or q.shape[1] % k.shape[1]):
-        raise ValueError(f"flash_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; need "
-                         "q (B, H, T, D) and k, v (B, G, S, D) with H a multiple of G")
+            or not k.shape[1] or q.shape[1] % k.shape[1] or not q.shape[3]):
+        raise ValueError(f"{op}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit; need q (B, H, T, D) "
+                         "and k, v (B, G, S, D) with H a multiple of G and D at least 1")
+
+
+def check_switches(op: str, causal: bool, window: int, softcap: float) -> None:
+    """ValueError for a window or softcap that no implementation takes."""
+    if window < 0 or (window and not causal):
+        raise ValueError(f"{op}: window={window} needs causal=True and at least one key; 0 = no window")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"{op}: softcap={softcap} must not be negative, and finite; 0 = none")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None) -> None:
+    check_shapes("flash_attention", q, k, v)
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(f"flash_attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype} on {q.device}, {k.device}, {v.device}; "
                          "they must have one dtype and one device")
-    if window < 0 or (window and not causal):
-        raise ValueError(f"flash_attention: window={window} needs causal=True and at least one key; 0 = no window")
     if spans is None:
         return
     B, T, S = q.shape[0], q.shape[2], k.shape[2]
-    if spans.shape != (B, 2, S) or spans.dtype != torch.int32 or T > S:
-        raise ValueError(f"flash_attention: spans {tuple(spans.shape)} {spans.dtype} do not fit {T} queries and {S} keys in "
-                         f"{B} rows; need ({B}, 2, {S}) int32 and no more queries than keys: masks.document_spans makes them")
+    if spans.shape != (B, 2, S) or spans.dtype != torch.int32 or spans.device != q.device or T > S:
+        raise ValueError(f"flash_attention: spans {tuple(spans.shape)} {spans.dtype} on {spans.device} do not fit {T} queries "
+                         f"and {S} keys in {B} rows; need ({B}, 2, {S}) int32 on {q.device} and no more queries than keys: "
+                         "masks.document_spans makes them")
 
 
 def _forward(q, k, v, spans, causal, scale, window, softcap, deterministic):

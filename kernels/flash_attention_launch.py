@@ -48,13 +48,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, spans: Te
     G, S = k.shape[1:3]
     if not out.numel():
         return
+    spans, window = _contiguous(spans), _reach(window, T, S)
     if forward_path(q, k, causal) == "hopper":
         _forward_hopper(q, k, v, out, lse, spans, causal, scale, window, softcap)
         return
     q, k, v = map(_rows, (q, k, v))
     arch, config = _configure("forward", FORWARD, q, causal)
     _run(kernels.forward_kernel, B * H * -(-T // config.block_m), config, arch, q, k, v, out, lse, spans,
-         *_strides(q, k, v, out), B, H, T, S, _wave(S, k, spans) * (H // G), window or T + S, *_units(scale, softcap),
+         *_strides(q, k, v, out), B, H, T, S, _wave(S, k, spans) * (H // G), window, *_units(scale, softcap),
          GROUP=H // G, CAUSAL=causal, SOFTCAP=softcap > 0, N=config.block_n, **_widths(D), M=config.block_m)
 
 
@@ -90,7 +91,7 @@ def _forward_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, s
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)  # of tiles that are taken
     programs = min(B * H * -(-T // config.block_m), multiprocessors(q.device))
     _run(hopper.forward_kernel, programs, config, "sm_90", *tiles, lse, spans, counter, B, H, H // G, T, S,
-         _wave(S, k, spans) * (H // G), window or T + S, *_units(scale, softcap), CAUSAL=causal, SOFTCAP=softcap > 0,
+         _wave(S, k, spans) * (H // G), window, *_units(scale, softcap), CAUSAL=causal, SOFTCAP=softcap > 0,
          **hopper.constants(config))
 
 
@@ -109,6 +110,10 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Ten
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
+    spans, window = _contiguous(spans), _reach(window, T, S)
+    if causal and T > S:  # the first rows see nothing; merging partial results yields NaN for them, and 0 NaN is NaN
+        dout = dout.clone()
+        dout[:, :, :T - S] = 0
     arch = arch_of(q.device)
     out, rows = _rows(out), _rows(dout)
     delta = torch.empty_like(lse)
@@ -120,7 +125,7 @@ def backward(dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Ten
     q, k, v, dout = *map(_rows, (q, k, v)), rows
     arch, split = _configure("backward_queries", BACKWARD_QUERIES, q, causal)
     switches = {"GROUP": H // G, "CAUSAL": causal, "SOFTCAP": softcap > 0, **_widths(D)}
-    numbers = window or T + S, *_units(scale, softcap), scale
+    numbers = window, *_units(scale, softcap), scale
     fused = not deterministic and adds_atomically(arch)
     arch, config = _configure("backward", BACKWARD_FUSED if fused else BACKWARD_KEYS, q, causal)
     total = torch.zeros(dq.shape, dtype=torch.float32, device=dq.device) if fused else dq
@@ -141,7 +146,7 @@ def _backward_hopper(dout: Tensor, lse: Tensor, delta: Tensor, q: Tensor, k: Ten
     G, S = k.shape[1:3]
     q, k, v, dout = map(descriptors.loadable, (q, k, v, dout))
     key = key_of(D, causal, 16)
-    lengths, numbers = (B, H, H // G, T, S), (window or T + S, *_units(scale, softcap), scale)
+    lengths, numbers = (B, H, H // G, T, S), (window, *_units(scale, softcap), scale)
     switches = {"CAUSAL": causal, "SOFTCAP": softcap > 0}
     config = look_up("flash_attention_backward_keys_hopper", BACKWARD_KEYS_HOPPER, "sm_90", key)
     spaced = [hopper_backward.spaced(x) for x in (lse, delta)]
@@ -211,9 +216,7 @@ def compilations(arch: str, *, head_dims: Iterable[int] = (64, 128, 256), dtypes
 
 
 def _run(kernel: Any, programs: int, config: Config, arch: str, *arguments: Any, **constants: Any) -> None:
-    tensors = (getattr(x, "base", x) for x in arguments)  # of a descriptor, what it describes
-    with torch.cuda.device_of(next(x for x in tensors if isinstance(x, Tensor))):
-        kernel[(programs,)](*arguments, **constants, **config.options(arch))
+    kernel[(programs,)](*arguments, **constants, **config.options(arch))
 
 
 def _configure(name: str, table: Table, q: Tensor, causal: bool) -> tuple[str, Config]:
@@ -241,6 +244,15 @@ def _wave(n_rows: int, x: Tensor, spans: Tensor | None) -> int:
     heads = x.shape[0] * x.shape[1]
     most = max(1, CACHE_BYTES // max(1, 2 * rows * x.shape[-1] * x.element_size()))
     return -(-heads // -(-heads // most))  # no wave much smaller than the others
+
+
+def _reach(window: int, n_queries: int, n_keys: int) -> int:
+    """The window for the kernels, who add it to places in 32 bits; so wide that it cuts nothing where there is none."""
+    return min(window or n_queries + n_keys, n_queries + n_keys)
+
+
+def _contiguous(spans: Tensor | None) -> Tensor | None:
+    return None if spans is None else spans.contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:

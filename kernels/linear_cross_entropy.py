@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from officina.kernels.cross_entropy import (
     Terms,
@@ -27,8 +26,8 @@ from officina.kernels.cross_entropy import (
     losses_of,
     row_sums,
 )
-from officina.kernels.dispatch import Impl
-from officina.kernels.ops import define_op, wide_dtype
+from officina.kernels.dispatch import Impl, why_no_tangents
+from officina.kernels.ops import define_op, differentiable_once, wide_dtype
 
 CHUNK_LOGITS_GPU, CHUNK_LOGITS_CPU = 2**28, 2**20
 """Logits held at a time by default: 0.5 GiB in bf16 on a GPU (large products), 4 MiB in fp32 on a CPU (its cache; of 16 MiB,
@@ -48,30 +47,32 @@ _ALIGN = 64
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, z_loss: float = 0.0,
                          label_smoothing: float = 0.0, softcap: float = 0.0, shard: VocabShard | None = None,
                          chunk_tokens: int = 0, split: bool = False, impl: Impl = "auto") -> Tensor:
-    """Sum of the token losses, 0-dim fp32 (fp64 for fp64 inputs); differentiable once in x and weight.
+    """Sum of the token losses, 0-dim fp32 (fp64 for fp64 inputs); differentiable once in x and weight. Under torch.autocast
+    both are taken in its dtype.
 
     Args:
-        labels_N: int64, IGNORE where a token has no loss. Without any label sum and gradients are zeros.
+        labels_N: int64, IGNORE where a token has no loss. Without any label sum and gradients are zeros. Any other that is no
+            row makes the sum NaN; its part of the gradients is finite, that of the loss without its z[label].
         z_loss, label_smoothing, softcap: as in `cross_entropy`; 0 = none.
         shard: where weight is a part of the vocabulary's rows. The loss is then that of the whole; the gradient in x is this
             rank's part, which the caller sums over the ranks. Not inside torch.compile(fullgraph=True).
         chunk_tokens: tokens whose logits exist at a time; 0 = a good value for the device.
         split: the result is (2,): the sum, and the z-loss in it, which has no gradient.
         impl: of the cross-entropy; the matrix products are torch's in either case.
-    Raises ValueError where shapes, terms or a named impl do not fit.
+    Raises ValueError where shapes, dtypes, terms or a named impl do not fit, and for tensors with tangents of forward-mode
+    differentiation.
     """
-    N, D = x_ND.shape
+    x_ND, weight_VD = _checked("linear_cross_entropy", x_ND, weight_VD, labels_N)
+    if why := why_no_tangents(x_ND, weight_VD):
+        raise ValueError(f"linear_cross_entropy: {why}. Use linear_cross_entropy_reference")
     V = weight_VD.shape[0]
-    if weight_VD.dim() != 2 or weight_VD.shape[1] != D or labels_N.shape != (N,):
-        raise ValueError(f"linear_cross_entropy: x {tuple(x_ND.shape)}, weight {tuple(weight_VD.shape)}, "
-                         f"labels {tuple(labels_N.shape)} do not fit; need (N, D), (V, D), (N,)")
     if shard and not 0 <= shard.first <= shard.size - V:
         raise ValueError(f"linear_cross_entropy: the shard's rows {shard.first} to {shard.first + V} are not among the "
                          f"vocabulary's {shard.size}")
     Terms(z_loss, label_smoothing, softcap)  # raises; numbers are handed on, since torch 2.9 would compile its checks
     chunk_tokens = chunk_tokens or _chunk_tokens(x_ND, V)
     sums_2 = _LinearCrossEntropy.apply(x_ND, weight_VD, labels_N, z_loss, label_smoothing, softcap, shard, chunk_tokens,
-                                       choose(x_ND, labels_N, impl), torch.is_grad_enabled())
+                                       choose(x_ND, labels_N, impl), torch.is_grad_enabled())[0]
     return sums_2 if split else sums_2[0]
 
 
@@ -82,6 +83,7 @@ def linear_token_scores(x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, so
 
     Arguments as in `linear_cross_entropy`; both are 0 where the label is IGNORE.
     """
+    x_ND, weight_VD = _checked("linear_token_scores", x_ND, weight_VD, labels_N)
     N, V = x_ND.shape[0], weight_VD.shape[0]
     chunk_tokens = chunk_tokens or _chunk_tokens(x_ND, V)
     impl, terms = choose(x_ND, labels_N, impl), Terms(0.0, 0.0, softcap)
@@ -101,6 +103,23 @@ def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, labels_N: Te
                                    softcap=softcap).sum()
 
 
+def _checked(op: str, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """x and weight in the dtype of the products, which is autocast's where that is on; ValueError where they do not fit."""
+    if (x_ND.dim() != 2 or weight_VD.dim() != 2 or weight_VD.shape[1] != x_ND.shape[1] or not weight_VD.shape[0]
+            or labels_N.shape != x_ND.shape[:1]):
+        raise ValueError(f"{op}: x {tuple(x_ND.shape)}, weight {tuple(weight_VD.shape)}, labels {tuple(labels_N.shape)} do not "
+                         "fit; need (N, D), (V, D) with V at least 1, (N,)")
+    kind = x_ND.device.type
+    # Products that write to given memory know nothing of autocast.
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        narrow = torch.get_autocast_dtype(kind)
+        x_ND, weight_VD = (t if t.dtype == torch.float64 else t.to(narrow) for t in (x_ND, weight_VD))
+    if x_ND.dtype != weight_VD.dtype:
+        raise ValueError(f"{op}: x is {x_ND.dtype} and weight {weight_VD.dtype}; they must have one dtype, such as "
+                         "weight.to(x.dtype)")
+    return x_ND, weight_VD
+
+
 def _chunk_tokens(x_ND: Tensor, V: int) -> int:
     if not x_ND.is_cuda:
         return max(CHUNK_TOKENS_CPU, CHUNK_LOGITS_CPU // V)
@@ -112,7 +131,7 @@ def _chunk_tokens(x_ND: Tensor, V: int) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, label_smoothing: float, softcap: float,
-                shard: VocabShard | None, chunk_tokens: int, impl: str, grad_enabled: bool) -> Tensor:
+                shard: VocabShard | None, chunk_tokens: int, impl: str, grad_enabled: bool) -> tuple[Tensor, Tensor]:
         want_dx, want_dweight = (need and grad_enabled for need in ctx.needs_input_grad[:2])
         if torch.compiler.is_compiling() and shard is None:  # one node of the graph, however many chunks
             sums, dx, dweight = torch.ops.officina.linear_cross_entropy(
@@ -120,19 +139,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:  # plain, so that counters of operations and memory see what there is
             terms = Terms(z_loss, label_smoothing, softcap)
             sums, dx, dweight = _forward(x, weight, labels, terms, shard, chunk_tokens, impl, want_dx, want_dweight)
-        ctx.save_for_backward(dx, dweight)
+        place = sums.new_empty(0)  # an output for `differentiable_once`: the sums may be changed in place
+        ctx.save_for_backward(place, dx, dweight)
         ctx.wanted, ctx.dtypes = (want_dx, want_dweight), (x.dtype, weight.dtype)
-        return sums
+        return sums, place
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor | None, ...]:
-        dloss = dsums[0]  # the z-loss is in the loss
+    def backward(ctx: Any, dsums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        place, *gradients = ctx.saved_tensors
+        dloss = dsums.detach()[0]  # the z-loss is in the loss
         # Scaled in dloss' fp32: rounded to bf16, 1 / step_tokens would put every gradient off by up to 0.4 %. Written in one
         # pass: a product in fp32 first would be as large as the sum of the chunks once more.
         dx, dweight = (torch.mul(d, dloss, out=torch.empty_like(d, dtype=dtype)) if wanted else None
-                       for d, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True))
-        return dx, dweight, *[None] * 8
+                       for d, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True))
+        return *differentiable_once("the gradient of linear_cross_entropy", "linear_cross_entropy_reference", (place, dsums),
+                                    dx, dweight), *[None] * 8
 
 
 def _implementation(x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, label_smoothing: float, softcap: float,

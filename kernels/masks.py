@@ -24,11 +24,12 @@ def document_spans(documents_BS: Tensor) -> Tensor:
 def length_spans(cumulative: Tensor, n_tokens: int) -> Tensor:
     """Spans (1, 2, S) int32 of one row of documents given as cumulative lengths (0, n1, n1 + n2, ...), S = n_tokens.
 
-    Empty documents are allowed; tokens past the last length make a document of their own.
+    Empty documents are allowed; tokens before the first length and past the last make documents of their own, and a document
+    that goes on past the row ends with it: kernels read as far as spans say.
     """
     place_S = torch.arange(n_tokens, dtype=cumulative.dtype, device=cumulative.device)
-    bounds = torch.cat((cumulative, cumulative.new_full((1,), n_tokens)))
-    end_S = torch.searchsorted(bounds, place_S, right=True).clamp(max=len(bounds) - 1)
+    bounds = torch.cat((cumulative.new_zeros(1), cumulative.clamp(0, n_tokens), cumulative.new_full((1,), n_tokens)))
+    end_S = torch.searchsorted(bounds, place_S, right=True).clamp(1, len(bounds) - 1)
     return torch.stack((bounds[end_S - 1], bounds[end_S]))[None].to(torch.int32)
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from officina.kernels.dispatch import Impl, choose_impl, jit, tl, triton, why_not_triton
-from officina.kernels.ops import define_op, multiprocessors, wide_dtype, wide_type
+from officina.kernels.ops import define_op, multiprocessors, rows_of, wide_dtype, wide_type
 from officina.kernels.tables import SAFE, Config, Table, arch_of, look_up
 
 MAX_WIDTH = 16_384
@@ -48,19 +48,17 @@ def rms_norm(x: Tensor, weight_D: Tensor, *, eps: float = 1e-6, zero_centred: bo
     _check("rms_norm", x, None, weight_D)
     if choose_impl("rms_norm", impl, _why_not(x, weight_D)) == "reference":
         return rms_norm_reference(x, weight_D, eps=eps, zero_centred=zero_centred, cast_first=cast_first)
-    rows_ND = x.reshape(-1, x.shape[-1])
-    return torch.ops.officina.rms_norm(rows_ND, weight_D, eps, zero_centred, cast_first)[0].view(x.shape)
+    return torch.ops.officina.rms_norm(rows_of(x), weight_D, eps, zero_centred, cast_first)[0].view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, *, eps: float = 1e-6, zero_centred: bool = False,
                  cast_first: bool = False, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """`rms_norm` of x + residual, and x + residual itself (rounded to x's dtype, as the norm sees it)."""
     _check("add_rms_norm", x, residual, weight_D)
-    if choose_impl("add_rms_norm", impl, _why_not(x, weight_D)) == "reference":
+    if choose_impl("add_rms_norm", impl, _why_not(x, weight_D, residual)) == "reference":
         return add_rms_norm_reference(x, residual, weight_D, eps=eps, zero_centred=zero_centred, cast_first=cast_first)
-    rows_ND, residual_ND = (t.reshape(-1, x.shape[-1]) for t in (x, residual))
-    y_ND, s_ND, _ = torch.ops.officina.add_rms_norm(rows_ND, residual_ND, weight_D, eps, zero_centred, cast_first)
-    return y_ND.view(x.shape), s_ND.view(x.shape)
+    # In their own shapes: views would hide from autograd that both get one gradient, and leaves would share its memory.
+    return torch.ops.officina.add_rms_norm(x, residual, weight_D, eps, zero_centred, cast_first)[:2]
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, *, eps: float = 1e-6, zero_centred: bool = False,
@@ -89,10 +87,10 @@ def _check(op: str, x: Tensor, residual: Tensor | None, weight: Tensor) -> None:
         raise ValueError(f"{op}: residual {tuple(residual.shape)} {residual.dtype} is not like x {tuple(x.shape)} {x.dtype}")
 
 
-def _why_not(x: Tensor, weight: Tensor) -> str | None:
+def _why_not(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> str | None:
     if x.shape[-1] > MAX_WIDTH:
         return f"rows of {x.shape[-1]} features, the kernel holds {MAX_WIDTH} at most"
-    return why_not_triton(x, weight)
+    return why_not_triton(x, weight, residual)
 
 
 @jit
@@ -213,35 +211,40 @@ def compilations(arch: str, widths: Iterable[int] = (128, 4096, 16_384)) -> Iter
                                                           "COLUMNS": ADD_UP.block_n}, ADD_UP
 
 
+def _walkable(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centred: bool,
              cast_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    N, D = x.shape
-    x, residual = (t if t is None or t.stride(1) == 1 else t.contiguous() for t in (x, residual))
     y, s, rstd = _add_fake(x, residual, weight, eps, zero_centred, cast_first)
-    if N:
+    x, residual = (None if t is None else _walkable(rows_of(t)) for t in (x, residual))
+    N, D = x.shape
+    if x.numel():
         arch = arch_of(x.device)
         config = config_for(FORWARD, D, arch)
         rms_norm_forward_kernel[(triton.cdiv(N, config.block_m),)](
-            x, residual, weight.to(x.dtype), y, s, rstd, x.stride(0), 0 if residual is None else residual.stride(0), N, D, eps,
-            zero_centred, cast_first, wide_type(x.dtype), config.block_m, config.block_n, **config.options(arch))
+            x, residual, weight.to(x.dtype).contiguous(), y, s, rstd, x.stride(0),
+            0 if residual is None else residual.stride(0), N, D, eps, zero_centred, cast_first, wide_type(x.dtype),
+            config.block_m, config.block_n, **config.options(arch))
     return y, s, rstd
 
 
 def _backward(dy: Tensor | None, ds: Tensor | None, s: Tensor, weight: Tensor, rstd: Tensor, zero_centred: bool,
               cast_first: bool) -> tuple[Tensor, Tensor]:
-    N, D = s.shape
-    dy = torch.zeros_like(s) if dy is None else dy.contiguous()
+    dx = s.new_empty(s.shape)
+    dy = torch.zeros_like(dx) if dy is None else dy.contiguous()
     ds = None if ds is None else ds.contiguous()
-    s = s if s.stride(1) == 1 else s.contiguous()
+    s = _walkable(rows_of(s))
+    N, D = s.shape
     arch = arch_of(s.device)
     config = config_for(BACKWARD, D, arch)
     programs = min(triton.cdiv(N, config.block_m),
                    config.extra.get("programs", _PROGRAMS_PER_MULTIPROCESSOR) * multiprocessors(s.device))
-    dx = s.new_empty(s.shape)
     dweight = s.new_empty(programs, D, dtype=rstd.dtype)
-    if N:
+    if s.numel():
         rms_norm_backward_kernel[(programs,)](
-            dy, ds, s, weight.to(s.dtype), rstd, dx, dweight, s.stride(0), N, D, zero_centred, cast_first,
+            dy, ds, s, weight.to(s.dtype).contiguous(), rstd, dx, dweight, s.stride(0), N, D, zero_centred, cast_first,
             D > RELOAD_WIDTH, wide_type(s.dtype), config.block_m, config.block_n, config.num_stages, **config.options(arch))
     return dx, add_up(dweight, weight.dtype)
 
@@ -252,7 +255,7 @@ def _plain(x, weight, eps, zero_centred, cast_first):
 
 
 def _plain_fake(x, weight, eps, zero_centred, cast_first):
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=wide_dtype(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=wide_dtype(x.dtype))
 
 
 def _add_fake(x, residual, weight, eps, zero_centred, cast_first):

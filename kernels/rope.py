@@ -44,7 +44,7 @@ def rope(q_BHTK: Tensor, k_BGTK: Tensor, cos_B1TP: Tensor, sin_B1TP: Tensor, *, 
     Raises ValueError for shapes that do not fit, and where impl=triton cannot run.
     """
     _check(q_BHTK, k_BGTK, cos_B1TP, sin_B1TP, q_weight_K, k_weight_K)
-    if choose_impl("rope", impl, _why_not(q_BHTK, k_BGTK, cos_B1TP, q_weight_K)) == "reference":
+    if choose_impl("rope", impl, _why_not(q_BHTK, k_BGTK, cos_B1TP, sin_B1TP, q_weight_K, k_weight_K)) == "reference":
         return rope_reference(q_BHTK, k_BGTK, cos_B1TP, sin_B1TP, interleaved=interleaved, q_weight_K=q_weight_K,
                               k_weight_K=k_weight_K, eps=eps, zero_centred=zero_centred, cast_first=cast_first)
     if q_weight_K is None:
@@ -79,11 +79,11 @@ def _rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tens
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> None:
-    B, _, T, K = q.shape
-    if k.dim() != 4 or (B, T, K) != (k.shape[0], *k.shape[2:]) or q.dtype != k.dtype:
+    if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.dtype != k.dtype:
         raise ValueError(f"rope: q {tuple(q.shape)} {q.dtype} and k {tuple(k.shape)} {k.dtype} do not fit; need (B, H, T, K) "
                          "and (B, G, T, K) of one dtype")
-    if cos.shape != sin.shape or cos.shape[:3] not in ((B, 1, T), (1, 1, T)) or not 0 < 2 * cos.shape[3] <= K:
+    B, _, T, K = q.shape
+    if cos.dim() != 4 or cos.shape != sin.shape or cos.shape[:3] not in ((B, 1, T), (1, 1, T)) or not 0 < 2 * cos.shape[3] <= K:
         raise ValueError(f"rope: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit q {tuple(q.shape)}; need "
                          f"({B} or 1, 1, {T}, P) with 2 P at most {K}")
     if (q_weight is None) != (k_weight is None) or (q_weight is not None and not q_weight.shape == k_weight.shape == (K,)):
@@ -91,11 +91,11 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | No
         raise ValueError(f"rope: norm weights {shapes[0]} and {shapes[1]} must both be ({K},), or both be None")
 
 
-def _why_not(q: Tensor, k: Tensor, cos: Tensor, weight: Tensor | None) -> str | None:
+def _why_not(q: Tensor, k: Tensor, cos: Tensor, *others: Tensor | None) -> str | None:
     pairs, rest = cos.shape[3], q.shape[3] - 2 * cos.shape[3]
     if max(pairs, rest) > MAX_PAIRS:
         return f"{pairs} pairs and {rest} features beside them, the kernel holds {MAX_PAIRS} of each at most"
-    return why_not_triton(q, k, cos, weight)
+    return why_not_triton(q, k, cos, *others)
 
 
 @jit
@@ -314,7 +314,7 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, weights: tuple[Tenso
         arch = arch_of(q.device)
         config, constants = _constants("forward", K, P, interleaved, arch)
         tiles = [triton.cdiv(B * T * heads, config.block_m) for heads in (H, G)]
-        weights = [None if w is None else w.to(q.dtype) for w in weights]
+        weights = [None if w is None else w.to(q.dtype).contiguous() for w in weights]
         rope_kernel[(sum(tiles),)](
             q, k, *outs, *weights, *rstds, cos, sin, *q.stride()[:3], *k.stride()[:3], 0 if cos.shape[0] == 1 else T, T, H, G,
             B * T, tiles[0], eps, INVERSE=inverse, ZERO_CENTRED=zero_centred, CAST_FIRST=cast_first, WIDE=wide_type(q.dtype),
@@ -367,7 +367,8 @@ def _norm_backward(dq_out, dk_out, q, k, cos, sin, q_weight, k_weight, q_rstd, k
     dweights = [q.new_empty(n, K, dtype=q_rstd.dtype) for n in programs]
     if B * T:
         rope_norm_backward_kernel[(sum(programs),)](
-            dq_out, dk_out, q, k, *outs, q_weight.to(q.dtype), k_weight.to(q.dtype), *dweights, q_rstd, k_rstd, cos, sin,
+            dq_out, dk_out, q, k, *outs, *(w.to(q.dtype).contiguous() for w in (q_weight, k_weight)), *dweights, q_rstd, k_rstd,
+            cos, sin,
             *dq_out.stride()[:3], *dk_out.stride()[:3], *q.stride()[:3], *k.stride()[:3], 0 if cos.shape[0] == 1 else T, T, H,
             G, B * T, programs[0], ZERO_CENTRED=zero_centred, CAST_FIRST=cast_first, WIDE=wide_type(q.dtype),
             TILES=_TILES_WITH_NORM, **constants, **config.options(arch))

@@ -25,7 +25,8 @@ def symmetric_product(x_NM: Tensor, *, alpha: float = 1.0, beta: float = 0.0, ad
     """alpha X X^T + beta C, (N, N) in x's dtype, exactly symmetric where C is; sums in fp32 (fp64 for fp64).
 
     Args:
-        addend_NN: C, symmetric (which is not checked: what lies above the diagonal is not read); None: no addend.
+        addend_NN: C, symmetric (which is not checked: what lies above the diagonal is not read, and nothing of it where beta
+            is 0); None: no addend.
     Raises ValueError for shapes that do not fit, and where impl=triton cannot run. `auto` leaves fp32 on a GPU to torch, whose
     product of full precision is the faster one.
     """
@@ -160,6 +161,8 @@ def _walkable(x: Tensor | None) -> bool:
 def _symmetric_product(x, addend, alpha, beta):
     N, M = x.shape
     out = x.new_empty(N, N)
+    if not beta:
+        addend = None  # not read, as in torch: 0 NaN is NaN
     if addend is not None and addend.stride(1) != 1:
         addend = addend.contiguous()
     if not N:

@@ -51,6 +51,23 @@ def test_xielu_on_both_sides_of_its_joints():
 
 @interpreted
 @pytest.mark.parametrize("name", PAIRS)
+def test_nan_reaches_all_gradients_and_of_nothing_there_are_none(name):
+    results = []
+    for function in (lambda *x: PAIRS[name][0](*x, impl="triton"), PAIRS[name][1]):
+        leaves = [x.requires_grad_() for x in inputs(name, 2, 3)]
+        leaves[0].data[0, 1] = torch.nan
+        y = function(*leaves)
+        results.append((y, *torch.autograd.grad(y.sum(), leaves)))
+    torch.testing.assert_close(*results, equal_nan=True)
+    assert all(x.isnan().any() for x in results[0])
+    for shape in ((3, 0), (0, 5, 0), (0,), (0, 4)):
+        leaves = [x.requires_grad_() for x in inputs(name, *shape)]
+        y = PAIRS[name][0](*leaves, impl="triton")
+        assert y.shape == shape and not any(x.any() for x in torch.autograd.grad(y.sum(), leaves))
+
+
+@interpreted
+@pytest.mark.parametrize("name", PAIRS)
 def test_operators_keep_torchs_rules(name):
     leaves = [x.requires_grad_() for x in inputs(name, 3, 20)]
     operator = torch.ops.officina.xielu if name == "xielu" else torch.ops.officina.gated
@@ -125,6 +142,10 @@ def test_errors_say_what_does_not_fit():
         geglu(gate, up.half())
     with pytest.raises(ValueError, match=r"xielu: alpha_p \(2,\) and alpha_n \(1,\) must have one element each"):
         xielu(gate, torch.ones(2), torch.ones(1))
+    with pytest.raises(ValueError, match=r"xielu: x \(\) has no axis; need \(..., F\), such as x\[None\]"):
+        xielu(torch.tensor(1.0), torch.ones(1), torch.ones(1))
+    with pytest.raises(ValueError, match=r"swiglu: gate \(\) .* must be alike, \(..., F\)"):
+        swiglu(torch.tensor(1.0), torch.tensor(1.0))
     for name in PAIRS:
         with pytest.raises(ValueError, match=f"{name}: impl=triton cannot run: the tensors are on the cpu"):
             PAIRS[name][0](*inputs(name, 2, 8), impl="triton")

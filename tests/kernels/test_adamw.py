@@ -44,6 +44,22 @@ def test_one_step_is_as_exact_as_plain_torch(steps_done, grad_dtype):
 
 
 @interpreted
+@pytest.mark.parametrize("beta1,beta2", [(0.0, 0.99), (0.9, 0.0), (0.0, 0.0)])
+def test_a_beta_of_zero_keeps_no_average(beta1, beta2):
+    got, want = (step(impl, state(shapes=[(70,)]), beta1=beta1, beta2=beta2) for impl in ("triton", "reference"))
+    torch.testing.assert_close(got, want)
+
+
+@interpreted
+def test_in_fp64_gradients_go_to_the_reference():
+    wide = state(shapes=[(3,)])
+    wide = wide[0], [g.double() for g in wide[1]], *wide[2:]
+    torch.testing.assert_close(step("auto", wide), step("reference", state(shapes=[(3,)])))
+    with pytest.raises(ValueError, match="grads are torch.float64, the kernel takes torch.float32, torch.float16, "):
+        step("triton", wide)
+
+
+@interpreted
 def test_ten_steps_are_those_of_torch():
     params, *_ = state()
     theirs = [torch.nn.Parameter(p.clone()) for p in params]
@@ -134,6 +150,7 @@ def test_errors_say_what_does_not_fit():
             ({"exp_avg_sqs": [exp_avg_sqs[0], *exp_avg_sqs[:-1]]}, r"exp_avg_sqs\[1\] is \(3,\) .*need \(2048,\)"),
             ({"grads": [*grads[:2], grads[2].T.contiguous().T, *grads[3:]]}, r"grads\[2\] .*contiguous: False"),
             ({"copies": [copies[0].float(), *copies[1:]]}, r"copies\[1\] is \(2048,\) torch.float16.*torch.float32"),
+            ({"exp_avgs": [m.to("meta") for m in exp_avgs]}, r"exp_avgs\[0\] is .* on meta, contiguous: True; need .* on cpu"),
             ({"step": torch.zeros(2)}, r"step is \(2,\) on cpu; need one element on cpu"),
             ({"impl": "triton"}, "impl=triton cannot run: the tensors are on the cpu"),
             ({"impl": "triton", "params": [p.double() for p in params], "exp_avgs": [m.double() for m in exp_avgs],

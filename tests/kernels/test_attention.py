@@ -107,6 +107,22 @@ def test_triton_follows_torchs_switch_for_deterministic_algorithms():
     assert [call.kwargs["deterministic"] for call in kernel.call_args_list] == [True, False]
 
 
+@interpreted
+def test_the_kernels_get_no_window_that_cuts_nothing():
+    with mock.patch.object(module, "flash_attention", return_value=(None, None)) as kernel:
+        for window in (2, 3, 2**31 - 1):
+            attention(*qkv(T=3), window=window, impl="triton")
+    assert [call.kwargs["window"] for call in kernel.call_args_list] == [2, 0, 0]
+
+
+@interpreted
+def test_one_row_of_documents_serves_all_rows():
+    documents = torch.tensor([[0] * 4 + [1] * 7])
+    want = attention(*qkv(), documents_BS=documents.expand(2, -1), impl="reference")
+    for impl in ("triton", "reference", "sdpa", "auto"):
+        torch.testing.assert_close(attention(*qkv(), documents_BS=documents, impl=impl), want, atol=1e-6, rtol=1e-5)
+
+
 def test_a_number_that_comes_back_is_another_document():
     q, k, v = qkv(B=1, T=6)
     documents = torch.tensor([[0, 0, 1, 1, 0, 0]])
@@ -135,7 +151,8 @@ def test_flex_forward_equals_the_reference():
     """The eager form of flex attention: the same mask and score functions that a GPU compiles."""
     documents = torch.tensor([[0] * 60 + [1] * 68, [0] * 128], dtype=torch.int32)
     q, k, v = qkv(T=128)
-    for window, softcap, docs in [(0, 0.0, documents), (17, 0.0, None), (9, 5.0, documents), (0, 5.0, None)]:
+    for window, softcap, docs in [(0, 0.0, documents), (17, 0.0, None), (9, 5.0, documents), (0, 5.0, None),
+                                  (0, 0.0, documents[:1])]:
         spans = None if docs is None else document_spans(docs)
         plan = module.AttentionPlan("flex", False, None, module._block_mask(128, 128, True, window, spans, CPU),
                                     module._softcap_mod(softcap) if softcap else None)
@@ -161,10 +178,18 @@ def test_flex_on_a_gpu_equals_the_reference_forward_and_backward(window, softcap
 
 def test_errors_say_what_does_not_fit():
     q, k, v = qkv()
-    with pytest.raises(ValueError, match="H a multiple of G"):
-        attention(q[:, :3], k, v)
-    with pytest.raises(ValueError, match="window=3 needs causal"):
-        attention(q, k, v, causal=False, window=3)
+    for wrong in ((q[:, :3], k, v), (q[0], k, v), (q, k[:, :0], v[:, :0])):
+        with pytest.raises(ValueError, match="attention: .* H a multiple of G"):
+            attention(*wrong)
+    for impl in ("auto", "reference", "sdpa", "flex", "triton"):
+        for window, causal in ((3, False), (-1, True)):
+            with pytest.raises(ValueError, match=f"attention: window={window} needs causal=True and at least one key"):
+                attention(q, k, v, causal=causal, window=window, impl=impl)
+        for softcap in (-2.0, math.inf):
+            with pytest.raises(ValueError, match=f"attention: softcap={softcap} must not be negative, and finite"):
+                attention(q, k, v, softcap=softcap, impl=impl)
+        with pytest.raises(ValueError, match=r"documents \(3, 11\) do not fit 2 rows; need \(2, 11\), or \(1, 11\) for all"):
+            attention(q, k, v, documents_BS=torch.zeros(3, 11), impl=impl)
     with pytest.raises(ValueError, match="11 queries but only 4 keys"):
         attention(q, k[:, :, :4], v[:, :, :4])
     with pytest.raises(ValueError, match="documents have 5 places"):

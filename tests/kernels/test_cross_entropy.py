@@ -144,8 +144,10 @@ def test_the_same_bits_every_time_and_columns_may_be_strided():
     assert_same_bits(lambda x: cross_entropy(x, labels, impl="triton", **ALL), [logits])
     strided = logits.T.contiguous().T
     assert torch.equal(*(cross_entropy(x, labels, impl="triton", **ALL) for x in (strided, logits)))
-    with pytest.raises(ValueError, match=r"logits of strides \(1, 5\) cannot become their gradient"):
-        cross_entropy_(strided, labels, impl="triton")
+    overlapping = torch.randn(400).as_strided((5, 130), (60, 1))
+    for impl, x in itertools.product(("triton", "reference"), (strided, logits[:1].expand(5, -1), overlapping)):
+        with pytest.raises(ValueError, match=rf"logits of strides \({x.stride(0)}, {x.stride(1)}\) cannot become their"):
+            cross_entropy_(x, labels, impl=impl)
 
 
 @interpreted
@@ -169,6 +171,12 @@ def check_wrong_labels(impl):
     labels[0], labels[1], labels[2] = 100, -1, IGNORE
     for losses in (cross_entropy(logits, labels, impl=impl), cross_entropy_(logits, labels, impl=impl)):
         assert losses.isnan().tolist() == [True, True, False, False]
+    leaf = inputs(4, 100, labelled="all")[0].requires_grad_()  # what the docstrings say of the gradients
+    [gradient] = torch.autograd.grad(cross_entropy(leaf, labels, impl=impl).sum(), leaf)
+    softmax = leaf.detach().softmax(1)
+    assert not gradient[:3].any()
+    torch.testing.assert_close(logits[:2], softmax[:2])
+    torch.testing.assert_close(logits[3], gradient[3])
 
 
 @interpreted
@@ -198,6 +206,28 @@ def check_shards(impl, dtype):
         torch.testing.assert_close(losses, want_losses, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(gradient, want[:, a:b], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(in_place, want[:, a:b], rtol=1e-5, atol=1e-6)
+
+
+def check_a_shard_that_is_switched_off(impl):
+    logits, labels = inputs(4, 30)
+    logits[:, 20:] = -torch.inf
+    labels %= 20
+    parts = logits[:, :20].contiguous(), logits[:, 20:].contiguous()
+    sums = torch.stack([row_sums(part, labels, first=a, impl=impl) for part, a in zip(parts, (0, 20), strict=True)])
+    shard = VocabShard(20, 30, lambda own: combine_sums(sums))
+    losses = cross_entropy(off := parts[1].clone().requires_grad_(), labels, shard=shard, impl=impl)
+    torch.testing.assert_close(losses, cross_entropy_reference(logits, labels))
+    torch.testing.assert_close(losses.detach(), cross_entropy_(parts[1], labels, shard=shard, impl=impl))
+    assert not parts[1].any() and not torch.autograd.grad(losses.sum(), off)[0].any()
+
+
+@interpreted
+def test_a_shard_that_is_switched_off_has_no_gradient_in_the_kernel():
+    check_a_shard_that_is_switched_off("triton")
+
+
+def test_a_shard_that_is_switched_off_has_no_gradient():
+    check_a_shard_that_is_switched_off("reference")
 
 
 @interpreted
@@ -255,8 +285,9 @@ def test_errors_say_what_does_not_fit():
         cross_entropy(logits, labels[:2])
     with pytest.raises(ValueError, match="label_smoothing=1.5 must be at least 0 and below 1"):
         cross_entropy(logits, labels, label_smoothing=1.5)
-    with pytest.raises(ValueError, match="softcap=-1.0 must not be negative"):
-        cross_entropy_(logits, labels, softcap=-1.0)
+    for softcap in (-1.0, torch.inf, torch.nan):
+        with pytest.raises(ValueError, match=f"softcap={softcap} must not be negative, and finite"):
+            cross_entropy_(logits, labels, softcap=softcap)
     with pytest.raises(ValueError, match="shard's rows 5 to 13 are not among the vocabulary's 12"):
         cross_entropy(logits, labels, shard=VocabShard(5, 12, combine_sums))
     with pytest.raises(ValueError, match="impl=triton cannot run: the tensors are on the cpu"):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from officina.kernels import flash_attention_launch as launch
+from officina.kernels.attention import attention
 from officina.kernels.compiling import ARCHS
 from officina.kernels.flash_attention import flash_attention, flash_attention_reference
 from officina.kernels.masks import dense_mask, document_spans, length_spans
@@ -137,8 +138,9 @@ def test_gradients_into_rows_that_see_nothing_vanish_even_as_nan():
     q, k, v = (x.requires_grad_() for x in qkv(T=40, S=20))
     for deterministic in (False, True):
         out, lse = flash_attention(q, k, v, deterministic=deterministic, impl="triton")
-        dlse = torch.ones_like(lse).masked_fill(lse == -INF, float("nan"))
-        got = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), dlse))
+        dout, dlse = (torch.ones_like(x).masked_fill(blind, float("nan"))
+                      for x, blind in ((out, (lse == -INF)[..., None]), (lse, lse == -INF)))
+        got = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))
         assert all(x.isfinite().all() for x in got) and not got[0][:, :, :20].any() and got[0][:, :, 20:].any()
 
 
@@ -239,6 +241,43 @@ def test_any_layout_of_the_inputs():
                                    atol=1e-5, rtol=1e-5)
 
 
+@interpreted
+def test_spans_may_lie_in_any_way():
+    """Shared by all rows, row beside row, cut out of longer ones."""
+    leaves = [x.requires_grad_() for x in qkv(B=3, H=1, T=20)]
+
+    def run(spans):
+        out, _ = flash_attention(*leaves, causal=False, spans_B2S=spans, deterministic=True, impl="triton")
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    spans = document_spans(documents(3, 20, 5))
+    for strange in (spans[:1].expand(3, -1, -1), spans.transpose(0, 1).contiguous().transpose(0, 1),
+                    torch.cat((spans, spans), 2)[:, :, :20]):
+        assert not strange.is_contiguous()
+        assert all(map(torch.equal, run(strange), run(strange.contiguous())))
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "split"])
+@interpreted
+def test_a_window_at_the_end_of_32_bits_is_none(deterministic):
+    leaves = [x.requires_grad_() for x in qkv(T=20)]
+    results = []
+    for window in (0, 2**31 - 1, 2**31 - 4):
+        out, _ = flash_attention(*leaves, window=window, deterministic=deterministic, impl="triton")
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])  # dq is added up in any order
+
+
+@interpreted
+def test_compiled_for_all_shapes_it_needs_no_scale():
+    """Of a head width known by a symbol only, the default scale is one too."""
+    inputs = qkv(T=9)
+    for function in (flash_attention, attention):
+        compiled = torch.compile(partial(function, impl="triton"), fullgraph=True, backend="aot_eager", dynamic=True)
+        torch.testing.assert_close(compiled(*inputs), function(*inputs, impl="triton"))
+
+
 @pytest.mark.parametrize("shape,strides", [((1, 1, 520), (0, 0, launch.MAX_ROW_STRIDE)), ((2, 2, 5), (2**32, 2**31, 16))],
                          ids=["rows", "heads"])
 @interpreted
@@ -322,6 +361,9 @@ def test_spans_of_documents():
                                                              [[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6]]]
     assert length_spans(torch.tensor([0, 2, 2, 5, 5, 6]), 6).tolist() == [[[0, 0, 2, 2, 2, 5], [2, 2, 5, 5, 5, 6]]]
     assert length_spans(torch.tensor([0, 2]), 4).tolist() == [[[0, 0, 2, 2], [2, 2, 4, 4]]]  # the rest is one more
+    assert length_spans(torch.tensor([2, 3]), 4).tolist() == [[[0, 0, 2, 3], [2, 2, 3, 4]]]  # and so is what is before
+    assert length_spans(torch.tensor([0, 2, 9]), 4).tolist() == [[[0, 0, 2, 2], [2, 2, 4, 4]]]  # kernels would read key 8
+    assert length_spans(torch.tensor([-1, 2, 9, 12]), 3).tolist() == [[[0, 0, 2], [2, 2, 3]]]
     assert document_spans(torch.zeros(2, 0)).shape == (2, 2, 0)
 
 
@@ -338,7 +380,7 @@ def test_auto_takes_the_reference_without_a_gpu_and_says_so(caplog):
 
 def test_errors_say_what_does_not_fit():
     q, k, v = qkv(H=4, G=2)
-    for wrong in ((q[:, :3], k, v), (q, k, v[..., :8]), (q[0], k, v), (q, k[:, :0], v[:, :0])):
+    for wrong in ((q[:, :3], k, v), (q, k, v[..., :8]), (q[0], k, v), (q, k[:, :0], v[:, :0]), [x[..., :0] for x in (q, k, v)]):
         with pytest.raises(ValueError, match="H a multiple of G"):
             flash_attention(*wrong)
     with pytest.raises(ValueError, match="one dtype and one device"):
@@ -347,11 +389,15 @@ def test_errors_say_what_does_not_fit():
         flash_attention(q, k, v, causal=False, window=3)
     with pytest.raises(ValueError, match="window=-1 needs"):
         flash_attention(q, k, v, window=-1)
+    for softcap in (-2.0, INF, float("nan")):
+        with pytest.raises(ValueError, match=f"softcap={softcap} must not be negative, and finite; 0 = none"):
+            flash_attention(q, k, v, softcap=softcap)
     for scale in (0.0, INF):
         with pytest.raises(ValueError, match="must be a finite number other than 0"):
             flash_attention(q, k, v, scale=scale)
-    for spans in (torch.zeros(1, 2, 9, dtype=torch.int32), torch.zeros(1, 2, 50)):
-        with pytest.raises(ValueError, match=r"need \(1, 2, 50\) int32"):
+    for spans in (torch.zeros(1, 2, 9, dtype=torch.int32), torch.zeros(1, 2, 50),
+                  torch.zeros(1, 2, 50, dtype=torch.int32, device="meta")):
+        with pytest.raises(ValueError, match=f"on {spans.device} do not fit .* need \\(1, 2, 50\\) int32 on cpu"):
             flash_attention(q, k, v, spans_B2S=spans)
     with pytest.raises(ValueError, match="no more queries than keys"):
         flash_attention(q, k[:, :, :20], v[:, :, :20], spans_B2S=torch.zeros(1, 2, 20, dtype=torch.int32))

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+from unittest import mock
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from officina.kernels import dispatch
 from officina.kernels.activations import swiglu, xielu
+from officina.kernels.adamw import adamw_step_
+from officina.kernels.attention import attention
 from officina.kernels.compiling import ARCHS, compile_for
-from officina.kernels.cross_entropy import cross_entropy
+from officina.kernels.cross_entropy import VocabShard, cross_entropy, cross_entropy_
 from officina.kernels.dispatch import choose_impl, jit, tl, triton, why_not_triton
 from officina.kernels.flash_attention import flash_attention
+from officina.kernels.linear_cross_entropy import linear_cross_entropy
 from officina.kernels.rms_norm import add_rms_norm, rms_norm
 from officina.kernels.rope import rope
+from officina.kernels.symmetric import symmetric_product
 from officina.kernels.tables import SAFE, Config, arch_of, look_up
 from tests.distributed import RankFailure
 from tests.kernels.interpreter import interpreted
@@ -143,7 +149,99 @@ def test_second_derivatives_raise_instead_of_coming_out_as_zeros():
         [first] = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
         with pytest.raises(RuntimeError, match=f"{name}_.* has no derivative: kernels are differentiable once"):
             first.sum().backward()
+    shard = VocabShard(0, 16, torch.clone)
+    for name, loss in [  # of incoming gradients that are constants
+            ("linear_cross_entropy", linear_cross_entropy(logits, logits.detach(), torch.arange(5))),
+            ("cross_entropy with a shard", cross_entropy(logits, torch.arange(5), shard=shard, impl="reference").sum())]:
+        [first] = torch.autograd.grad(loss, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match=f"the gradient of {name} has no derivative: .* use {name.split()[0]}_reference"):
+            torch.autograd.grad(loss + first.square().sum(), logits)
     plain, _ = rope(q, k, cos, sin, impl="triton")  # linear, and its backward pass is itself
     [first] = torch.autograd.grad(plain.square().sum(), q, create_graph=True)
     [second] = torch.autograd.grad(first.sum(), q)
     assert second.abs().sum() > 0
+
+
+def calls():
+    """Name -> a call of each function that has kernels, of its first tensor."""
+    q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 1, 5, 16)
+    x, weight = torch.randn(5, 16), torch.ones(16)
+    tables = torch.randn(2, 1, 1, 5, 8)
+    return {
+        "flash_attention": (lambda q, impl: flash_attention(q, k, k, impl=impl)[0], q),
+        "attention": (lambda q, impl: attention(q, k, k, impl=impl), q),
+        "rms_norm": (lambda x, impl: rms_norm(x, weight, impl=impl), x),
+        "add_rms_norm": (lambda s, impl: add_rms_norm(x, s, weight, impl=impl)[0], x),
+        "rope": (lambda q, impl: rope(q, k, *tables, impl=impl)[0], q),
+        "rope with norm": (lambda w, impl: rope(q, k, *tables, q_weight_K=weight, k_weight_K=w, impl=impl)[1], weight),
+        "swiglu": (lambda x, impl: swiglu(x, x, impl=impl), x),
+        "xielu": (lambda x, impl: xielu(x, weight[:1], weight[:1], impl=impl), x),
+        "cross_entropy": (lambda x, impl: cross_entropy(x, torch.arange(5), impl=impl), x),
+        "linear_cross_entropy": (lambda x, impl: linear_cross_entropy(x, k[0, 0], torch.arange(5), impl=impl), x),
+        "symmetric_product": (lambda x, impl: symmetric_product(x, impl=impl), x)}
+
+
+@interpreted
+def test_tangents_of_forward_mode_are_refused_by_the_kernels_and_kept_by_the_rest():
+    for name, (function, x) in calls().items():
+        with pytest.raises(ValueError, match=f"{name.partition(' ')[0]}: .* no forward-mode derivative.* Use"):
+            torch.func.jvp(lambda x: function(x, "triton"), (x,), (x,))  # noqa: B023
+        if "attention" != name != "linear_cross_entropy":
+            with forward_ad.dual_level():
+                got, want = (forward_ad.unpack_dual(function(forward_ad.make_dual(x, x), impl)).tangent
+                             for impl in ("auto", "reference"))
+                assert torch.equal(got, want) and got.any()
+
+
+def adamw(p, impl):
+    adamw_step_([p], *([torch.ones_like(p)] for _ in range(3)), torch.tensor(0.0), lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8,
+                weight_decay=0.0, impl=impl)
+
+
+def losses_in_place(x, impl, **words):
+    cross_entropy_(x, torch.arange(5), impl=impl, **words)
+
+
+@interpreted
+def test_kernels_are_launched_on_the_device_of_their_tensors():
+    """Where that is not the current one, a launch would take one device's addresses for the other's."""
+    on = []
+
+    class Device:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            on.append(self.tensor.device)
+
+        def __exit__(self, *_):
+            on.pop()
+
+    launched = []
+    kernel, run = type(scale_kernel), type(scale_kernel).__getitem__
+
+    def launch(self, grid):
+        assert on, self
+        launched.append(self)
+        return run(self, grid)
+
+    with mock.patch.object(torch.cuda, "device_of", Device), mock.patch.object(kernel, "__getitem__", launch):
+        for function, x in (*calls().values(), (adamw, torch.ones(5)), (losses_in_place, torch.randn(5, 16))):
+            x = x.clone().requires_grad_(function not in (adamw, losses_in_place))
+            n = len(launched)
+            out = function(x, "triton")
+            if x.requires_grad:
+                torch.autograd.grad(out.sum(), x)
+            assert len(launched) > n
+
+
+@interpreted
+def test_what_a_kernel_writes_to_counts_as_a_new_version():
+    for function, words in ((adamw, {}), (losses_in_place, {}), (losses_in_place, {"shard": VocabShard(0, 16, torch.clone)})):
+        for impl in ("triton", "reference"):
+            leaf = torch.randn(5, 16, requires_grad=True)
+            x = leaf * 1
+            y = x.square().sum()
+            function(x.detach(), impl, **words)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.backward()

@@ -9,7 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from officina.kernels import linear_cross_entropy as module
 from officina.kernels.cross_entropy import IGNORE, VocabShard, combine_sums, row_sums
-from officina.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from officina.kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_token_scores,
+)
 from tests.kernels.interpreter import interpreted
 from tests.kernels.rules import assert_same_bits, assert_twice_as_good
 
@@ -204,6 +208,31 @@ def test_up_to_two_to_the_30_logits_are_two_chunks_on_a_gpu():
     assert chunk(2048, 131_072) == 2048 and chunk(2049, 131_072) == 1025
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32),
+                                    (torch.float32, torch.bfloat16)], ids=str)
+def test_under_autocast_it_takes_autocasts_dtype(dtypes):
+    x, weight, labels = inputs()
+    leaves = [t.detach().to(dtype).requires_grad_() for t, dtype in zip((x, weight), dtypes, strict=True)]
+    results = []
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = function(*leaves, labels)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+    assert results[0][0] == results[1][0] and [g.dtype for g in results[0][1:]] == list(dtypes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_token_scores(*leaves, labels)[0].sum().sub(loss).abs() < 1e-3
+
+
+def test_a_label_that_is_no_row_makes_the_sum_nan_and_no_gradient():
+    x, weight, labels = inputs()
+    labels[1] = len(weight)
+    loss = linear_cross_entropy(x, weight, labels)
+    [dx] = torch.autograd.grad(loss, x)
+    assert loss.isnan() and dx.isfinite().all()
+    torch.testing.assert_close(dx[1], ((x[1] @ weight.T).softmax(0) @ weight).detach())  # as the docstring says
+
+
 def test_without_labels_the_sum_is_zero_and_so_are_all_gradients():
     x, weight, labels = inputs()
     loss = linear_cross_entropy(x, weight, torch.full_like(labels, IGNORE), z_loss=0.1)
@@ -260,6 +289,12 @@ def test_errors_name_the_shapes():
         linear_cross_entropy(x, weight[:, :15], labels)
     with pytest.raises(ValueError, match=r"labels \(36,\)"):
         linear_cross_entropy(x, weight, labels[1:])
+    for function in (linear_cross_entropy, linear_token_scores):
+        for wrong in ((x, weight[:0], labels), (x[None], weight, labels), (x, weight[0], labels), (x, weight, labels[1:])):
+            with pytest.raises(ValueError, match=f"{function.__name__}: .* do not fit; need .* with V at least 1"):
+                function(*wrong)
+        with pytest.raises(ValueError, match=f"{function.__name__}: x is torch.bfloat16 and weight torch.float32; .*weight.to"):
+            function(x.bfloat16(), weight, labels)
     with pytest.raises(ValueError, match="shard's rows 10 to 63 are not among the vocabulary's 60"):
         linear_cross_entropy(x, weight, labels, shard=VocabShard(10, 60, combine_sums))
     with pytest.raises(ValueError, match="impl=triton cannot run"):

@@ -56,6 +56,41 @@ def test_rows_may_be_strided_and_gradients_expanded():
 
 
 @interpreted
+def test_weights_may_lie_in_any_way():
+    x, residual, weight = (t.requires_grad_() for t in inputs(3, 8, count=3))
+    for strange in (torch.randn(8, 3)[:, 0], weight.detach()[:1].expand(8)):
+        for kernel, reference, leaves in ((rms_norm, rms_norm_reference, (x,)),
+                                          (add_rms_norm, add_rms_norm_reference, (x, residual))):
+            got, want = kernel(*leaves, strange, impl="triton"), reference(*leaves, strange)
+            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(*(torch.autograd.grad(y[0].square().sum(), leaves) for y in (got, want)))
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(4, 8), (2, 3, 8), (8,)])
+def test_two_leaves_get_gradients_of_their_own(shape):
+    """Clipping in place, or another backward pass, would change both by one's; what is no leaf is not copied."""
+    x, residual, weight = (t.requires_grad_() for t in inputs(*shape, count=3))
+    sum(y.sum() for y in add_rms_norm(x, residual, weight, impl="triton")).backward()
+    assert torch.equal(x.grad, residual.grad) and x.grad.data_ptr() != residual.grad.data_ptr()
+    seen = []
+    inner = [t * 1 for t in (x, residual)]
+    for t in inner:
+        t.register_hook(lambda grad: seen.append(grad.data_ptr()))
+    add_rms_norm(*inner, weight, impl="triton")[0].sum().backward()
+    assert len(seen) == 2 and seen[0] == seen[1]
+
+
+@interpreted
+def test_nothing_in_nothing_out():
+    for shape in ((3, 0), (0, 5, 0), (0,), (0, 4), (2, 0, 4)):
+        x, residual, weight = (t.requires_grad_() for t in inputs(*shape, count=3))
+        outputs = rms_norm(x, weight, impl="triton"), *add_rms_norm(x, residual, weight, impl="triton")
+        grads = torch.autograd.grad(sum(y.sum() for y in outputs), (x, residual, weight))
+        assert all(t.shape == shape for t in (*outputs, *grads[:2])) and not grads[2].any()
+
+
+@interpreted
 @pytest.mark.parametrize("zero_centred", [False, True])
 def test_gradients_are_those_of_the_function(zero_centred):
     x, residual, weight = (t.requires_grad_() for t in inputs(2, 3, dtype=torch.float64, count=3))

@@ -114,6 +114,17 @@ def test_any_strides_are_taken_and_nothing_is_written_to_the_inputs():
 
 
 @interpreted
+def test_norm_weights_may_lie_in_any_way():
+    cos, sin = tables(5, 8)
+    q, k = (x.detach().requires_grad_() for x in inputs(1, 2, 1, 5, 16))
+    weights = dict(zip(("q_weight_K", "k_weight_K"), torch.randn(16, 2).T, strict=True))
+    got, want = (function(q, k, cos, sin, **weights, **impl) for function, impl in (
+        (rope, {"impl": "triton"}), (rope_reference, {})))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(sum(y.square().sum() for y in two), (q, k)) for two in (got, want)))
+
+
+@interpreted
 def test_offsets_beyond_32_bits_reach_their_tokens():
     stride = 2**30 + 8  # tokens 2 and 3 begin beyond 2^31 elements; only the touched pages of the 8 GiB exist
     far = torch.empty(3 * stride + 32, dtype=torch.float16).as_strided((1, 2, 4, 16), (4 * stride, 16, stride, 1))
@@ -141,6 +152,10 @@ def test_errors_say_what_does_not_fit():
     cos, sin = tables(3, 4)
     with pytest.raises(ValueError, match=r"q \(2, 4, 3, 8\) torch.float32 and k \(2, 2, 2, 8\) torch.float32 do not fit"):
         rope(q, k[:, :, :2], cos, sin)
+    with pytest.raises(ValueError, match=r"q \(4, 3, 8\) .* do not fit; need \(B, H, T, K\)"):
+        rope(q[0], k, cos, sin)
+    with pytest.raises(ValueError, match=r"cos \(1, 1, 3\) and sin \(1, 1, 3\) do not fit"):
+        rope(q, k, cos[..., 0], sin[..., 0])
     with pytest.raises(ValueError, match=r"cos \(1, 1, 2, 4\) and sin \(1, 1, 3, 4\) do not fit q .* need \(2 or 1, 1, 3, P\)"):
         rope(q, k, cos[:, :, :2], sin)
     with pytest.raises(ValueError, match="with 2 P at most 8"):

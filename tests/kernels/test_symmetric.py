@@ -95,6 +95,13 @@ def test_any_strides_are_taken():
 
 
 @interpreted
+def test_an_addend_times_zero_is_not_read():
+    x, addend = inputs(5, 3)
+    got = symmetric_product(x, addend_NN=addend * torch.nan, beta=0.0, impl="triton")
+    assert torch.equal(got, symmetric_product(x, impl="triton"))
+
+
+@interpreted
 def test_gradients_and_operator():
     x, c = (t.requires_grad_() for t in inputs(5, 3, torch.float64))
     torch.autograd.gradcheck(lambda x: symmetric_product(x, alpha=1.5, impl="triton"), (x,), fast_mode=True)
