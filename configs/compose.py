@@ -71,20 +71,25 @@ def compose_all(words: Sequence[str], environ: Mapping[str, str] = os.environ) -
     """Like `compose`, but gives the problems back. `environ`: where XDG_CONFIG_HOME and XDG_CONFIG_DIRS are looked up."""
     problems: list[Problem] = []
     typed = _read_words(words, problems)
-    personal = [(word, text, origin) for text, origin in _personal(environ, problems)
-                for word in _read_words([text], problems)]
+    personal: list[tuple[_Word, str, str]] = []
+    for text, origin in _personal(environ, problems):
+        told: list[Problem] = []
+        personal += [(word, text, origin) for word in _read_words([text], told)]
+        problems += [replace(p, rule=f"{p.rule} ({origin})") for p in told]
     choices = {w.key: str(w.value) for w in [p[0] for p in personal] + typed if w.chooses}
     values = _compose_groups(choices, problems, environ)
     sources = set(values.get("data", {}).get("sources") or {}) | {
         w.key.split(".")[2] for w in typed if w.key.startswith("data.sources.")}
     personal = [p for p in personal if not (m := _SOURCE_PATH.fullmatch(p[0].key)) or m[1] in sources]
+    _lay_over(values, [w for w in typed if w.chooses], environ)
     _take_model(values, typed, problems)
     good = copy.deepcopy(values)
     _apply(values, [p[0] for p in personal] + typed, problems)
     run, faults = read_run(values, good=good)
     origin_of = {word.key: origin for word, _, origin in personal} | {w.key: None for w in typed}
-    faults = [replace(p, rule=f"{p.rule} ({file})") if (file := origin_of.get(p.key)) else p for p in faults]
-    return Composed(run, problems + faults, [(text, origin) for _, text, origin in personal], choices.get("site", ""))
+    problems = [replace(p, rule=f"{p.rule} ({file})") if (file := origin_of.get(p.key)) and file not in p.rule else p
+                for p in problems + faults]
+    return Composed(run, problems, [(text, origin) for _, text, origin in personal], choices.get("site", ""))
 
 
 def recompose(saved: RunConfig, words: Sequence[str]) -> Composed:
@@ -107,6 +112,16 @@ def recompose(saved: RunConfig, words: Sequence[str]) -> Composed:
     _apply(values, typed, problems)
     run, faults = read_run(values, good=good)
     return Composed(run, problems + faults, [])
+
+
+def _lay_over(values: Values, chosen: Sequence[_Word], environ: Mapping[str, str]) -> None:
+    """Put the values of options that were typed over those of the experiment, which Hydra lays over all options."""
+    if any(word.key == "experiment" for word in chosen):
+        for group, option in {w.key: str(w.value) for w in chosen if w.key not in ("experiment", "site")}.items():
+            told: list[Problem] = []  # what is wrong with it was found when all was composed
+            own = _compose_groups({group: option}, told, environ).get(group)
+            if not told and isinstance(own, dict) and isinstance(values.get(group), dict):
+                values[group] = _merged(values[group], own)
 
 
 def _take_model(values: Values, typed: list[_Word], problems: list[Problem]) -> Values:
@@ -233,11 +248,12 @@ def _by_options(choices: Mapping[str, str], problems: list[Problem]) -> Values:
     good = {}
     for group, option in choices.items():
         if option.endswith((".yaml", ".yml")):
-            if not Path(option).expanduser().is_file():
-                remedy = f"{group}={options(group)[0]}"
-                problems.append(Problem(group, option, "there is no such file", remedy))
+            if fault := _own_fault(option):
+                problems.append(Problem(group, option, fault[0], f"{group}={fault[1]}" if fault[1][:1] in "./~" else fault[1]))
                 continue
-        elif option not in options(group) and (group, option) != ("experiment", "null"):
+        elif (group, option) == ("experiment", "null"):
+            continue  # none, as config.yaml has it
+        elif option not in options(group):
             problems.append(_no_such_option(group, option))
             continue
         good[group] = option
@@ -248,10 +264,9 @@ def _by_options(choices: Mapping[str, str], problems: list[Problem]) -> Values:
         try:
             lent = {group: _lend(Path(path).expanduser(), group, Path(folder)) for group, path in own.items()}
             values = _by_hydra({**good, **lent}, [f"hydra.searchpath=[file://{folder}]"])
-        except (*_hydra_errors(), yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            message = " ".join(str(error).replace(folder, "").split())
+        except (*_hydra_errors(), OSError, ValueError) as error:
             for group, path in own.items():
-                problems.append(Problem(group, path, f"cannot be composed: {message}", f"{group}={options(group)[0]}"))
+                problems.append(Problem(group, path, f"cannot be composed: {_without_jargon(error)}", f"mend {path}"))
             return copy.deepcopy(_shipped(tuple(sorted((g, o) for g, o in good.items() if g not in own))))
     _drop_marks(values, "", problems)
     return values
@@ -277,6 +292,57 @@ def _hydra_errors() -> tuple[type[Exception], ...]:
     from omegaconf.errors import OmegaConfBaseException
 
     return HydraException, OmegaConfBaseException
+
+
+def _own_fault(option: str) -> tuple[str, str] | None:
+    """What is wrong with a user's file by itself, and the remedy: told by the file's own lines, before Hydra sees a copy."""
+    from omegaconf._utils import get_yaml_loader  # refuses a key that stands twice
+
+    path, mend = Path(option).expanduser(), f"mend {option}"
+    if not os.path.isfile(path):
+        beside = {p.stem: p for p in path.parent.glob("*.y*ml") if p.is_file()} if os.path.isdir(path.parent) else {}
+        near = difflib.get_close_matches(path.stem, beside, 1)
+        found = os.path.join(os.path.dirname(option) or ".", beside[near[0]].name) if near else f"ls {path.parent}"
+        return "is a folder" if os.path.isdir(path) else "there is no such file", found
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), get_yaml_loader())
+        if values is not None and not isinstance(values, dict):
+            return "must hold keys and values, such as steps: 1000", mend
+        _check_nesting(values, ())
+    except UnicodeDecodeError:
+        return "is not UTF-8 text", "a file of YAML text, such as steps: 1000"
+    except yaml.YAMLError as error:
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        begun = "<stream end>" in what and getattr(error, "context_mark", None)  # what is never closed: where it begins
+        mark = begun or getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}" if mark else ""
+        return f"cannot be composed: {line}{': ' * bool(mark)}{what}", f"mend {line}{' of ' * bool(mark)}{option}"
+    except RecursionError:
+        return "cannot be composed: it holds itself, by an alias or a nesting without end", mend
+    except (OSError, ValueError) as error:
+        return f"cannot be composed: {getattr(error, 'strerror', None) or error}", mend
+    return None
+
+
+def _check_nesting(values: object, above: tuple[int, ...]) -> None:
+    """RecursionError for an alias within its own anchor, ValueError for a key that is no name."""
+    if id(values) in above:
+        raise RecursionError
+    if isinstance(values, dict):
+        for name in values:
+            if not isinstance(name, str) or not name or "." in name:
+                raise ValueError(f"the key {name!r} is no name; keys are nested, optim: {{lr: 1e-3}}")
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        _check_nesting(value, (*above, id(values)))
+
+
+def _without_jargon(error: Exception) -> str:
+    """What Hydra says of a user's file, without its names for the copy and its folders."""
+    if missing := getattr(error, "missing_cfg_file", None):
+        group, _, name = str(missing).rpartition("/")
+        there = f"; there are {', '.join(options(group))}" if options(group) else ""
+        return f"its defaults name {group or 'no group'}/{name}, which is no option{there}"
+    return " ".join(re.sub(r"(In )?'[^']*_of_the_user'[:,]?|full_key:.*|object_type=.*", "", str(error)).split())
 
 
 def _lend(path: Path, group: str, folder: Path) -> str:
@@ -315,12 +381,20 @@ def _drop_marks(values: Values, prefix: str, problems: list[Problem]) -> None:
 
 
 # ---- a person's defaults -----------------------------------------------------------------------------------
+class _AsWritten(yaml.BaseLoader):
+    """Keeps every scalar as the text that was written, null apart: an account 1e5 is no number."""
+
+
+_AsWritten.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_AsWritten.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
+
+
 def _personal(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[tuple[str, str]]:
     """Words of a centre's (XDG_CONFIG_DIRS) and then the person's (XDG_CONFIG_HOME) `officina/*.yaml`, with their files."""
     for folder in config_folders(environ):
         for path in sorted(folder.glob("*.yaml")):
-            try:  # BaseLoader keeps every scalar as the text that was written: an account 1e5 is no number
-                values = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
+            try:
+                values = yaml.load(path.read_text(encoding="utf-8"), _AsWritten) or {}
             except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
                 problems.append(Problem(str(path), None, f"cannot be read: {' '.join(str(error).split())}",
                                         f"mend or remove {path}"))
@@ -330,7 +404,8 @@ def _personal(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[t
                 continue
             for key, value in _flat({k: v for k, v in values.items() if k != SUBMIT}, ""):
                 if key.split(".")[0] in _PERSONAL or _SOURCE_PATH.fullmatch(key):
-                    yield f"{key}={as_text(value)}", str(path)
+                    taken = value is None and not optional(key)  # null is no value: what lies below is taken away
+                    yield f"~{key}" if taken else f"{key}={as_text(value)}", str(path)
                 else:
                     problems.append(Problem(key, value, f"stands in {path}, but defaults of a person or a centre may not "
                                             f"change what a run computes, only {', '.join(_PERSONAL)} and paths of data",

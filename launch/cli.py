@@ -1,12 +1,14 @@
 """The console script `officina`: words in, exit status out. Imports nothing heavy until a command needs it."""
 
 import argparse
+import difflib
+import errno
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from officina.trainer.errors import OfficinaError
+from officina.trainer.errors import EXIT_USER, OfficinaError
 
 _INTERRUPTED = 130
 """128 + SIGINT, as a shell reports it."""
@@ -59,7 +61,12 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0 done; 2 the user can mend it (message on stderr); 75 to be continued; 76 no progress; 1 our bug."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        import_module("officina.trainer.rank_log").fill_standard_streams()
     try:
+        if argv == ["--version"]:
+            print(f"officina {import_module('importlib.metadata').version('officina')}")
+            return 0
         if argv[:1] == ["generate"]:  # what computes where it is called brings torch in
             return import_module("officina.trainer.generate").main(argv[1:])
         if argv[:1] == ["convert"]:
@@ -75,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read what we print has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         return _UNREAD
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"officina {argv[0]}: {str(error.filename)[:60]}...: is too long for a path. Try a shorter one", file=sys.stderr)
+        return EXIT_USER
     except KeyboardInterrupt:
         print(f"officina {argv[0]}: interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -82,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser(argv)
+    if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
+        near = difflib.get_close_matches(argv[0], _COMMANDS, 1)
+        parser.error(f"there is no command {argv[0]}. Try: officina {near[0] if near else '--help'}")
     args, rest = parser.parse_known_args(argv)
     if rest:
         if not hasattr(args, "words") or any(word.startswith("-") for word in rest):
@@ -96,6 +111,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         description="Train language models on one machine or a supercomputer: the run you asked for, provably.",
         epilog="Each command shows examples: officina train --help\nThe whole way in four minutes: officina demo",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--version", action="store_true", help="print officina's version")
     commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
     for name, help_text in _COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".",
@@ -222,7 +238,7 @@ examples:
 def _data(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.epilog = """\
 examples:
-  officina data build demo/data
+  officina data build demo/data --vocab-size 2048
   officina data build chats sft.jsonl --samples --tokenizer MODEL
   officina data inspect demo/data
   officina data stage demo/data /scratch/data
@@ -266,7 +282,8 @@ examples:
 
 def _bench(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.add_argument("words", nargs="*", metavar="NAME", help="benchmarks to run; none lists them, `all` runs all")
-    command.add_argument("--out", metavar="DIR", help="folder for the records (default: benchmarks/results in a clone)")
+    command.add_argument("--out", metavar="DIR", help="folder for the records (default: benchmarks/results in a clone, else "
+                         "bench-results)")
     command.add_argument("--quick", action="store_true", help="only see that they run; needs --out")
     command.epilog = """\
 examples:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ from officina.launch.start import (
     plan_resume,
     plan_train,
     refuse_existing,
+    refuse_foreign,
+    told_later,
     wait_for_start,
     write_start,
 )
@@ -58,6 +61,10 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
         world_size = find_place(plan.run, os.environ).world_size
         if found := problems(plan.run, world_size, read_data=False) + missing_packages(plan.run):
             raise ConfigError(found)  # with the ranks that will be, and the packages that are here
+        if rank == 0:
+            refuse_foreign(plan)  # before anything of ours lies there, the claim too
+            for line in told_later(plan):
+                print(f"note: {line}")
         with contextlib.nullcontext() if rank else claim(plan.run_dir):
             if rank == 0 or plan.action == "start":  # a branch's checkpoint may be there before rank 1 looks
                 refuse_existing(plan)
@@ -71,7 +78,11 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
             return error.exit_status
         raise
     if rank == 0 and (plan.run_dir / METRICS).exists():
-        print(f"Report: {import_module('officina.launch.report').write_report(plan.run_dir)}")
+        try:
+            print(f"Report: {import_module('officina.launch.report').write_report(plan.run_dir)}")
+        except Exception as error:  # how the run ended counts, and a report can be made at any time
+            print(f"officina: no report ({type(error).__name__}: {error}). The run is as it was left; make the report anew: "
+                  f"officina report {plan.run_dir}", file=sys.stderr)
     return status
 
 
@@ -112,11 +123,13 @@ def check(args: argparse.Namespace) -> int:
         _explain(plan)
     if plan.problems:
         raise ConfigError(plan.problems)
+    refuse_foreign(plan)
     if args.yaml:
         print(config_text(plan.run), end="")
         return EXIT_DONE
     lines = describe_run(
-        plan.run, world_size or plan.run.ranks or (1 if plan.run.device == "cpu" else devices) or 1)
+        plan.run, world_size or plan.run.ranks or (1 if plan.run.device == "cpu" else devices) or 1,
+        plan.origin.position if plan.origin else 0)
     if plan.origin:
         lines.insert(1, ("from", f"{plan.origin.run_dir} at step {plan.origin.step:,}"))
     width = max(len(name) for name, _ in lines)
@@ -124,6 +137,8 @@ def check(args: argparse.Namespace) -> int:
         print(f"{name:<{width}}  {text}")
     for change in plan.changes:
         print(f"{'changed':<{width}}  {change.key}: {change.old} -> {change.new}")
+    for line in told_later(plan):
+        print(f"{'later':<{width}}  {line}")
     for word, origin in plan.defaults:
         print(f"{'default':<{width}}  {word}  (from {origin})")
     for problem in missing_packages(plan.run):

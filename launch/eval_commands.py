@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -19,8 +20,10 @@ from officina.trainer.checkpoint.verify import list_checkpoints
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import EXIT_DONE, CheckpointError, ConfigError, LaunchError, OfficinaError
 from officina.trainer.evaluation import EVALS, REQUEST, RESULTS, Request, Results, read_request, read_results, write_request
+from officina.trainer.keys import as_text
 from officina.trainer.metrics import bits_per_byte
 from officina.trainer.rank_env import read_rank_env
+from officina.trainer.resume import changes, ruled_out
 from officina.trainer.run_dir import CONFIG, config_text, load_config, save_config, unwritable
 from officina.trainer.validate import missing_packages, problems
 
@@ -43,7 +46,9 @@ def evaluate(args: argparse.Namespace) -> int:
     composed = recompose(saved, words)
     run, world_size = composed.run, find_place(composed.run, os.environ).world_size
     devices = visible_devices(os.environ)
-    if found := composed.problems + problems(run, world_size, devices=devices) + missing_packages(run):
+    # What the weights are of. How rows are cut and packed may differ: what is measured is another thing then, and is told.
+    refused = [p for p in ruled_out(saved, run, force=True) if p.key.startswith(("model.", "adapter."))]
+    if found := composed.problems + refused + problems(run, world_size, devices=devices) + missing_packages(run):
         raise ConfigError(found)
     folder = run_dir / EVALS / f"step-{request.step:08d}-{_digest(words, request)}"
     env = read_rank_env(os.environ)
@@ -55,6 +60,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if status == EXIT_DONE and not (env and env.rank):
         results = read_results(folder)
         _tell(run_dir, results, run.batch_unit)
+        for change in changes(saved, run):
+            print(f"with {change.key}={as_text(change.new)}, which is {as_text(change.old)} in the run")
         print(f"Wrote {folder / RESULTS}")
     return status
 
@@ -77,7 +84,7 @@ def _step(run_dir: Path, text: str) -> int:
     there = sorted(info.step for info in list_checkpoints(run_dir) if info.status == "complete")
     if not there:
         raise CheckpointError(f"{run_dir} has no whole checkpoint to evaluate. Train it first: officina resume {run_dir}")
-    if text and (not text.isdigit() or int(text) not in there):
+    if text and (not re.fullmatch("[0-9]+", text) or int(text) not in there):
         raise CheckpointError(f"step={text}: {run_dir} has checkpoints of steps {', '.join(map(str, there))}. "
                               f"Try: step={there[-1]}")
     return int(text) if text else there[-1]

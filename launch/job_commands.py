@@ -50,6 +50,8 @@ def jobs(args: argparse.Namespace) -> int:
     """One line a job: those that wait or run, and where a run has none, its last one. A run whose files are damaged is named,
     with what is still known of its jobs; the status is then 2."""
     folders = [_run_dir(run) for run in args.runs] or sorted(path.parent for path in Path(args.runs_dir).glob(f"*/{JOBS}"))
+    if not folders and args.runs_dir != "runs" and not Path(args.runs_dir).is_dir():
+        raise OfficinaError(f"--runs-dir {args.runs_dir}: there is no such folder. Name that of your runs: --runs-dir runs")
     if not folders:
         print(f"No jobs: no run in {args.runs_dir} was submitted. Submit one: officina submit experiment=demo ranks=0 "
               "site=NAME nodes=1 time=1h. Runs elsewhere: officina jobs --runs-dir DIR")
@@ -89,7 +91,8 @@ def _lines(run: RunJobs, shown: Sequence[JobRecord], facts: tuple[str, str, str,
 
 def logs(args: argparse.Namespace) -> int:
     """What the run's newest job printed, or one rank's log; -f follows it into the jobs that come after."""
-    run_dir = _run_dir(args.run)
+    local = args.rank is not None and not args.follow and log_path(Path(args.run), args.rank).exists()
+    run_dir = Path(args.run) if local else _run_dir(args.run)  # ranks that no job started have logs too
     path = _log(run_dir, args.rank)
     if path is None and not args.follow:
         where = f"{log_path(run_dir, args.rank)} is not there" if args.rank is not None else "no job of the run has printed yet"
@@ -131,8 +134,10 @@ def _run_dir(text: str) -> Path:
         raise OfficinaError(f"{run_dir}: no such run directory. `officina jobs` lists those with jobs")
     if not read_jobs(run_dir):
         what = "names none" if (run_dir / JOBS).exists() else "is missing"
+        ranks = len(list((run_dir / "logs").glob("rank-*.log")))
+        local = f"; of ranks started here: officina logs {run_dir} --rank N, 0 to {ranks - 1}" if ranks else ""
         raise OfficinaError(f"{run_dir}: no job was submitted for it ({JOBS} {what}). Submit it: "
-                            f"officina submit resume {run_dir} site=NAME nodes=1 time=1h")
+                            f"officina submit resume {run_dir} site=NAME nodes=1 time=1h{local}")
     return run_dir
 
 

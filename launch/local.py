@@ -14,11 +14,14 @@ from pathlib import Path
 
 from officina.launch.allocation import find_place, srun_words, step_environ, trainer_program
 from officina.launch.postmortem import Ended, explain, name_signal, oom_kills
+from officina.launch.supervise import last_words
 from officina.trainer import rank_log
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import EXIT_BUG, EXIT_CONTINUE, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_USER
+from officina.trainer.evaluation import REQUEST, RESULTS
 from officina.trainer.rank_env import LOOPBACK
-from officina.trainer.signals import STOP_SIGNALS
+from officina.trainer.run_dir import METRICS, committed_steps, unwritable
+from officina.trainer.signals import STOP_SIGNALS, catch_stops, leave_dead_terminal
 
 _POLL_S = 0.02
 _SETTLE_S = 1.0
@@ -27,7 +30,7 @@ _SETTLE_TOGETHER_S = 5.0
 """The same where a rank left with a verdict that usually all reach (exit status 2 or 76), and write down."""
 _INTERRUPTED = 128 + signal.SIGINT
 _GOOD = (EXIT_DONE, EXIT_CONTINUE)
-_KNOWN = (EXIT_BUG, EXIT_USER, EXIT_CONTINUE, EXIT_NO_PROGRESS)
+_KNOWN = (EXIT_BUG, EXIT_USER, EXIT_NO_PROGRESS)
 
 
 def start(run_dir: Path, run: RunConfig, environ: Mapping[str, str]) -> int:
@@ -53,17 +56,26 @@ def start(run_dir: Path, run: RunConfig, environ: Mapping[str, str]) -> int:
 class _Rank:
     number: int
     process: subprocess.Popen
+    pipe: int
+    """What the rank tells of its end (`rank_log.tell_parent`), to be read without waiting."""
+    line: bytes = b""
+    """What has come out of the pipe."""
     status: int | None = None
     """As Popen gives it: negative for a signal."""
     died_s: float = 0.0
     """Seconds since 1970 when the parent saw it."""
+
+    @property
+    def failed(self) -> bool:
+        """Has it ended otherwise than at the end of its work? Exit status 0 alone says nothing: user code may call os._exit."""
+        return self.status is not None and (self.status not in _GOOD or rank_log.read_told(self.line) != self.status)
 
 
 def run_ranks(run_dir: Path, n_ranks: int, *, environ: Mapping[str, str], grace_s: float,
               command: Sequence[str] | None = None) -> int:
     """Run `n_ranks` local ranks of the run to their end; returns EXIT_DONE, EXIT_CONTINUE or that of the first failure.
 
-    Rank 0's stdout is ours; everything else goes to RUN/logs. SIGTERM, SIGINT and SIGUSR1 to us ask the ranks to stop
+    Rank 0's stdout is ours; everything else goes to RUN/logs. SIGTERM, SIGINT, SIGUSR1 and SIGHUP to us ask the ranks to stop
     in good order, and after `grace_s`, or at a second Ctrl-C, kill them. If one dies, the others follow within seconds,
     and stderr says which was first and why. command: the program of a rank, by default the trainer; main thread only.
     """
@@ -91,17 +103,31 @@ def _spawn(run_dir: Path, number: int, n_ranks: int, command: list[str], environ
         "OFFICINA_PORT": str(listener.getsockname()[1]), "OFFICINA_LISTEN_FD": str(listener.fileno()),
         # Without PYTHONSAFEPATH a folder named `kernels` beside the user would hide packages of that name.
         "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    log = rank_log.open_log(run_dir, number)
-    parent, header = os.getpid(), lambda: os.write(log, rank_log.log_header(number))
+    try:
+        log = rank_log.open_log(run_dir, number)
+    except OSError as error:
+        raise unwritable(run_dir, error) from error
+    pipe, say = os.pipe()
+    os.set_blocking(pipe, False)
+    env[rank_log.SAY_FD] = str(say)
+    parent = os.getpid()
+
+    def prepare() -> None:
+        """In the child. Stop signals wait until the trainer can take them: Python as it starts would die of them."""
+        rank_log.begin_log(log, number)
+        _die_with(parent, signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
     try:
         process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stdout=None if number == 0 else log, stderr=log,
-            pass_fds=(listener.fileno(),) if number == 0 else (),
+            pass_fds=(say, listener.fileno()) if number == 0 else (say,),
             start_new_session=True,  # the terminal's Ctrl-C reaches us only; we pass it on as a request
-            preexec_fn=lambda: (header(), _die_with(parent, signal.SIGKILL)))
+            preexec_fn=prepare)
     finally:
         os.close(log)
-    return _Rank(number, process)
+        os.close(say)
+    return _Rank(number, process, pipe)
 
 
 def _die_with(parent_pid: int, number: signal.Signals) -> None:
@@ -122,7 +148,7 @@ class _Requests:
         """time.monotonic() of the first."""
 
     def __enter__(self) -> "_Requests":
-        self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        self._before = catch_stops(self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,6 +156,8 @@ class _Requests:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:
+            leave_dead_terminal()
         if self.first is None:
             self.first, self.since_s = signal.Signals(number), time.monotonic()
         elif number == signal.SIGINT:
@@ -141,7 +169,7 @@ def _wait(ranks: list[_Rank], requests: _Requests, grace_s: float) -> list[int]:
     told, killed_at = False, float("inf")
     while alive := [rank for rank in ranks if _poll(rank) is None]:
         now = time.monotonic()
-        if failed := [rank for rank in ranks if rank.status not in (None, *_GOOD)]:
+        if failed := [rank for rank in ranks if rank.failed]:
             together = all(rank.status in (EXIT_USER, EXIT_NO_PROGRESS) for rank in failed)
             killed_at = min(killed_at, now + _SETTLE_TOGETHER_S) if together else min(killed_at, now + _SETTLE_S)
         if requests.first is not None and not told:
@@ -149,8 +177,7 @@ def _wait(ranks: list[_Rank], requests: _Requests, grace_s: float) -> list[int]:
             for rank in alive:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(rank.process.pid, requests.first)
-            print(f"\nofficina: {requests.first.name}: the ranks finish their step, save and leave "
-                  f"(at most {grace_s:g} s). Ctrl-C again kills them.", file=sys.stderr, flush=True)
+            _say_asked(requests.first, grace_s)
         if requests.kill or now >= killed_at:
             return []
         if told and now >= requests.since_s + grace_s:
@@ -160,8 +187,13 @@ def _wait(ranks: list[_Rank], requests: _Requests, grace_s: float) -> list[int]:
 
 
 def _poll(rank: _Rank) -> int | None:
-    if rank.status is None and (status := rank.process.poll()) is not None:
-        rank.status, rank.died_s = status, time.time()
+    if rank.status is None:
+        status = rank.process.poll()
+        with contextlib.suppress(BlockingIOError):  # after the status: what it told before it ended is there
+            while part := os.read(rank.pipe, 65536):
+                rank.line += part
+        if status is not None:
+            rank.status, rank.died_s = status, time.time()
     return rank.status
 
 
@@ -170,27 +202,56 @@ def _kill_group(rank: _Rank) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(rank.process.pid, signal.SIGKILL)
     rank.process.wait()
+    os.close(rank.pipe)
 
 
 def _conclude(run_dir: Path, ranks: list[_Rank], requests: _Requests, late: list[int], grace_s: float,
               kills_before: int | None) -> int:
     """The exit status of the whole; tells on stderr what went wrong."""
+    leave_dead_terminal()
     if requests.kill:
-        print("officina: killed. The last checkpoint is intact: officina resume RUN".replace("RUN", str(run_dir)),
-              file=sys.stderr)
+        _say(f"officina: killed. {_what_is_left(run_dir)}")
         return _INTERRUPTED
-    # A rank that died of the request itself did so before it could listen: nothing had been trained.
-    asked = -requests.first if requests.first is not None else None
-    statuses = [EXIT_CONTINUE if rank.status == asked else rank.status for rank in ranks]
-    failed = [Ended(rank.number, status, rank.died_s) for rank, status in zip(ranks, statuses, strict=True)
-              if status is not None and status not in _GOOD]
-    if failed:
-        return explain(run_dir, failed, len(ranks), kills_before)
+    if failed := [rank for rank in ranks if rank.failed]:
+        return _explain(run_dir, failed, len(ranks), kills_before)
     if late:
-        print(f"officina: {_shown(late)} did not stop within {grace_s:g} s of {requests.first.name} and had to be killed; "
-              f"what was trained since the last checkpoint is lost. More time: site.grace={2 * grace_s:g}s", file=sys.stderr)
+        _say(f"officina: {_shown(late)} did not stop within {grace_s:g} s of {requests.first.name} and had to be killed; "
+             f"what was trained since the last checkpoint is lost. More time: site.grace={2 * grace_s:g}s")
         return EXIT_BUG
-    return EXIT_CONTINUE if EXIT_CONTINUE in statuses else EXIT_DONE
+    return EXIT_CONTINUE if EXIT_CONTINUE in (rank.status for rank in ranks) else EXIT_DONE
+
+
+def _explain(run_dir: Path, failed: list[_Rank], n_ranks: int, kills_before: int | None) -> int:
+    """Tell which rank failed first and why; returns the exit status. What a full disk kept off the disk came by the pipe."""
+    told = [said for rank in failed if isinstance(said := rank_log.read_told(rank.line), rank_log.Failure)]
+    written = rank_log.read_failures(run_dir)
+    first = rank_log.first_failure([*written, *told])
+    if first is not None and not first.consequence and first not in written:
+        _say(f"\n{rank_log.told(run_dir, first)}\n  (the disk took no record of it)")
+        return first.exit_status
+    status = explain(run_dir, [Ended(rank.number, rank.status, rank.died_s) for rank in failed], n_ranks, kills_before)
+    if any(rank.status in _GOOD for rank in failed):
+        _say("  This is no orderly end: before its work is done a rank leaves so only where some code calls os._exit")
+    return EXIT_BUG if status in _GOOD else status
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone must not end the ranks
+        print(text, file=sys.stderr, flush=True)
+
+
+def _say_asked(number: signal.Signals, grace_s: float) -> None:
+    _say(f"\nofficina: {number.name}: the ranks finish their step, save and leave (at most {grace_s:g} s). "
+         f"Ctrl-C{' again' if number == signal.SIGINT else ''} kills them.")
+
+
+def _what_is_left(run_dir: Path) -> str:
+    """After a kill."""
+    if (run_dir / REQUEST).exists():
+        return "An evaluation changes nothing of its run: ask again"
+    if committed_steps(run_dir):
+        return f"The last checkpoint is intact: officina resume {run_dir}"
+    return f"There was no checkpoint yet; from the beginning again: officina resume {run_dir}"
 
 
 def _shown(numbers: list[int]) -> str:
@@ -201,29 +262,31 @@ def _shown(numbers: list[int]) -> str:
 def run_step(run_dir: Path, words: list[str], *, environ: Mapping[str, str], grace_s: float) -> int:
     """Run a step of ranks (`words`: srun ...) to its end; signals, failures and exit status as for `run_ranks`."""
     rank_log.clear_failures(run_dir)
+    written_bytes = (run_dir / METRICS).stat().st_size if (run_dir / METRICS).exists() else 0
     with _Requests() as requests, _step(words, environ) as step:
         told = False
         while (status := step.poll()) is None:
             if requests.first is not None and not told:
                 told = True
                 step.send_signal(signal.SIGUSR1)  # srun passes USR1 on; SIGTERM and SIGINT make it kill the tasks
-                print(f"\nofficina: {requests.first.name}: the ranks finish their step, save and leave "
-                      f"(at most {grace_s:g} s). Ctrl-C again kills them.", file=sys.stderr, flush=True)
+                _say_asked(requests.first, grace_s)
             if requests.kill or (told and time.monotonic() >= requests.since_s + grace_s):
                 _end_step(step)
-                print(f"officina: the step was killed. The last checkpoint is intact: officina resume {run_dir}",
-                      file=sys.stderr)
+                _say(f"officina: the step was killed. {_what_is_left(run_dir)}")
                 return _INTERRUPTED if requests.kill else EXIT_BUG
             time.sleep(_POLL_S)
     failure = rank_log.first_failure(rank_log.read_failures(run_dir))
-    if status in _GOOD and failure is None:
+    ended = (run_dir / RESULTS).exists() if (run_dir / REQUEST).exists() else (
+        last_words(os.fspath(run_dir), written_bytes)[1] is not None)
+    if status in _GOOD and failure is None and ended:
         return status
     if failure is not None:
         return explain(run_dir, [Ended(failure.rank, failure.exit_status, failure.time_s)], 0, None)
     killed_by = -status if status < 0 else status - 128 if 128 < status < 160 else 0
     how = f"by {name_signal(killed_by)}" if killed_by else f"with exit status {status}"
-    print(f"officina: srun ended {how}, and no rank said why. Above is what srun said; the ranks' logs: "
-          f"{rank_log.log_path(run_dir, 0).parent}", file=sys.stderr)
+    how += " before the end of its work" if status in _GOOD else ""
+    _say(f"officina: srun ended {how}, and no rank said why. Above is what srun said; the ranks' logs: "
+         f"{rank_log.log_path(run_dir, 0).parent}")
     return status if status in _KNOWN else EXIT_BUG
 
 

@@ -12,7 +12,7 @@ from officina.launch.memory_plan import MemoryPlan, checkpoint_bytes, plan_memor
 from officina.launch.start import describe_run, plan_train
 from officina.launch.submit import prepare
 from officina.trainer.config import FSDP2Config, RunConfig
-from officina.trainer.errors import EXIT_DONE, ConfigError
+from officina.trainer.errors import EXIT_DONE, ConfigError, OfficinaError
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -26,7 +26,9 @@ def plan(args: argparse.Namespace) -> int:
         for note in prepared.notes:
             print(f"note: {note}", file=sys.stderr)
         return EXIT_DONE
-    world_size = args.ranks or 1
+    world_size = 1 if args.ranks is None else args.ranks
+    if world_size < 1:
+        raise OfficinaError(f"--ranks {world_size}: a run has at least 1 rank. Try: --ranks 1")
     found = plan_train(split_words(args.words)[1], Path(args.runs_dir), world_size=world_size)
     run = found.run
     unseen = [p for p in found.problems if p.key.startswith("data.sources")]  # a plan needs no data

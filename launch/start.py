@@ -6,24 +6,30 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from officina.configs.compose import Composed, compose_all, recompose
-from officina.trainer.checkpoint.layout import Unreadable, checkpoints_dir, read_commit, step_dir
+from officina.trainer.checkpoint.keep import old_dir
+from officina.trainer.checkpoint.layout import COMMIT, Unreadable, checkpoints_dir, read_commit, step_dir
 from officina.trainer.checkpoint.verify import list_checkpoints
 from officina.trainer.config import RunConfig
 from officina.trainer.data.gate import use_problems
-from officina.trainer.data.manifest import sync_folder
+from officina.trainer.data.manifest import MANIFEST, open_dataset, sync_folder
 from officina.trainer.data.register import Going
 from officina.trainer.data.register import enter as enter_registers
 from officina.trainer.environment import code_diff, describe
 from officina.trainer.errors import CheckpointError, ConfigError, LaunchError, Problem
 from officina.trainer.hf.base import BASE_DIR
 from officina.trainer.init_from import adapter_init_problems, init_problems, pinned_run
-from officina.trainer.resume import Change, carry_forward, changes, resume_problems, take_out
+from officina.trainer.keys import as_text, optional, word
+from officina.trainer.resume import Change, as_planned, carry_forward, changes, flat_values, resume_problems, take_out
 from officina.trainer.run_dir import (
+    CHECKPOINTS,
+    CLAIM,
+    CODE,
     CONFIG,
+    HISTORY,
     LEDGER,
     METRICS,
     REFERENCE_DIR,
@@ -41,6 +47,11 @@ from officina.trainer.run_dir import (
 from officina.trainer.validate import problems
 
 _WAIT_FOR_RANK_0_S = 120.0
+_LONGEST_NAME = 100
+_BEFORE_HISTORY = {CLAIM, CODE}
+"""All that a start which was killed at once leaves; other ranks may see it too."""
+_OF_A_BRANCH = _BEFORE_HISTORY | {CHECKPOINTS, BASE_DIR, REFERENCE_DIR}
+"""The same of a branch, checkpoints first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,10 @@ class Origin:
     step: int
     position: int
     """Global sample index of the next sample."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """Of the data sets that were read until then, by source."""
+    later: tuple[Change, ...] = ()
+    """What was decided after `step` and stands in `run`: `old` is what held at the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,21 +121,32 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
             found = _all_problems(composed, world_size, devices, Going())
         if not composed.problems:
             found += [*init_problems(composed.run, force=force), *adapter_init_problems(composed.run)]
+        found += _too_long(composed.run.name)
         run = composed.run if found else pinned_run(composed.run)
         return Plan(run, runs_dir / composed.run.name, "start", words, composed.defaults, found, [], forced=force)
     if len(origins) > 1:
         raise ConfigError([Problem("from", " ".join(origins), "names more than one run", f"from={origins[0]}")])
-    origin = _read_origin(origins[0])
+    origin = _as_of_step(_read_origin(origins[0]))
     own_words = [word for word in words if not word.startswith("from=")]
     plan = _go_on(origin, own_words, world_size=world_size, devices=devices, force=force, branch=True)
     if not any(word.lstrip("+").startswith("name=") for word in own_words):
         plan = replace(plan, run=replace(plan.run, name=f"{origin.run.name}-from-{origin.step}"))
-    return replace(plan, run_dir=runs_dir / plan.run.name, words=words)
+    return replace(plan, run_dir=runs_dir / plan.run.name, words=words, problems=plan.problems + _too_long(plan.run.name))
+
+
+def _too_long(name: str) -> list[Problem]:
+    """Of new runs alone: a folder, jobs and branches are named after it, with more behind it."""
+    if len(name) <= _LONGEST_NAME:
+        return []
+    return [Problem("name", name, f"has {len(name)} characters, and a name has at most {_LONGEST_NAME}", f"name={name[:40]}")]
 
 
 def plan_resume(run_dir: Path, words: Sequence[str], *, world_size: int | None, devices: int | None = None,
                 force: bool = False) -> Plan:
     """The run in `run_dir`, gone on with from its newest checkpoint, with the words applied."""
+    if origins := [given.removeprefix("from=") for given in words if given.startswith("from=")]:
+        raise ConfigError([Problem("from", origins[0], "begins a branch, and a resume goes on with the run itself",
+                                   f"officina train from={origins[0]}{'' if '@' in origins[0] else '@STEP'}")])
     return _go_on(_read_origin(str(run_dir), exact=True), words, world_size=world_size, devices=devices, force=force,
                   branch=False)
 
@@ -130,13 +156,16 @@ def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devi
     composed = _weighed(recompose(origin.run, words), words, origin.run)
     old, new = take_out(origin.run, composed.run, origin.position)
     found = _all_problems(replace(composed, run=new), world_size, devices, _going(origin, branch))
-    if composed.run.adapter.kind != "none" and not composed.problems:  # frozen weights are read at every start
+    moved = composed.run.init_from != origin.run.init_from and "" not in (composed.run.init_from, origin.run.init_from)
+    if (composed.run.adapter.kind != "none" or moved) and not composed.problems:  # frozen weights are read at every start
         found += init_problems(composed.run, force=True)
     against = resume_problems(origin.run, composed.run, step=origin.step, position=origin.position, force=force, branch=branch)
     reported = {problem.key for problem in found}
     found += [problem for problem in against if problem.key not in reported]
     named = {match[1] for word in words if (match := re.match(r"\+*data\.sources\.([^.=]+)", word))}
     run = new
+    if not found:
+        found = list(_other_data(origin, new))
     if not found:
         run = _staged(carry_forward(old, new, origin.position, named), origin.step, origin.position)
         if run is not new:  # a source that comes back was in no mixture until here
@@ -177,6 +206,8 @@ def _going(origin: Origin, branch: bool) -> Going:
 def _all_problems(composed: Composed, world_size: int | None, devices: int | None, going: Going) -> list[Problem]:
     """Faults of typing first; then of rules between keys, unless a key in them was already found wrong."""
     reported = {problem.key for problem in composed.problems}
+    if "experiment" in reported:  # what would be judged is not the run that is meant
+        return composed.problems
     ruled = problems(composed.run, world_size, devices=devices, going=going)
     return composed.problems + [p for p in ruled
                                 if not any(p.key == key or p.key.startswith(f"{key}.") for key in reported)]
@@ -188,7 +219,7 @@ def _read_origin(text: str, exact: bool = False) -> Origin:
     run_dir = Path(folder or step)
     step = step if folder else ""
     run = load_config(run_dir / CONFIG)
-    if step and not step.isdigit():
+    if step and not re.fullmatch("[0-9]+", step):
         raise ConfigError([Problem("from", text, "STEP must be a number", f"from={run_dir}@{(_steps(run_dir) or [100])[-1]}")])
     if (history := read_history(run_dir)) and history[0].get("action") == "import":
         raise ConfigError([Problem("from", text, "holds the weights of a model that was imported, and no run",
@@ -202,34 +233,111 @@ def _read_origin(text: str, exact: bool = False) -> Origin:
         return Origin(run_dir, run, 0, 0)
     chosen = int(step) if step else there[-1]
     try:
-        state = read_commit(step_dir(run_dir, chosen)).train_state
+        state = read_commit(_checkpoint(run_dir, chosen)).train_state
     except (OSError, Unreadable) as error:
-        raise CheckpointError(f"{step_dir(run_dir, chosen)}: {error}. Try an earlier one of {run_dir}: "
+        raise CheckpointError(f"{_checkpoint(run_dir, chosen)}: {error}. Try an earlier one of {run_dir}: "
                               f"{', '.join(map(str, there[:-1])) or 'there is none'}") from error
-    return Origin(run_dir, run, chosen, state.position)
+    return Origin(run_dir, run, chosen, state.position, state.data_fingerprints)
+
+
+def _as_of_step(origin: Origin) -> Origin:
+    """The origin of a branch: with settings of today, which are told, but of mixtures only what was planned at its step."""
+    history = [start for start in read_history(origin.run_dir) if isinstance(start.get("step"), int)]
+    reached = max((i for i, start in enumerate(history) if start["step"] < origin.step), default=0)
+    later = [change for start in reversed(history[reached + 1:]) for change in start.get("changes") or ()]
+    then = {change["key"]: change["old"] for change in later}  # the earliest one lies over those after it
+    data = origin.run.data
+    run = replace(origin.run, data=as_planned(
+        data, origin.position, then.get("data.timeline", data.timeline), then.get("data.planned_at", data.planned_at)))
+    now = flat_values(run)
+    mixture = ("data.sources.", "data.timeline", "data.planned_at")
+    told = tuple(Change(key, old, now[key]) for key, old in then.items()
+                 if key in now and now[key] != old and not key.startswith(mixture) and (old is not None or optional(key)))
+    if run.data != data:
+        told += (Change("data.timeline", flat_values(run)["data.timeline"], None),)
+    return replace(origin, run=run, later=told)
+
+
+def told_later(plan: Plan) -> list[str]:
+    """Settings that a branch takes over although its origin got them after the step it goes on from."""
+    if plan.action != "branch" or plan.origin is None:
+        return []
+    now, when = flat_values(plan.run), f"{plan.origin.run_dir} got after step {plan.origin.step:,}"
+    return [f"mixtures that {when} are left out" if change.key == "data.timeline" else
+            f"{change.key}: {as_text(change.new)}, which {when}; then it was {word(change.key, change.old)}"
+            for change in plan.origin.later if now.get(change.key) == change.new or change.key == "data.timeline"]
+
+
+def _other_data(origin: Origin, run: RunConfig) -> Iterator[Problem]:
+    """Sources whose data set is not the one that was read: found by the ranks, it would stand in config.yaml already."""
+    from officina.trainer.data.order import Mixture, sources_in_use, timeline_of  # needs numpy, as above
+
+    read = Mixture(timeline_of(origin.run.data)).rows_given(origin.position) if origin.fingerprints else {}
+    for name in sorted(read.keys() & set(sources_in_use(run.data, origin.position))):
+        path, then = run.data.sources[name].path, origin.fingerprints.get(name)
+        now = open_dataset(path).manifest.fingerprint
+        if then in (None, now):
+            continue
+        before = origin.run.data.sources[name].path
+        kept = before if before != path else "DIR"
+        yield Problem(f"data.sources.{name}.path", path, f"has fingerprint {now[:12]}, and the run has read {then[:12]} under "
+                      "this name; new data may join under a name of its own",
+                      f"data.sources.{name}.path={kept}{' with the old data' if kept == 'DIR' else ''}, "
+                      f"and beside it data.sources.NEW.path={path}")
 
 
 def _steps(run_dir: Path) -> list[int]:
-    return sorted(info.step for info in list_checkpoints(run_dir) if info.status == "complete")
+    return sorted({info.step for info in list_checkpoints(run_dir) if info.status == "complete"})
+
+
+def _checkpoint(run_dir: Path, step: int) -> Path:
+    """The directory of a step that is whole: `step-N.old` if a kill came while step N was being written anew."""
+    own = step_dir(run_dir, step)
+    return own if (own / COMMIT).exists() else old_dir(own)
 
 
 # ---- the run directory -------------------------------------------------------------------------------------
 def refuse_existing(plan: Plan) -> None:
     """A new run must not be written over another. A directory without a checkpoint holds nothing worth keeping."""
-    if plan.action == "resume" or not any(checkpoints_dir(plan.run_dir).glob("step-*")):
+    refuse_foreign(plan)
+    if plan.action == "resume" or not any(checkpoints_dir(plan.run_dir).glob("step-*")) or _cut_short(plan.run_dir):
         return
-    runs_dir = plan.run_dir.parent
-    free = next(name for i in range(2, 10_000) if not (runs_dir / (name := f"{plan.run.name}-{i}")).exists())
     raise ConfigError([Problem("name", plan.run.name, f"{plan.run_dir} is a run with checkpoints",
-                               f"name={free}, or go on with it: officina resume {plan.run_dir}")])
+                               f"name={_free_name(plan)}, or go on with it: officina resume {plan.run_dir}")])
+
+
+def _cut_short(run_dir: Path) -> bool:
+    """Was a branch killed while it started? Then its one checkpoint is lent, and without a config.yaml no rank ever trained."""
+    history = read_history(run_dir)
+    begun = (run_dir / CONFIG).exists() or (run_dir / METRICS).exists()
+    return not begun and bool(history) and history[-1].get("action") == "branch"
+
+
+def _free_name(plan: Plan) -> str:
+    return next(name for i in range(2, 10_000) if not (plan.run_dir.parent / (name := f"{plan.run.name}-{i}")).exists())
+
+
+def refuse_foreign(plan: Plan) -> None:
+    """A new run must not be written among files of something else: metrics.jsonl or base/ may be somebody's own."""
+    there = set()
+    with contextlib.suppress(OSError):  # no folder yet, or none that can be written: said when the run directory is made
+        there = {path.name for path in plan.run_dir.iterdir()}
+    begun = there <= (_OF_A_BRANCH if CHECKPOINTS in there else _BEFORE_HISTORY)
+    started = bool(read_run_id(plan.run_dir)) if HISTORY in there else begun
+    if plan.action == "resume" or (started and MANIFEST not in there):
+        return
+    what = "is a data set" if MANIFEST in there else f"holds files of no run, such as {min(there - _OF_A_BRANCH or there)}"
+    raise ConfigError([Problem("name", plan.run.name, f"{plan.run_dir} {what}", f"name={_free_name(plan)}")])
 
 
 def write_start(plan: Plan, world_size: int | None) -> None:
-    """Make the run directory ready: for a branch the checkpoint, then a line of history, last config.yaml."""
+    """Make the run directory ready: a line of history, then for a branch the checkpoint, last config.yaml."""
     try:
         plan.run_dir.mkdir(parents=True, exist_ok=True)
-        if plan.action == "branch":
-            _lend_checkpoint(plan.origin, plan.run_dir)
+        if plan.action != "resume" and _cut_short(plan.run_dir):  # this branch may be of another step, or none
+            for name in (CHECKPOINTS, BASE_DIR, REFERENCE_DIR):
+                shutil.rmtree(plan.run_dir / name, ignore_errors=True)
+            (plan.run_dir / HISTORY).unlink()
         if plan.action == "start":  # what a start left that never came to a checkpoint counts no more
             for name in (METRICS, LEDGER):
                 (plan.run_dir / name).unlink(missing_ok=True)
@@ -243,6 +351,8 @@ def write_start(plan: Plan, world_size: int | None) -> None:
             versions={"officina": about["officina"], "python": about["python"], **about["packages"]},
             changes=[{"key": c.key, "old": c.old, "new": c.new} for c in plan.changes], forced=plan.forced,
             origin=_origin_record(plan) if plan.action == "branch" else None))
+        if plan.action == "branch":
+            _lend_checkpoint(plan.origin, plan.run_dir)
         save_config(plan.run, plan.run_dir / CONFIG)
     except OSError as error:
         raise unwritable(plan.run_dir, error) from error
@@ -269,7 +379,7 @@ def _lend_checkpoint(origin: Origin, run_dir: Path) -> None:
     """
     if not origin.step:
         return
-    source, target = step_dir(origin.run_dir, origin.step), step_dir(run_dir, origin.step)
+    source, target = _checkpoint(origin.run_dir, origin.step), step_dir(run_dir, origin.step)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=_link_or_copy)
@@ -305,8 +415,8 @@ def _until(deadline: float, every_s: float = 0.1) -> Iterator[None]:
         yield
 
 
-def describe_run(run: RunConfig, world_size: int | None) -> list[tuple[str, str]]:
-    """A run in a few lines: what a person wants to see before it starts."""
+def describe_run(run: RunConfig, world_size: int | None, position: int = 0) -> list[tuple[str, str]]:
+    """A run in a few lines: what a person wants to see before it starts. position: as for `still_to_come`."""
     n = world_size or 1
     batch, rows = run.batch, run.batch.rows
     micros, unit = batch.micro_steps(n), run.batch_unit
@@ -314,7 +424,7 @@ def describe_run(run: RunConfig, world_size: int | None) -> list[tuple[str, str]
     lines = [("run", f"{run.name}, seed {run.seed}"),
              ("ranks", f"{world_size or 'as the launcher starts'}, engine {_engine_name(run)}, precision {run.precision}"),
              ("model", _model_line(run)),
-             ("data", _data_line(run)),
+             ("data", _data_line(run, position)),
              ("batch", f"{batch.global_tokens:,} {unit} a step = {shape}{micros} micro-batch{'es' * (micros > 1)} of up to "
                        f"{batch.micro_rows} row{'s' * (batch.micro_rows > 1)} a rank"),
              ("length", f"{run.steps:,} steps = {run.steps * batch.global_tokens:,} {unit}"),
@@ -323,7 +433,7 @@ def describe_run(run: RunConfig, world_size: int | None) -> list[tuple[str, str]
     return lines
 
 
-def _data_line(run: RunConfig) -> str:
+def _data_line(run: RunConfig, position: int) -> str:
     """Sources with their shares of the rows from now on, stage by stage."""
     from officina.trainer.data.order import still_to_come
 
@@ -335,7 +445,7 @@ def _data_line(run: RunConfig) -> str:
         return ", ".join(f"{name} ({run.data.sources[name].path})" + (f" {weight / total:.2%}" if len(weights) > 1 else "")
                          for name, weight in weights.items())
 
-    first, *later = still_to_come(run.data)
+    first, *later = still_to_come(run.data, position)
     return "; ".join([mixture(first.weights), *(f"from sample {s.from_sample:,} {mixture(s.weights)}" for s in later)])
 
 

@@ -193,20 +193,21 @@ def run_step(words, environ, signals, end_s, job_id, on_term):
 def judge(ended, failure, left_with=None):
     """(outcome, error, signature) of one attempt. The signature is the same for errors that differ in numbers only.
 
-    left_with: exit status that rank 0 left in good order with. Of its step's we cannot be sure: the first rank that leaves with
-    75 lets srun kill those that are a moment later.
+    left_with: exit status that rank 0 left in good order with, as metrics.jsonl has it. Of its step's we cannot be sure: the
+    first rank that leaves with 75 lets srun kill those that are a moment later, and code that calls os._exit(0) ends no run.
     """
     if ended.cut:
         return LIMIT, "the ranks had not left before the job's time limit", ""
-    status = ended.status if left_with is None else left_with
-    if failure is None and status in (EXIT_DONE, EXIT_CONTINUE):
-        return _OF_STATUS[status], "", ""
+    if failure is None and left_with in (EXIT_DONE, EXIT_CONTINUE):
+        return _OF_STATUS[left_with], "", ""
     if ended.state == "TIMEOUT":
         return LIMIT, "Slurm ended the job at its time limit before the ranks had left", ""
     if ended.state and ended.state != "RUNNING":  # what dies while Slurm takes the job down says nothing of the training
         return ENDED, "Slurm ended the job: " + ended.state, ""
     number = -ended.status if ended.status < 0 else ended.status - 128 if 128 < ended.status < 160 else 0
     how = "by " + _signal_name(number) if number else f"with exit status {ended.status}"
+    if ended.status in (EXIT_DONE, EXIT_CONTINUE):
+        how += " before the run had recorded its end"
     if failure is not None:
         first_line = failure["message"].split("\n")[0][:300]
         said = f"rank {failure['rank']} on {failure['host']}: {failure['error']}: {first_line}"
@@ -427,8 +428,10 @@ def note(run_dir, event, facts):
     """Append one line to RUN/attempts.jsonl. A disk that takes nothing must not end the training."""
     line = dict({"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())}, **facts)
     try:
-        with open(os.path.join(run_dir, ATTEMPTS), "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with open(os.path.join(run_dir, ATTEMPTS), "a+b") as file:
+            file.seek(-min(file.tell(), 1), os.SEEK_END)
+            torn = file.read() not in (b"", b"\n")  # by a kill or a full disk: it must not take this line with it
+            file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -459,10 +462,10 @@ def read_attempts(run_dir):
 
 
 def newest_checkpoint(run_dir):
-    """Step of the newest checkpoint with its commit file; -1 if there is none."""
+    """Step of the newest checkpoint with its commit file, also of one that was being written anew (.old); -1 if none is."""
     found = glob.glob(os.path.join(run_dir, "checkpoints", "step-*", "COMMIT"))
-    names = [os.path.basename(os.path.dirname(path))[5:] for path in found]
-    return max([int(name) for name in names if name.isdigit()] or [-1])
+    steps = [re.match(r"step-([0-9]+)(\.old)?$", os.path.basename(os.path.dirname(path))) for path in found]
+    return max([int(step.group(1)) for step in steps if step] or [-1])
 
 
 def last_words(run_dir, since_bytes):
@@ -499,14 +502,16 @@ def claimed(run_dir):
     with open(os.path.join(run_dir, ".claim"), "a+", encoding="utf-8") as file:
         holder = _lock(file, time.time() + _CLAIM_S)
         if not holder:
-            file.truncate(0)
-            file.write("supervisor {} on {}, job {}, since {}".format(
+            claim = "supervisor {} on {}, job {}, since {}".format(
                 os.getpid(), socket.gethostname(), os.environ.get("SLURM_JOB_ID", "none"),
-                time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())))
-            file.flush()
+                time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()))
+            with contextlib.suppress(OSError):  # the lock counts, not the note; unbuffered: closing the file would try again
+                file.truncate(0)
+                os.write(file.fileno(), claim.encode())
         yield holder
         if not holder:
-            file.truncate(0)
+            with contextlib.suppress(OSError):
+                file.truncate(0)
 
 
 def _lock(file, until_s):

@@ -4,6 +4,7 @@ Nothing heavy is imported before the stop signals are caught: a Ctrl-C while tor
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -43,15 +44,14 @@ def main(run_dir: Path, *, start_timeout_s: float = START_TIMEOUT_S) -> int:
             rank_log.clear_failures(run_dir, env.rank)
             terminal = rank_log.redirect_to_log(run_dir, env.rank)
         try:
-            return _run(run_dir, env, start_timeout_s)
+            status = _run(run_dir, env, start_timeout_s)
         except KeyboardInterrupt:
             return _INTERRUPTED
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: user code that ends the process has not ended the run
             _leave_soon(error)
             return _report(run_dir, env, error, terminal)
-        finally:
-            if terminal is not None:
-                terminal.flush()
+        rank_log.tell_parent(status)
+        return status
 
 
 def _run(run_dir: Path, env: RankEnv, start_timeout_s: float) -> int:
@@ -81,19 +81,20 @@ def _run(run_dir: Path, env: RankEnv, start_timeout_s: float) -> int:
     return status
 
 
-def _report(run_dir: Path, env: RankEnv, error: Exception, terminal: TextIO | None) -> int:
-    """Leave the failure in the log and as a file, and tell it where a person looks."""
+def _report(run_dir: Path, env: RankEnv, error: BaseException, terminal: TextIO | None) -> int:
+    """Leave the failure as a file and in the log, and tell it where a person looks; none of these hides the others."""
     failure = rank_log.describe(env, error)
-    print(failure.traceback, file=sys.stderr, flush=True)
+    rank_log.tell_parent(failure)
     rank_log.write_failure(run_dir, failure)
-    if terminal is not None and not failure.consequence:
-        what = failure.message if failure.exit_status != EXIT_BUG else failure.traceback.rstrip()
-        print(f"officina: rank {env.rank} on {failure.host}: {failure.error}: {what}\n"
-              f"  Log: {rank_log.log_path(run_dir, env.rank)}", file=terminal, flush=True)
+    with contextlib.suppress(OSError):  # a full disk
+        print(failure.traceback, file=sys.stderr, flush=True)
+    if terminal is not None:
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            print(rank_log.told(run_dir, failure), file=terminal, flush=True)
     return failure.exit_status
 
 
-def _leave_soon(error: Exception) -> None:
+def _leave_soon(error: BaseException) -> None:
     """End this process even if a library waits at exit for ranks that are gone."""
     status = error.exit_status if isinstance(error, OfficinaError) else EXIT_BUG
 
@@ -124,6 +125,7 @@ def _watch_parent(parent_pid: int, every_s: float = 1.0) -> None:
 
 def cli(words: list[str] | None = None) -> int:
     """The command line of one rank."""
+    rank_log.fill_standard_streams()
     parser = argparse.ArgumentParser(prog="python -m officina.trainer", description=__doc__)
     parser.add_argument("run_dir", type=Path, help="run directory with its config.yaml")
     parser.add_argument("--start-timeout-s", type=float, default=START_TIMEOUT_S,
@@ -137,8 +139,11 @@ def cli(words: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     status = cli()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk, or a terminal that is gone: Python would try again when it ends, and leave with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if status not in (EXIT_DONE, EXIT_CONTINUE):
         os._exit(status)  # a failed rank leaves at once: at exit, libraries wait for ranks that are gone
     sys.exit(status)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch
 from torch import Tensor, nn
 
 IGNORE = -100

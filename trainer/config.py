@@ -56,7 +56,7 @@ class DecoderConfig:
     kind: Literal["decoder"] = "decoder"
     vocab_size: Positive = 4096
     """Rows of the embedding; at least the tokenizer's size."""
-    n_layers: Positive = 4
+    n_layers: Annotated[Positive, Field(le=10_000)] = 4
     d_model: Positive = 256
     n_heads: Positive = 4
     n_kv_heads: NonNegative = 0
@@ -130,8 +130,8 @@ class CustomModelConfig:
     blocks: str = "blocks"
     """Attribute of the module that holds the nn.ModuleList of repeated blocks: the unit of sharding, recomputation and
     compilation."""
-    args: dict[str, int | float | bool | str | list[int]] = field(default_factory=dict)
-    """Keyword arguments of the factory."""
+    args: dict[str, int | float | bool | str | list[int | float | bool | str] | None] = field(default_factory=dict)
+    """Keyword arguments of the factory: numbers, words, booleans, null, and lists of them."""
 
 
 ModelConfig = Annotated[DecoderConfig | CustomModelConfig, Field(discriminator="kind")]
@@ -290,7 +290,7 @@ class DataConfig:
     """Split that is held out; used from every source that has it."""
     shuffle: bool = True
     """Keyed permutation of each source's rows, another one each epoch; false reads in order."""
-    shuffle_block: Positive = 1
+    shuffle_block: Annotated[Positive, Field(le=2**31)] = 1
     """Neighbouring rows that stay together: blocks of so many come in keyed order, each shuffled inside. 1 shuffles every row
     by itself; 256 is for data larger than memory on disks, parallel file systems or object stores: they read whole blocks."""
     mask_documents: bool = True
@@ -313,7 +313,7 @@ class DataConfig:
     """Global sample index at which the timeline's stages behind it were planned, written by officina; none = none is."""
     read: Literal["auto", "mmap", "pread"] = "auto"
     """How shards are read: auto maps them, but reads them on Lustre, GPFS, NFS, WekaFS, BeeGFS, CephFS and PanFS."""
-    prefetch_batches: Positive = 4
+    prefetch_batches: Annotated[Positive, Field(le=1024)] = 4
     """Batches a background thread holds ready."""
     max_damaged_blocks: NonNegative = 16
     """Blocks (256 KiB) of the run that do not match their checksum and are not to be had elsewhere: their tokens carry no loss,
@@ -414,7 +414,7 @@ class ObjectiveConfig:
     spike_sigma: Annotated[float, Field(ge=0)] = 0.0
     """A finite loss or gradient norm further than this many standard deviations above its mean of the last
     `spike_window` steps is a spike; 0 = off."""
-    spike_window: Positive = 128
+    spike_window: Annotated[Positive, Field(le=1_000_000)] = 128
     on_spike: Literal["flag", "skip", "stop"] = "flag"
     """Record it; also leave the step out, for which ranks exchange the loss before each update; or stop the run (status 76)."""
 
@@ -516,7 +516,7 @@ class RunConfig:
     """Initial weights, data order and sampling follow from it."""
     steps: Positive = 1000
     """Optimizer steps of the whole run."""
-    ranks: NonNegative = 0
+    ranks: Annotated[NonNegative, Field(le=4096)] = 0
     """Ranks that `officina train` starts on this machine (in an allocation: on each); 0 = one per visible GPU, or one on
     the CPU. Not used inside srun, torchrun or mpirun."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -524,7 +524,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16", "bf16_pure"] = "auto"
     """`bf16`: bf16 arithmetic, fp32 master weights and reduction. `bf16_pure`: weights, gradients and moments in bf16.
     `auto`: bf16 where the device has it in hardware, else fp32; the run says which."""
-    threads: NonNegative = 0
+    threads: Annotated[NonNegative, Field(le=4096)] = 0
     """CPU threads per rank; 0 = cores / ranks on the host, at each start. Sums differ between thread counts."""
     time_limit: Duration | None = None
     """Stop in good order (exit status 75) after this time."""

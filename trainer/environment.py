@@ -4,6 +4,7 @@ No torch is imported here unless `device_facts` is called, so that a login node 
 no absolute path is recorded: a run may move and be published.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -71,9 +72,16 @@ def code_diff(modules: Sequence[str] = ()) -> str:
 
 
 def write_environment(run_dir: Path, description: Mapping[str, Any]) -> None:
-    """Write RUN/environment.json: the environment of the newest start. (The code's changes are in the history.)"""
+    """Write RUN/environment.json: the environment of the newest start. (The code's changes are in the history.)
+
+    A disk that does not take it is no reason not to train.
+    """
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-    _replace(Path(run_dir) / ENVIRONMENT_FILE, text)
+    try:
+        _replace(Path(run_dir) / ENVIRONMENT_FILE, text)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            print(f"{ENVIRONMENT_FILE} cannot be written ({error.strerror}). Training goes on; make room in the run directory.")
 
 
 def rank_facts(rank: int, local_rank: int) -> dict[str, Any]:
@@ -225,5 +233,9 @@ def _read(path: str) -> str:
 def _replace(path: Path, text: str) -> None:
     """Write a whole file or leave the old one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

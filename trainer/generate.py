@@ -36,7 +36,7 @@ def generate(module: Transformer, tokens: Sequence[int], *, max_new_tokens: int,
     temperature: 0 takes the most likely token. top_p: draw from the fewest tokens whose probability reaches this.
     stop_id: end before this token, or any of these. Raises OfficinaError for values that make no sense.
     """
-    _check(tokens, module.config.vocab_size, max_new_tokens, temperature, top_p)
+    _check(tokens, module.config.vocab_size, max_new_tokens, temperature, top_p, seed)
     stop_ids = () if stop_id is None else (stop_id,) if isinstance(stop_id, int) else tuple(stop_id)
     return _continue(module, tokens, max_new_tokens, temperature, top_p, seed, stop_ids)
 
@@ -57,13 +57,22 @@ def load(run: RunConfig, source: Source, device: torch.device) -> Transformer:
 def main(argv: Sequence[str]) -> int:
     """`officina generate ...`: writes prompt and continuation to stdout as they come."""
     args = _parser().parse_args(argv)
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8 arrive as surrogates
+        raise OfficinaError(f"the prompt is not UTF-8 at character {error.start}. "
+                            "Give it as UTF-8 text, for example 'def '") from None
     run_dir = Path(args.run)
     run = load_config(run_dir)
     path = run_dir / "tokenizer.json"
     if not path.exists():
         raise OfficinaError(f"{path} does not exist; it is copied from the data set when a run on text starts. "
                             f"Copy it there: cp DATASET/tokenizer.json {path}")
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # its own errors are of no class of their own
+        raise OfficinaError(f"{path} is no tokenizer that can be read ({error}). "
+                            f"Copy it anew: cp DATASET/tokenizer.json {path}") from error
     use_gpu = run.device != "cpu" and torch.cuda.is_available()
     with open_checkpoint(run_dir, step=args.step) as checkpoint:
         for fault in checkpoint.passed_over:
@@ -72,10 +81,10 @@ def main(argv: Sequence[str]) -> int:
             module = load(run, source, torch.device("cuda" if use_gpu else "cpu"))
     stops = stop_ids(run_dir, tokenizer)
     tokens = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [stops[0] if stops else 0]
-    said = [args.prompt]
-    sys.stdout.write(args.prompt)
     new = generate(module, tokens, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                    top_p=args.top_p, seed=args.seed, stop_id=stops)
+    said = [args.prompt]
+    sys.stdout.write(args.prompt)
     for text in stream_text(tokenizer.decode, tokens, new):
         said.append(text)
         sys.stdout.write(text)
@@ -118,13 +127,14 @@ def sample(logits_V: Tensor, temperature: float, top_p: float, random: torch.Gen
     """One token from logits (V,) on the CPU; temperature 0 takes the most likely."""
     if temperature == 0:
         return int(logits_V.argmax())
+    temperature = max(temperature, 1e-290)  # quotients would overflow; far above it the most likely token has all
     sorted_V, order_V = (logits_V.double() / temperature).softmax(-1).sort(descending=True, stable=True)
     before_V = sorted_V.cumsum(-1) - sorted_V
     kept_V = sorted_V.masked_fill(before_V >= top_p, 0.0)  # the first is always kept: nothing is before it
     return int(order_V[torch.multinomial(kept_V, 1, generator=random)])
 
 
-def _check(tokens: Sequence[int], vocab_size: int, max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _check(tokens: Sequence[int], vocab_size: int, max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     if not len(tokens):
         raise OfficinaError("the prompt has no tokens; give at least one, for example 'def '")
     if not 0 <= min(tokens) <= max(tokens) < vocab_size:
@@ -136,6 +146,8 @@ def _check(tokens: Sequence[int], vocab_size: int, max_new_tokens: int, temperat
         raise OfficinaError(f"--temperature {temperature} must be 0 (most likely token) or more, for example 0.8")
     if not 0 < top_p <= 1:
         raise OfficinaError(f"--top-p {top_p} must be above 0 and at most 1, for example 0.95")
+    if not -2**63 <= seed < 2**63:
+        raise OfficinaError(f"--seed {seed} must be a number of 64 bits, for example 0")
 
 
 def stop_ids(run_dir: Path, tokenizer: Tokenizer) -> list[int]:

@@ -28,7 +28,7 @@ def model_values(init_from: str, own: Values) -> tuple[Values, list[Problem]]:
         return own, [Problem("model", FROM_INIT, "takes the model of init_from, which names none",
                              f"model={FROM_INIT} {_REMEDY}")]
     try:
-        base = open_base(init_from)
+        base = _open(init_from)
     except OfficinaError as error:
         return own, _told(init_from, error)
     return dump_run(RunConfig(model=base.model))["model"] | own, []
@@ -44,7 +44,7 @@ def pinned_run(run: RunConfig) -> RunConfig:
 
 def pinned(init_from: str) -> str:
     """`init_from` with the step, where it names a run: what that run trains later does not change where this one began."""
-    if not init_from or (base := open_base(init_from)).family or base.step is not None:
+    if not init_from or (base := _open(init_from)).family or base.step is not None:
         return init_from
     steps = [info.step for info in list_checkpoints(base.path) if info.status == "complete"]
     return f"{base.path}@{max(steps)}" if steps else init_from
@@ -56,10 +56,13 @@ def adapter_init_problems(run: RunConfig) -> Iterator[Problem]:
         return
     key, value = "adapter.init_from", run.adapter.init_from
     try:
-        base = open_base(value)
+        base = _open(value)
     except OfficinaError as error:
         rule = str(error).rpartition(". ")[0]
         yield Problem(key, value, rule, "adapter.init_from=RUN, of PEFT's folder: officina convert import FOLDER --to RUN")
+        return
+    if found := _no_such_step(key, value, base):
+        yield from found
         return
     there = NoAdapterConfig() if base.family else load_config(base.path).adapter
     if not isinstance(there, LoraConfig):
@@ -82,9 +85,11 @@ def init_problems(run: RunConfig, *, force: bool = False) -> list[Problem]:
         return [Problem("init_from", run.init_from, "is for the built-in decoder; a custom model loads its own weights in its "
                         "factory", "leave it out, and read the weights in model.factory")]
     try:
-        base = open_base(run.init_from)
+        base = _open(run.init_from)
     except OfficinaError as error:
         return _told(run.init_from, error)
+    if found := _no_such_step("init_from", run.init_from, base):
+        return found
     return _differences(base, run, force) + ([] if force else list(_other_tokenizers(base, run)))
 
 
@@ -108,6 +113,26 @@ def _other_tokenizers(base: Base, run: RunConfig) -> Iterator[Problem]:
             yield Problem(f"data.sources.{name}", source.path, "was built with another tokenizer than that of "
                           f"{base.path}, which init_from names: {told}",
                           f"officina data build NEW --tokenizer {base.path} ..., or the same command with --force")
+
+
+def _no_such_step(key: str, value: str, base: Base) -> list[Problem]:
+    """RUN@STEP, or RUN, without a checkpoint to begin from."""
+    if base.family:
+        return []
+    there = sorted(info.step for info in list_checkpoints(base.path) if info.status == "complete")
+    if base.step in there or (base.step is None and there):
+        return []
+    what = "no whole checkpoint" if base.step is None else f"no whole checkpoint of step {base.step}"
+    known = ", ".join(map(str, there)) or "none"
+    return [Problem(key, value, f"{base.path} has {what}; there are: {known}",
+                    f"{key}={base.path}@{there[-1]}" if there else f"officina resume {base.path}, which writes one")]
+
+
+def _open(text: str) -> Base:
+    try:
+        return open_base(text)
+    except OSError as error:  # such as a path that is too long for any
+        raise OfficinaError(f"{text[:60]} cannot be opened: {error.strerror}. Name a folder or a run that can be") from error
 
 
 def _told(init_from: str, error: OfficinaError) -> list[Problem]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import OfficinaError
+from officina.trainer.rank_log import text_of
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ class MemoryParts:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Is `error` a failed allocation, on the device or on the host?"""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_OOM_TEXT.search(str(error))))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_OOM_TEXT.search(text_of(error))))
 
 
 def phase_of(error: BaseException) -> str:

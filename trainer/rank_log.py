@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +22,10 @@ _CONSEQUENCE = re.compile(
     r"remote process (has )?exited|socket (has )?closed|lost rank 0|could not reach rank 0|store.*timed? ?out|"
     r"watchdog.*timeout|ncclRemoteError|NCCL communicator was aborted", re.IGNORECASE)
 """What the surviving ranks say when another one is gone."""
+_SPEAK_TO_RANKS = ("torch.", "deepspeed.", "officina.trainer.ranks.", "officina.trainer.parallel.")
+"""What speaks to other ranks. A lost connection of which another module speaks, as the user's own, is no other rank's doing."""
+SAY_FD = "OFFICINA_SAY_FD"
+"""Variable with the pipe by which a rank tells the parent here how it left: one line, which needs no room on any disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +69,20 @@ def log_header(rank: int) -> bytes:
     return f"==== rank {rank} on {socket.gethostname()}, pid {os.getpid()}, {now} ====\n".encode()
 
 
+def begin_log(log: int, rank: int) -> None:
+    """Write the header of this start; a full disk must not hold it up."""
+    with contextlib.suppress(OSError):
+        os.write(log, log_header(rank))
+
+
 def redirect_to_log(run_dir: Path, rank: int) -> TextIO:
     """Send this process's stderr (and stdout, but for rank 0) to its log; returns the stderr it had.
 
     Done on file descriptors, so that C++ libraries and child processes write there too.
     """
     log = open_log(run_dir, rank)
-    os.write(log, log_header(rank))
-    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    begin_log(log, rank)
+    terminal = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     sys.stderr.flush()
     os.dup2(log, 2)
     if rank != 0:
@@ -82,14 +92,66 @@ def redirect_to_log(run_dir: Path, rank: int) -> TextIO:
     return terminal
 
 
+def fill_standard_streams() -> None:
+    """Where this process began without stdin, stdout or stderr (`>&-`), put the null device there: what is opened later would
+    take their descriptors and get what is printed, and `sys.stdout` would be None."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest that is free: fd
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if fd else "r"))
+
+
 def describe(env: RankEnv, error: BaseException) -> Failure:
     """The failure of this rank by `error`."""
     return Failure(rank=env.rank, host=socket.gethostname(), pid=os.getpid(), time_s=time.time(),
-                   error=type(error).__name__, message=str(error),
+                   error=type(error).__name__, message=text_of(error),
                    exit_status=error.exit_status if isinstance(error, OfficinaError) else EXIT_BUG,
                    consequence=isinstance(error, RuntimeError | OSError | OfficinaError)
-                   and bool(_CONSEQUENCE.search(str(error))),
+                   and bool(_CONSEQUENCE.search(text_of(error))) and f"{_raised_in(error)}.".startswith(_SPEAK_TO_RANKS),
                    traceback="".join(traceback.format_exception(error)))
+
+
+def text_of(error: BaseException) -> str:
+    """`str(error)`, or what is wrong with a user's exception that has none."""
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"(its text cannot be told: __str__ raised {type(broken).__name__})"
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the module whose code raised it."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
+
+
+def told(run_dir: Path, failure: Failure) -> str:
+    """The failure in words for a person, with the log; of another rank's death one line."""
+    what = failure.message if failure.exit_status != EXIT_BUG else failure.traceback.rstrip()
+    if failure.consequence:
+        what = failure.message.partition("\n")[0]
+    return (f"officina: rank {failure.rank} on {failure.host}: {failure.error}: {what}\n"
+            f"  Log: {log_path(run_dir, failure.rank)}")
+
+
+def tell_parent(said: Failure | int, environ: Mapping[str, str] = os.environ) -> None:
+    """Tell the parent here, if there is one, by which failure this rank leaves, or with which status at the end of its work."""
+    if fd := environ.get(SAY_FD):
+        line = json.dumps({"left_with": said} if isinstance(said, int) else asdict(said))
+        with contextlib.suppress(OSError):
+            os.write(int(fd), line.encode() + b"\n")
+
+
+def read_told(line: bytes) -> Failure | int | None:
+    """What `tell_parent` told; None for nothing, or a rank that ended in the middle of it."""
+    try:
+        found = json.loads(line)
+        return found["left_with"] if "left_with" in found else Failure(**found)
+    except (ValueError, TypeError):
+        return None
 
 
 def write_failure(run_dir: Path, failure: Failure) -> None:

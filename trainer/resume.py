@@ -4,14 +4,14 @@ Everything of how and where a run is run may change, and so may what is everyday
 schedule, length, batch size, mixture. What the weights, the moments or the order of past samples rest on may not.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from officina.trainer.config import DataConfig, RunConfig, TimelineStage
 from officina.trainer.errors import Problem
-from officina.trainer.keys import as_text, generic, word
+from officina.trainer.keys import Values, as_text, generic, optional, word
 from officina.trainer.schema import dump_run
 
 Ruling = Literal["free", "force", "refused"]
@@ -59,7 +59,7 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("data.read", "free", "changes no sample"),
     ("data.prefetch_batches", "free", "changes no sample"),
     ("data.max_damaged_blocks", "free", "says when to stop"),
-    ("init_from", "free", "may move: read before the first step, and of an adapter's frozen weights the hash is checked"),
+    ("init_from", "free", "may move, not come or go: read before the first step, and an adapter's frozen weights are checked"),
     ("seed", "refused", "the order of past samples rests on it"),
     # the adapter
     ("adapter.dropout", "free", "takes effect at the next step"),
@@ -112,6 +112,11 @@ def changes(old: RunConfig, new: RunConfig) -> list[Change]:
             if before.get(key) != after.get(key)]
 
 
+def flat_values(run: RunConfig) -> dict[str, object]:
+    """Dotted key -> value of all of a run."""
+    return _flat(dump_run(run))
+
+
 def _flat(values: Mapping, prefix: str = "") -> dict[str, object]:
     flat = {}
     for name, value in values.items():
@@ -135,24 +140,7 @@ def resume_problems(old: RunConfig, new: RunConfig, *, step: int, position: int,
 
 
 def _resume_problems(old: RunConfig, new: RunConfig, step: int, position: int, force: bool, branch: bool) -> Iterator[Problem]:
-    judged: set[str] = set()
-    for change in changes(old, new):
-        if change.key.startswith("data.sources."):
-            continue  # sources come and go: the timeline keeps what past samples need
-        if change.key == "name" and branch:
-            continue
-        rule, why = ruling(change.key)
-        other_kind = old.model.kind != new.model.kind and change.key.startswith("model.")
-        whole = "model.kind" if other_kind else change.key
-        if rule == "free" or whole in judged:
-            continue
-        judged.add(whole)
-        if rule == "refused":
-            kept = _flat(dump_run(old)).get(whole)
-            yield Problem(whole, as_text(_flat(dump_run(new)).get(whole)), f"cannot change in the middle of a run: {why}",
-                          "officina train name=NEW for a new run" if kept is None else word(whole, kept))
-        elif not force:
-            yield Problem(change.key, as_text(change.new), f"was {as_text(change.old)}; {why}", "the same command with --force")
+    yield from ruled_out(old, new, force=force, branch=branch)
     if new.steps <= step:
         yield Problem("steps", new.steps, f"the run has done {step} steps already", f"steps={step + max(1, step // 10)}")
     yield from _stage_problems(old.data, new.data, step, position)
@@ -160,6 +148,30 @@ def _resume_problems(old: RunConfig, new: RunConfig, step: int, position: int, f
         yield Problem("data.skip", as_text(new.data.skip), f"changes samples {a} to {b}, and those before {position} are past",
                       word("data.skip", _skip_that_works(old.data.skip, new.data.skip, position)))
         break
+
+
+def ruled_out(old: RunConfig, new: RunConfig, *, force: bool = False, branch: bool = False) -> Iterator[Problem]:
+    """Keys that differ although the table says that they may not, or only by force."""
+    judged: set[str] = set()
+    for change in changes(old, new):
+        if change.key == "data.sources" or change.key.startswith("data.sources."):
+            continue  # sources come and go: the timeline keeps what past samples need
+        if change.key == "name" and branch:
+            continue
+        rule, why = ruling(change.key)
+        if change.key == "init_from" and not (change.old and change.new):
+            rule = "refused"  # it may move, not come or go
+        other_kind = old.model.kind != new.model.kind and change.key.startswith("model.")
+        whole = "model.kind" if other_kind else change.key
+        if rule == "free" or whole in judged:
+            continue
+        judged.add(whole)
+        if rule == "refused":
+            kept = _flat(dump_run(old)).get(whole)
+            back = "officina train name=NEW for a new run" if kept is None and not optional(whole) else word(whole, kept)
+            yield Problem(whole, as_text(_flat(dump_run(new)).get(whole)), f"cannot change in the middle of a run: {why}", back)
+        elif not force:
+            yield Problem(change.key, as_text(change.new), f"was {as_text(change.old)}; {why}", "the same command with --force")
 
 
 def _planned_ahead(data: DataConfig, position: int) -> list[TimelineStage]:
@@ -200,6 +212,27 @@ def _skip_that_works(old: list[list[int]], new: list[list[int]], position: int) 
 
 
 # ---- applying ----------------------------------------------------------------------------------------------
+def as_planned(data: DataConfig, position: int, timeline: Sequence[TimelineStage | Values],
+               planned_at: int | None) -> DataConfig:
+    """`data` without mixtures that were decided when the run had come to sample `position` or further.
+
+    timeline, planned_at: as they stood on the way there; what they plan behind it still holds.
+    """
+    from officina.trainer.data.order import timeline_of
+
+    whole = timeline_of(data)
+    then = [stage if isinstance(stage, TimelineStage) else TimelineStage(**stage) for stage in timeline] or whole[:1]
+    planned = [stage for stage in then if stage.from_sample > position and planned_at is not None and planned_at <= position]
+    stages = [stage for stage in then if stage.from_sample <= position] + planned
+    if stages == whole:
+        return data
+    last, used = stages[-1].weights, {name for stage in stages for name in stage.weights}
+    sources = {name: replace(source, weight=last.get(name, source.weight)) for name, source in data.sources.items()
+               if name in used}
+    alone = len(stages) == 1 and set(sources) == used
+    return replace(data, sources=sources, timeline=[] if alone else stages, planned_at=planned_at if planned else None)
+
+
 def take_out(old: RunConfig, new: RunConfig, position: int) -> tuple[RunConfig, RunConfig]:
     """Both runs with a timeline that goes on from sample `position` without the sources that `new` has no more.
 

@@ -157,15 +157,13 @@ def append_history(run_dir: Path, start: Start) -> None:
 
 
 def read_history(run_dir: Path) -> list[dict[str, object]]:
-    """All starts, oldest first; a line cut short by a crash is left out."""
+    """All starts, oldest first; a line cut short by a crash, or damaged since, is left out."""
     path = Path(run_dir) / HISTORY
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     starts = []
-    for line in lines:
-        try:
-            starts.append(json.loads(line))
-        except ValueError:
-            continue
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # no JSON, or no text
+            if isinstance(start := json.loads(line), dict):
+                starts.append(start)
     return starts
 
 
@@ -175,9 +173,13 @@ def read_run_id(run_dir: Path) -> str:
 
 
 def committed_steps(run_dir: Path) -> list[int]:
-    """Steps whose checkpoint has its commit file, oldest first. Whether the data is whole is found when it is read."""
+    """Steps whose checkpoint has its commit file, oldest first. Whether the data is whole is found when it is read.
+
+    `step-N.old` counts, as for every reader: a kill came while step N was being written anew.
+    """
     found = (Path(run_dir) / CHECKPOINTS).glob("step-*/COMMIT")
-    return sorted(int(path.parent.name[5:]) for path in found if path.parent.name[5:].isdigit())
+    names = {path.parent.name.removeprefix("step-").removesuffix(".old") for path in found}
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 # ---- one start at a time -----------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ def claim(run_dir: Path) -> Iterator[None]:
     """Be the one start that writes to the run directory; LaunchError names the other one if there is one.
 
     A POSIX record lock, which Lustre, GPFS and NFS keep over nodes and which a dead process loses; where the file
-    system has none, nothing is claimed.
+    system has none, nothing is claimed. The lock counts; who holds it is noted where the disk takes the note.
     """
     run_dir = Path(run_dir)
     with contextlib.ExitStack() as stack:
@@ -206,20 +208,24 @@ def claim(run_dir: Path) -> Iterator[None]:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
         job = os.environ.get("SLURM_JOB_ID")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}, since "
-                   f"{datetime.now(UTC).isoformat(timespec='seconds')}")
-        file.flush()
+        note = (f"process {os.getpid()} on {socket.gethostname()}{f', job {job}' if job else ''}, since "
+                f"{datetime.now(UTC).isoformat(timespec='seconds')}")
+        with contextlib.suppress(OSError):  # unbuffered: closing the file would try again
+            file.truncate(0)
+            os.write(file.fileno(), note.encode())
         try:
             yield
         finally:
-            file.truncate(0)
+            with contextlib.suppress(OSError):
+                file.truncate(0)
 
 
 def unwritable(run_dir: Path, error: OSError) -> LaunchError:
     """The error for a run directory that cannot be written."""
-    return LaunchError(f"{error.filename or run_dir}: {error.strerror}, so the run directory cannot be made. "
-                       "Choose another place: --runs-dir DIR")
+    what = f"{error.filename or run_dir}: {error.strerror}, so the run directory cannot be "
+    if (run_dir / CONFIG).exists():
+        return LaunchError(f"{what}written. Mend that, or copy it to another place and go on there: officina resume COPY")
+    return LaunchError(f"{what}made. Choose another place: --runs-dir DIR")
 
 
 def _write_whole(path: Path, text: str) -> None:

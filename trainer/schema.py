@@ -35,6 +35,19 @@ from officina.trainer.keys import (
 
 ENTRIES = {"data.stages": "[{from_step: 900, weights: {NAME: 1}}]"}
 """Lists whose entries have keys -> one that would do."""
+_OWN = ("data.timeline", "data.planned_at")
+"""Written by officina: nobody means them."""
+_SYNONYMS = {
+    "learning_rate": "optim.lr", "grad_clip": "optim.clip_norm", "max_grad_norm": "optim.clip_norm",
+    "batch_size": "batch.micro_rows", "micro_batch_size": "batch.micro_rows", "global_batch_size": "batch.global_tokens",
+    "context_length": "batch.seq_len", "max_seq_len": "batch.seq_len", "block_size": "batch.seq_len",
+    "max_steps": "steps", "train_steps": "steps", "warmup": "lr_schedule.warmup_steps", "dtype": "precision",
+    "hidden_size": "model.d_model", "num_layers": "model.n_layers", "num_heads": "model.n_heads"}
+"""What others call a key."""
+
+
+ARGUMENT = "must be a number, a word, true, false, null, or a list of them such as [0.9,0.95]"
+"""Rule of each of `model.args`, of whose types pydantic names the first."""
 
 
 @cache
@@ -48,7 +61,9 @@ def unknown_key(key: str, value: object, values: Mapping) -> Problem:
     declared = generic(key)
     if declared is not None:
         return _other_kind(key, value, declared, values)
-    known = leaves(values)
+    known = {name: default for name, default in leaves(values).items() if name not in _OWN}
+    if key in _SYNONYMS and _SYNONYMS[key] in known:
+        return Problem(key, value, "there is no such key", word(_SYNONYMS[key], value))
     stem, _, leaf = key.rpartition(".")
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
     if "." not in key and (groups := difflib.get_close_matches(key, GROUPS, 1, 0.55)) and isinstance(value, str) \
@@ -64,7 +79,7 @@ def unknown_key(key: str, value: object, values: Mapping) -> Problem:
         others = [k for k in same_leaf if k != near[0]]
         also = f"; {', '.join(others)} exist too" if others else ""
         return Problem(key, value, f"there is no such key{also}", word(meant, value))
-    elsewhere = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in leaves()], 1, 0.75)
+    elsewhere = difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in leaves() if k not in _OWN], 1, 0.75)
     if elsewhere:  # a key of a kind that is not chosen
         meant = next(k for k in leaves() if k.rpartition(".")[2] == elsewhere[0])
         found = _other_kind(_with_names(meant, key), value, meant, values)
@@ -84,7 +99,7 @@ def _with_names(declared: str, typed: str) -> str:
     """`data.sources.*.path` with the name the user typed at that place, else NAME."""
     names, parts = typed.split("."), declared.split(".")
     aligned = len(names) == len(parts)
-    return ".".join((names[i] if aligned else "NAME") if part == FREE else part for i, part in enumerate(parts))
+    return ".".join((names[i] if aligned and names[i] else "NAME") if part == FREE else part for i, part in enumerate(parts))
 
 
 def _other_kind(key: str, value: object, declared: str, values: Mapping) -> Problem:
@@ -157,12 +172,12 @@ def _key_of(loc: tuple[int | str, ...], values: Mapping) -> tuple[str, object]:
     rest = list(loc)
     while rest:
         part = rest.pop(0)
-        if isinstance(part, int) or not isinstance(here, Mapping):
+        classes = variants_of(annotation)
+        item = item_type(annotation)
+        if isinstance(part, int) or not isinstance(here, Mapping) or not (classes or item):  # below a leaf: types tried
             break
         parts.append(str(part))
         here = here.get(part)
-        classes = variants_of(annotation)
-        item = item_type(annotation)
         if classes:
             annotation = next((fields_of(cls)[part] for cls in classes if part in fields_of(cls)), None)
         else:
@@ -203,6 +218,8 @@ def _problem(item: Mapping, key: str, value: object, values: Mapping, good: Mapp
             rule = f"has {name}, which no entry has"
         else:
             rule = f"has a {name} that {_rule(kind, ctx, item['msg'])}"
+        if not name:
+            rule = "is no set of keys"
         return Problem(key, value, f"entry {number + 1} {rule}", f"{key}={ENTRIES[key]}")
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return unknown_key(key, value, values)
@@ -212,7 +229,9 @@ def _problem(item: Mapping, key: str, value: object, values: Mapping, good: Mapp
     if kind in ("missing", "missing_argument"):
         return Problem(key, None, "is required", word(key, EXAMPLES.get(declared, "VALUE")))
     if kind in ("dataclass_type", "dataclass_exact_type", "model_attributes_type"):
-        first = next(k for k in leaves() if k.startswith(f"{declared}.") and not k.endswith(".kind"))
+        first = next((k for k in leaves() if k.startswith(f"{declared}.") and not k.endswith(".kind")), None)
+        if first is None:  # an entry of a list whose entries have keys
+            return Problem(key, value, "must be a list of {name:value}", word(key, leaves()[declared]))
         default = leaves()[first]
         example = EXAMPLES.get(first, "VALUE") if default is dataclasses.MISSING else default
         return Problem(key, value, "is a group of keys, not a value",
@@ -227,14 +246,17 @@ def _problem(item: Mapping, key: str, value: object, values: Mapping, good: Mapp
         near = difflib.get_close_matches(str(value), options, 1, 0.4)
         return Problem(key, value, f"must be one of {', '.join(options)}", word(key, near[0] if near else fallback))
     if kind == "string_type":
+        if isinstance(value, float):  # how it was written is not known any more: 1e5 is 100000.0 here
+            return Problem(key, value, "must be text; within YAML or {...} write numbers in quotes", f"{key}=VALUE in quotes")
         return Problem(key, value, "must be text; within YAML or {...} write numbers in quotes",
-                       word(key, as_text(value) if isinstance(value, int | float) else fallback))
-    return Problem(key, value, _rule(kind, ctx, item["msg"]), word(key, fallback))
+                       word(key, as_text(value) if isinstance(value, int) else fallback))
+    rule = ARGUMENT if declared == f"model.args.{FREE}" else _rule(kind, ctx, item["msg"])
+    return Problem(key, value, rule, word(key, fallback))
 
 
 def _in_entry(loc: tuple[int | str, ...]) -> tuple[int, str] | None:
-    """Which entry of a list pydantic's location is in, and the key there."""
-    at = next((i for i, part in enumerate(loc[:-1]) if isinstance(part, int)), None)
+    """Which entry of a list pydantic's location is in, and the key there; empty for the entry itself."""
+    at = next((i for i, part in enumerate(loc) if isinstance(part, int)), None)
     return None if at is None else (int(loc[at]), ".".join(map(str, loc[at + 1:])))
 
 

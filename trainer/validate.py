@@ -4,6 +4,7 @@ Each rule is a few lines that yield Problems whose remedy, where it is `key=valu
 """
 
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -345,9 +346,10 @@ def _data_sets(run: RunConfig, position: int) -> Iterator[Problem]:
         if name not in in_use:
             continue
         key = f"data.sources.{name}.path"
-        if not (Path(source.path) / MANIFEST).is_file():
+        if not os.path.isfile(Path(source.path) / MANIFEST):  # also of a path that is too long for any
+            new = f" --vocab-size {run.model.vocab_size}" if kind == "tokens" and not run.init_from else ""
             yield Problem(key, source.path, f"is no data set: there is no {MANIFEST} in it, seen from "
-                          "the folder of this command", f"officina data build {source.path}")
+                          "the folder of this command", f"officina data build {source.path}{new}")
             continue
         try:
             manifest = open_dataset(source.path).manifest
@@ -377,8 +379,10 @@ def _data_sets(run: RunConfig, position: int) -> Iterator[Problem]:
         tokenizers.setdefault(manifest.tokenizer.sha256, name)
     if len(tokenizers) > 1:
         one, other = list(tokenizers.values())[:2]
-        yield Problem(f"data.sources.{other}.path", run.data.sources[other].path, "was tokenised with another tokenizer than "
-                      f"{one}; a token means one thing in a run", "officina data build with that tokenizer")
+        paths = [run.data.sources[name].path for name in (one, other)]
+        yield Problem(f"data.sources.{other}.path", paths[1], f"and data.sources.{one}.path={paths[0]}: each was tokenised "
+                      "with another tokenizer than the other, and a token means one thing in a run",
+                      f"officina data build NEW --tokenizer {paths[0]}/tokenizer.json for {other}, or the other way round")
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

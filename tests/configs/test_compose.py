@@ -1,5 +1,7 @@
 """Words to a run: grammar, traps of quantities, groups in any order, a user's own files and defaults."""
 
+import re
+
 import pytest
 
 from officina.configs.compose import compose, compose_all, options, recompose
@@ -58,8 +60,10 @@ def test_a_word_is_read_as_it_is_written(word, read, expected):
 
 def test_arguments_of_a_custom_model_keep_the_types_they_look_like():
     run = compose(["model=custom", "model.factory=a:b", "model.loss=a:c", "model.decoder=a:d", "model.args.width=192",
-                   "model.args.rate=1e-2", "model.args.deep=true", "model.args.name=vit", "model.args.sizes=[8,16]"])
-    assert run.model.args == {"width": 192, "rate": 0.01, "deep": True, "name": "vit", "sizes": [8, 16]}
+                   "model.args.rate=1e-2", "model.args.deep=true", "model.args.name=vit", "model.args.sizes=[8,16]",
+                   "model.args.betas=[0.9,0.95]", "model.args.parts=[a,b]", "model.args.seed=null"])
+    assert run.model.args == {"width": 192, "rate": 0.01, "deep": True, "name": "vit", "sizes": [8, 16], "betas": [0.9, 0.95],
+                              "parts": ["a", "b"], "seed": None}
     assert type(run.model.args["width"]) is int
 
 
@@ -146,6 +150,41 @@ def test_faults_of_a_file_of_ones_own(tmp_path, text, key, rule):
     assert rule in found[key].rule and found[key].remedy
 
 
+@pytest.mark.parametrize(("text", "rule", "remedy"), [
+    ("steps: 3\nname: [1", "line 2: ", "mend line 2 of "), ("steps: 3\nsteps: 5\n", "line 2: found duplicate", "mend line 2"),
+    ("- 1\n", "must hold keys and values", "mend"), ("a: &a [*a]\n", "holds itself", "mend"),
+    ("a.b: 3\n", "'a.b' is no name", "mend"),
+    ("defaults: 3\n", "must be a list", "mend"), ("defaults: [override /engine: nope]\n", "engine/nope", "mend")])
+def test_a_fault_of_a_file_is_told_by_its_own_lines(tmp_path, text, rule, remedy):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    [problem] = compose_all([f"experiment={path}"]).problems
+    assert rule in problem.rule and problem.remedy.startswith(remedy) and "mine.yaml" in problem.remedy
+    assert not re.search("of_the_user|hydra|DictConfig|search ?path", problem.rule)
+
+
+def test_a_file_that_is_no_text_or_no_file(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x9a")
+    (tmp_path / "folder.yaml").mkdir()
+    assert faults(f"experiment={tmp_path}/mine.yaml")["experiment"].rule == "is not UTF-8 text"
+    assert faults(f"experiment={tmp_path}/folder.yaml")["experiment"].rule == "is a folder"
+    assert faults(f"experiment={tmp_path}/mien.yaml")["experiment"].remedy == f"experiment={tmp_path}/mine.yaml"
+    assert "no such file" in faults(f"experiment={'a' * 5000}.yaml")["experiment"].rule
+
+
+def test_an_option_that_is_typed_lies_over_the_experiment(tmp_path):
+    assert compose(["experiment=demo", "checkpoint=at_end"]).checkpoint.every_steps == 0
+    run = compose(["use=research", "experiment=demo", "engine.recompute=full", "engine=zero3", "checkpoint=standard"])
+    assert (run.checkpoint.every_steps, run.engine.stage, run.engine.recompute) == (500, 3, "full")
+    assert run.optim.lr == compose(["experiment=demo"]).optim.lr == compose(["experiment=demo", "optim=adamw"]).optim.lr
+    (tmp_path / "often.yaml").write_text("every_steps: 7\n")
+    assert compose(["experiment=demo", f"checkpoint={tmp_path}/often.yaml"]).checkpoint.every_steps == 7
+
+
+def test_no_experiment():
+    assert compose(["experiment=null"]) == compose([])
+
+
 def test_a_value_that_a_file_leaves_open_is_missing(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("data:\n  sources:\n    a:\n      path: ???\n")
@@ -194,6 +233,19 @@ def test_a_fault_in_personal_defaults_names_the_file(tmp_path):
     [problem] = compose_all([], environ).problems
     assert problem.key == "site.grace" and "defaults.yaml" in problem.rule
     assert compose_all(["site.grace=1m"], environ).problems == []  # the command line stands above
+
+
+def test_null_in_personal_defaults_is_no_value(tmp_path):
+    centre = write_defaults(tmp_path / "c", "site: {account: everybody}\ntime_limit: 8h\n")
+    person = write_defaults(tmp_path / "p", "site: {account: null}\ntime_limit: ~\n")
+    composed = compose_all([], {"XDG_CONFIG_HOME": person, "XDG_CONFIG_DIRS": centre})
+    assert composed.problems == [] and composed.run.site.account == "" and composed.run.time_limit is None
+
+
+@pytest.mark.parametrize("text", ["logging: nope\n", "site: {account: '${x}'}\n", "site: {accnt: a}\n"])
+def test_a_word_of_personal_defaults_that_cannot_be_read_names_the_file(tmp_path, text):
+    [problem] = compose_all([], {"XDG_CONFIG_HOME": write_defaults(tmp_path / "p", text), "XDG_CONFIG_DIRS": ""}).problems
+    assert "defaults.yaml" in problem.rule
 
 
 @pytest.mark.parametrize("text", ["site: [", "- a\n"])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from officina.launch import local
 from officina.trainer import __main__ as trainer
+from officina.trainer import rank_log
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, LaunchError, NoProgressError
 from officina.trainer.rank_env import LONE, RankEnv, read_rank_env
 from officina.trainer.run_dir import load_config
@@ -32,7 +33,15 @@ def tell(env: RankEnv, **more: object) -> None:
 def look(run_dir: Path) -> int:
     tell(read_rank_env(os.environ) or LONE)
     assert "torch" not in sys.modules, "to decide where ranks run needs no torch"
-    return EXIT_DONE
+    rank_log.tell_parent(EXIT_DONE)
+    return end(EXIT_DONE)
+
+
+def end(status: int) -> int:
+    """Record the end as rank 0 does: without it a step's status counts for nothing."""
+    with open(RUN / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"event": "stop", "step": 0, "reason": "test", "exit_status": status}) + "\n")
+    return status
 
 
 def train(run_dir: Path, ranks) -> int:
@@ -47,9 +56,9 @@ def train(run_dir: Path, ranks) -> int:
                 while not stop.wanted and time.monotonic() < deadline:
                     time.sleep(0.02)
                 (run_dir / f"stopped-{ranks.rank}").write_text(str(stop.reason))
-                return EXIT_CONTINUE
+                return end(EXIT_CONTINUE)
             time.sleep(0.02)
-    return EXIT_DONE
+    return end(EXIT_DONE)
 
 
 def run() -> int:

@@ -1,6 +1,7 @@
 """The console script: fast, helpful, with the right exit status."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -93,6 +94,30 @@ def test_what_is_no_command_line(words, capsys):
     assert caught.value.code == EXIT_USER and "officina" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["trian", "tarin"])
+def test_a_command_that_is_misspelt_is_found(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command])
+    assert capsys.readouterr().err.endswith(f"there is no command {command}. Try: officina train\n")
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0 and re.fullmatch(r"officina \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("words", [["report", "a" * 5000], ["resume", "a" * 5000], ["check", f"from={'a' * 5000}"],
+                                   ["check", "experiment=demo", f"init_from={'a' * 5000}"], ["data", "inspect", "a" * 5000]])
+def test_a_path_that_is_too_long_is_no_bug(words, capsys):
+    assert cli.main(words) == EXIT_USER and "oo long" in capsys.readouterr().err
+
+
+def test_a_name_has_a_length_for_a_folder_and_what_is_named_after_it(data_set, capsys):
+    words = ["check", "experiment=demo", f"data.sources.python.path={data_set}"]
+    assert cli.main([*words, f"name={'n' * 101}"]) == EXIT_USER
+    assert "has 101 characters" in (told := capsys.readouterr().err) and f"Try: name={'n' * 40}\n" in told
+    assert cli.main([*words, f"name={'n' * 100}"]) == 0
+
+
 def test_words_may_stand_after_an_option():
     args = cli._read(["train", "steps=1", "--runs-dir", "x", "seed=2", "~name"])
     assert (args.words, args.runs_dir) == (["steps=1", "seed=2", "~name"], "x")
@@ -120,6 +145,12 @@ def test_a_reader_that_leaves_early_is_no_bug():
     done = subprocess.run([OFFICINA, "plan", "model=tiny"], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_it_can_be_called_without_a_place_to_print():
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-m", "officina.launch.cli", "sites",
+                           "lumi"], check=False)
+    assert done.returncode == 0
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -1,6 +1,7 @@
 """Whole runs by the console script: start, resume, branch; alone and as ranks of torchrun."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,10 +13,11 @@ import pytest
 import yaml
 
 from officina.configs.compose import compose
-from officina.launch import cli
-from officina.launch.start import plan_train, wait_for_start, write_start
+from officina.launch import cli, eval_commands
+from officina.launch.start import plan_resume, plan_train, refuse_existing, refuse_foreign, wait_for_start, write_start
 from officina.trainer.data.ledger import read_ledger
-from officina.trainer.errors import EXIT_CONTINUE, EXIT_USER, LaunchError
+from officina.trainer.errors import EXIT_CONTINUE, EXIT_USER, ConfigError, LaunchError
+from officina.trainer.evaluation import Results
 from officina.trainer.run_dir import committed_steps, load_config, read_history, save_config
 
 BIN = Path(sys.executable).parent
@@ -115,6 +117,65 @@ def test_resume_with_another_mixture_and_branch_of_it(home, run):
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_a_branch_leaves_out_mixtures_and_names_settings_that_came_later(home, run, monkeypatch, capsys):
+    """runs/first has been gone on with from step 4: another rate, and a second source."""
+    monkeypatch.chdir(home)
+    words = ["from=runs/first@4", "name=early"]
+    assert cli.main(["check", *words]) == 0
+    told = capsys.readouterr().out
+    assert "optim.lr: 0.001, which runs/first got after step 4; then it was optim.lr=0.004" in told
+    assert "steps: 6, which" in told and "mixtures that runs/first got after step 4 are left out" in told
+    assert "python (one)" in told and "two" not in told
+    assert cli.main(["check", *words, "optim.lr=0.004"]) == 0 and "optim.lr: 0.001, which" not in capsys.readouterr().out
+    assert cli.main(["check", "from=runs/first", "name=late", "steps=9"]) == 0
+    told = capsys.readouterr().out
+    assert "which runs/first got" not in told and "more (two) 50.00%" in told
+    branch = plan_train(words, home / "runs", world_size=1).checked().run
+    assert branch.data == compose([*TINY, "data.sources.python.path=one"]).data and branch.optim.lr == 0.001
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["resume", "runs/first", "steps=9", "data.sources.python.path=two"], "and the run has read"),
+    (["train", "from=runs/first", "name=x", "steps=9", "data.sources.python.path=two"], "=one, and beside it data.sources.NEW"),
+    (["resume", "runs/first", "steps=9", "~data.sources"], "data.sources: is empty"),
+    (["resume", "runs/first", "steps=9", "init_from=runs/first"], "not come or go"),
+    (["resume", "runs/first", "from=runs/first@2"], "officina train from=runs/first@2"),
+    (["train", "from=runs/first@\N{SUPERSCRIPT TWO}"], "STEP must be a number"),
+    (["eval", "runs/first", "step=\N{SUPERSCRIPT TWO}"], "has checkpoints of steps 2, 4"),
+    (["eval", "runs/first", "model.d_model=64"], "Try: model.d_model=32"),
+    (["train", *TINY, "data.sources.python.path=one", "name=one", "--runs-dir", "."], "one is a data set. Try: name=one-2"),
+    (["check", *TINY, "data.sources.python.path=one", "name=text", "--runs-dir", "."], "text holds files of no run"),
+    (["train", "from=runs/first", "steps=9", "name=text", "--runs-dir", "."], "text holds files of no run")])
+def test_what_is_refused_before_anything_is_written(home, run, words, says, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
+    assert cli.main(words) == EXIT_USER
+    assert says in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
+
+
+def test_what_an_evaluation_changed_stands_beside_its_numbers(home, run, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(eval_commands, "start", lambda *_: 0)
+    monkeypatch.setattr(eval_commands, "read_results", lambda _: Results(step=6, run_id="a", engine="ddp", world_size=1))
+    for words, told in ((["model.rope.theta=1e6"], ["with model.rope.theta=1e+06, which is 10000 in the run"]), ([], []),
+                        (["data.overlong=leave_out"], ["with data.overlong=leave_out, which is auto in the run"])):
+        assert cli.main(["eval", "runs/first", *words]) == 0
+        assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("with ")] == told
+
+
+@pytest.mark.parametrize("names", [[], [".claim"], [".claim", "code"], [".claim", "checkpoints", "base"], ["history.jsonl"]])
+def test_what_a_start_of_ours_left_may_be_begun_again(tmp_path, names):
+    plan = plan_train([*TINY, "data.sources.python.path=x", "name=again"], tmp_path, world_size=1)
+    plan.run_dir.mkdir()
+    for name in names:
+        (plan.run_dir / name).write_text('{"run_id": "a"}\n') if "." in name else (plan.run_dir / name).mkdir()
+    refuse_foreign(plan)
+    (plan.run_dir / "dataset.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a data set"):
+        refuse_foreign(plan)
+
+
 @pytest.mark.parametrize(("words", "says"), [
     (["train", "from=runs/first@3"], "there are:"), (["train", "from=runs/first@x"], "STEP must be a number"),
     (["train", "from=runs/none"], "no run directory"), (["resume", "runs/none"], "no run directory"),
@@ -176,6 +237,55 @@ def test_a_start_that_never_saved_may_be_repeated(home):
     history = read_history(plan.run_dir)
     assert [start["action"] for start in history] == ["start", "start"] and len({s["run_id"] for s in history}) == 1
     assert '{"step": 1}' not in (plan.run_dir / "metrics.jsonl").read_text()
+
+
+def test_a_kill_while_a_step_was_saved_anew_loses_no_checkpoint(home, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    step = committed_steps(run)[-1]
+    newest = again / f"checkpoints/step-{step:08d}"
+    newest.rename(newest.with_suffix(".old"))
+    newest.mkdir()  # make_way, and no COMMIT yet
+    origin = plan_resume(again, [], world_size=1).origin
+    assert origin.step == step and origin.position == plan_resume(run, [], world_size=1).origin.position > 0
+    branch = plan_train([f"from={again}", f"steps={step + 1}", "name=of-old"], tmp_path, world_size=1).checked()
+    write_start(branch, 1)
+    assert committed_steps(tmp_path / "of-old") == [step]
+
+
+def test_a_branch_that_was_killed_while_it_started_may_be_started_again(home, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    first, last = committed_steps(run)[-2:]
+
+    def branch(step):
+        return plan_train([f"from=runs/first@{step}", "steps=9", "name=cut"], tmp_path, world_size=1).checked()
+
+    for killed_in in ("append_history", "os.replace", "save_config"):
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(f"officina.launch.start.{killed_in}", mock.Mock(side_effect=KeyboardInterrupt))
+            write_start(branch(last), 1)
+        assert not (tmp_path / "cut/config.yaml").exists()
+        refuse_existing(branch(first))
+    assert committed_steps(tmp_path / "cut") == [last]
+    write_start(branch(first), 1)
+    assert committed_steps(tmp_path / "cut") == [first] and [s["step"] for s in read_history(tmp_path / "cut")] == [first]
+    with pytest.raises(ConfigError, match="is a run with checkpoints"):
+        refuse_existing(branch(first))
+    (tmp_path / "cut/config.yaml").unlink()
+    (tmp_path / "cut/metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match="is a run with checkpoints"):  # it trained: somebody removed its configuration
+        refuse_existing(branch(first))
+
+
+def test_a_report_that_fails_does_not_hide_how_the_run_ended(home, run, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("officina.launch.local.start", lambda *_: EXIT_CONTINUE)
+    monkeypatch.setattr("officina.launch.report.write_report", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    steps = committed_steps(run)[-1] + 1
+    assert cli.main(["resume", "runs/first", f"steps={steps}"]) == EXIT_CONTINUE
+    told = capsys.readouterr().err
+    assert "no report (OSError: [Errno 28] No space left on device)" in told and "officina report runs/first" in told
 
 
 # ---- as ranks of a launcher ----------------------------------------------------------------------------------------

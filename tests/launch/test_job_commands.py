@@ -90,6 +90,18 @@ def test_runs_without_jobs_are_said_to_have_none(tmp_path, capsys):
     assert main(["logs", "-f", str(run_dir)]) == 2 and "(jobs.jsonl names none)" in capsys.readouterr().err
 
 
+def test_a_folder_of_runs_that_is_not_there_is_no_folder_without_jobs(tmp_path, capsys):
+    assert main(["jobs", "--runs-dir", str(tmp_path / "nope")]) == 2 and "no such folder" in capsys.readouterr().err
+
+
+def test_the_log_of_a_rank_needs_no_job(tmp_path, capfdbinary):
+    run_dir = made_run(tmp_path / "run")
+    (run_dir / "logs").mkdir(exist_ok=True)
+    (run_dir / "logs/rank-00001.log").write_text("said here\n")
+    assert main(["logs", str(run_dir), "--rank", "1"]) == 0 and capfdbinary.readouterr().out == b"said here\n"
+    assert main(["logs", str(run_dir)]) == 2 and b"--rank N" in capfdbinary.readouterr().err
+
+
 def test_a_damaged_run_is_named_and_the_others_are_listed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(job_commands, "cluster_name", lambda: "here")
     monkeypatch.setattr(job_commands, "query", lambda ids: {"2": QueueState("PENDING", "Priority", None)})

@@ -292,9 +292,10 @@ def test_a_crash_in_the_last_task_of_an_array_leaves_the_others_alone(slurm_clus
     runs = [tmp_path / f"run-{i}" for i in (0, 1)]
     for run_dir in runs:
         run_dir.mkdir()
+    (tmp_path / "stop").write_text('{"event": "stop", "step": 1, "reason": "done", "exit_status": 0}\n')
     script = tmp_path / "job.sh"
     script.write_text(f"""#!/bin/bash
-first="touch {runs[0]}/began; until [ -e {runs[1]}/over ]; do sleep 0.1; done"
+first="touch {runs[0]}/began; until [ -e {runs[1]}/over ]; do sleep 0.1; done; cp {tmp_path}/stop {runs[0]}/metrics.jsonl"
 last="until [ -e {runs[0]}/began ]; do sleep 0.1; done; exit 9"
 steps=("$first" "$last")
 trap 'touch {runs[1]}/over' EXIT

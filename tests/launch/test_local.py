@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from officina.launch import postmortem
-from officina.launch.local import run_step
+from officina.launch.local import run_ranks, run_step
 from officina.trainer.config import RunConfig
+from officina.trainer.errors import LaunchError
 from officina.trainer.rank_env import RankEnv
 from officina.trainer.rank_log import describe, failure_path, log_path, write_failure
 from officina.trainer.run_dir import save_config
+from tests.launch.test_supervise import stop_record
 
 TINY = Path(__file__).with_name("tiny_rank.py")
 
@@ -168,7 +170,13 @@ def test_stop_while_the_ranks_are_still_starting(run_dir: Path):
     assert finish(parent)[0] == 75
 
 
+def commit(run_dir: Path) -> None:
+    (run_dir / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step-00000001" / "COMMIT").touch()
+
+
 def test_second_ctrl_c_kills(run_dir: Path):
+    commit(run_dir)
     parent = launch(run_dir, 1, "stubborn", 0)
     pids = started(run_dir, 1)
     parent.send_signal(signal.SIGINT)
@@ -242,25 +250,129 @@ def test_without_prctl_a_rank_watches_its_parent():
     assert subprocess.run([sys.executable, "-c", program], timeout=30, check=False).returncode == 75
 
 
+# ---- ranks that are the trainer but for its run, so that no torch is loaded ----------------------------------------------
+def light(deed: str) -> list[str]:
+    """The command of a rank that comes to `deed` instead of a run."""
+    program = ("import os, signal, sys, time\nfrom pathlib import Path\n"
+               "from officina.trainer import __main__ as trainer\nfrom officina.trainer.errors import DataError\n"
+               f"def run(run_dir, env, timeout_s):\n{textwrap.indent(textwrap.dedent(deed), '    ')}\n"
+               "trainer._run = run\nstatus = trainer.cli()\nos._exit(status) if status not in (0, 75) else sys.exit(status)")
+    return [sys.executable, "-c", program]
+
+
+def run_light(run_dir: Path, n_ranks: int, deed: str) -> int:
+    return run_ranks(run_dir, n_ranks, environ=os.environ, grace_s=20, command=[*light(deed), str(run_dir)])
+
+
+LEFT = "ended with exit status {} and left no exception"
+
+
+@pytest.mark.parametrize(("deed", "said"), [
+    ("os._exit(0)", LEFT.format(0)), ("os._exit(75)", LEFT.format(75)), ("sys.exit(0)", "failed: SystemExit: 0"),
+    ("raise GeneratorExit('of a user')", "failed: GeneratorExit: of a user")])
+def test_a_rank_that_leaves_before_its_work_is_done_has_failed(run_dir: Path, capfd, deed: str, said: str):
+    assert run_light(run_dir, 2, f"time.sleep(20 if env.rank == 0 else 0)\n{deed}") == 1
+    err = capfd.readouterr().err
+    assert err.startswith(f"\nofficina: rank 1 of 2 on {os.uname().nodename} {said}")
+    assert ("This is no orderly end" in err) == ("os._exit" in deed)
+
+
+@pytest.mark.parametrize("status", [0, 75])
+def test_a_rank_that_came_to_the_end_of_its_work_says_so(run_dir: Path, status: int):
+    assert run_light(run_dir, 1, f"return {status}") == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_stop_while_python_starts_waits_until_it_can_be_taken(run_dir: Path, capfd, number: signal.Signals):
+    def stop() -> None:
+        while not log_path(run_dir, 0).exists() or not log_path(run_dir, 0).stat().st_size:
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop).start()
+    deed = """
+        from officina.trainer.signals import StopRequest
+        with StopRequest() as stop:
+            while not stop.wanted:
+                time.sleep(0.01)
+        Path(run_dir, "stopped").write_text(stop.reason)
+        return 75
+    """
+    assert run_light(run_dir, 1, deed) == 75
+    assert (run_dir / "stopped").read_text() == number.name
+    assert f"{number.name}: the ranks finish their step" in capfd.readouterr().err
+
+
+def test_a_full_disk_hides_no_verdict(mount, capfd: pytest.CaptureFixture):
+    disk = mount("size=1m")
+    deed = """
+        with open(run_dir / "ballast", "wb", buffering=0) as ballast:
+            for size in (4096, 1):
+                try:
+                    while ballast.write(bytes(size)):
+                        pass
+                except OSError:
+                    pass
+        try:
+            while os.write(2, b"x"):
+                pass
+        except OSError:
+            pass
+        raise DataError("data.sources.a.path=/nowhere: there is no dataset.json.\\nTry: officina data build")
+    """
+    assert run_light(disk, 1, deed) == 2 and not failure_path(disk, 0).exists()
+    err = capfd.readouterr().err
+    assert "DataError: data.sources.a.path=/nowhere: there is no dataset.json.\nTry: officina data build\n  Log: " in err
+    assert "(the disk took no record of it)" in err and "Traceback" not in err
+
+
+def test_a_log_that_cannot_be_made_is_no_bug(run_dir: Path):
+    (run_dir / "logs").touch()
+    with pytest.raises(LaunchError, match=f"{run_dir}/logs.*, so the run directory cannot be written"):
+        run_light(run_dir, 1, "return 0")
+
+
+def test_without_a_parent_a_rank_tells_even_what_may_be_a_consequence(run_dir: Path):
+    """Also where neither stdin nor stdout are open, and the exception has no text in UTF-8."""
+    deed = ("torch = type(os)('torch.distributed.x')\n"
+            "exec('def lost(text): raise ConnectionResetError(104, text)', vars(torch))\n"
+            "torch.lost('Connection reset by peer \\udcff')")
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&-', "sh", *light(deed), run_dir], stderr=subprocess.PIPE, text=True,
+                          timeout=60, check=False)
+    assert done.returncode == 1 and done.stderr == (
+        f"officina: rank 0 on {os.uname().nodename}: ConnectionResetError: [Errno 104] Connection reset by peer \\udcff\n"
+        f"  Log: {log_path(run_dir, 0)}\n")
+    assert json.loads(failure_path(run_dir, 0).read_text())["consequence"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *light("return 0"), run_dir], timeout=60, check=False)
+    assert done.returncode == 0
+
+
 # ---- a step of ranks; with the real srun: test_slurm_start.py ------------------------------------------------------
 @pytest.mark.parametrize(("words", "status", "said"), [
-    ("exit 0", 0, ""),
-    ("exit 75", 75, ""),
+    ("say 0", 0, ""),
+    ("say 75", 75, ""),
+    ("exit 0", 1, "officina: srun ended with exit status 0 before the end of its work, and no rank said why."),
+    ("exit 75", 1, "officina: srun ended with exit status 75 before the end of its work, and no rank said why."),
     ("exit 3", 1, "officina: srun ended with exit status 3, and no rank said why."),
     ("exit 143", 1, "officina: srun ended by SIGTERM (signal 15), and no rank said why."),
     ("kill -9 $$", 1, "officina: srun ended by SIGKILL (signal 9), and no rank said why."),
 ])
 def test_end_of_a_step(run_dir: Path, capfd: pytest.CaptureFixture, words: str, status: int, said: str):
+    (run_dir / "metrics.jsonl").write_text(stop_record(0))  # of an earlier start
+    words = f"say() {{ echo '{stop_record('XX')}' | sed s/XX/$1/ >>{run_dir}/metrics.jsonl; exit $1; }}; {words}"
     assert run_step(run_dir, ["sh", "-c", words], environ=os.environ, grace_s=5) == status
     err = capfd.readouterr().err
     assert err.startswith(said) and (str(run_dir / "logs") in err) == bool(said)
 
 
-@pytest.mark.parametrize(("number", "again", "grace_s", "status"), [
-    (signal.SIGTERM, None, 0.3, 1), (signal.SIGINT, signal.SIGINT, 60, 130),
+@pytest.mark.parametrize(("number", "again", "grace_s", "status", "left"), [
+    (signal.SIGTERM, None, 0.3, 1, "The last checkpoint is intact"),
+    (signal.SIGINT, signal.SIGINT, 60, 130, "There was no checkpoint yet; from the beginning again"),
 ])
 def test_step_that_does_not_stop_is_killed(run_dir: Path, capfd: pytest.CaptureFixture, number: signal.Signals,
-                                           again: signal.Signals | None, grace_s: float, status: int):
+                                           again: signal.Signals | None, grace_s: float, status: int, left: str):
+    if "intact" in left:
+        commit(run_dir)
     threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
     if again is not None:
         threading.Timer(0.8, os.kill, (os.getpid(), again)).start()
@@ -268,4 +380,4 @@ def test_step_that_does_not_stop_is_killed(run_dir: Path, capfd: pytest.CaptureF
     assert run_step(run_dir, words, environ=os.environ, grace_s=grace_s) == status
     err = capfd.readouterr().err
     assert f"{number.name}: the ranks finish their step, save and leave" in err
-    assert f"officina: the step was killed. The last checkpoint is intact: officina resume {run_dir}" in err
+    assert f"officina: the step was killed. {left}: officina resume {run_dir}" in err

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +92,11 @@ def test_memory_goes_the_right_way():
     assert checkpoint_bytes(muon) < checkpoint_bytes(adamw)
     custom = CustomModelConfig(factory="a:b", loss="a:c", decoder="a:d")
     assert plan_memory(RunConfig(model=custom), 4) is None and checkpoint_bytes(RunConfig(model=custom)) == 0
+
+
+def test_an_engine_that_the_plan_does_not_know_is_not_taken_for_another():
+    with pytest.raises(NotImplementedError, match="the engine mine keeps"):
+        plan_memory(RunConfig(engine=SimpleNamespace(kind="mine", recompute="none")), 2)
 
 
 @pytest.mark.parametrize("more", [["engine=ddp", "batch.micro_rows=8"], ["batch.micro_rows=8"],
@@ -197,6 +203,11 @@ def test_plan_without_a_site(capsys):
     assert "lumi-g" in out and "checkpoints of 96.4 GB" in out
     assert cli.main(["plan", *GB8, "--ranks", "64"]) == 2
     assert "engine=single: is one process, and there are 64 ranks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ranks", ["0", "-5"])
+def test_a_plan_is_for_a_rank_at_least(capsys, ranks):
+    assert cli.main(["plan", *GB8, "--ranks", ranks]) == 2 and f"--ranks {ranks}: " in capsys.readouterr().err
 
 
 def test_plan_on_a_site_is_that_of_submit(capsys):

@@ -19,7 +19,7 @@ from officina.launch.job_record import JOBS, JobRecord, append_job, read_jobs
 from officina.launch.supervise import CONTINUE, CRASH, DONE, ENDED, LIMIT, NO_PROGRESS, USER, Ended
 from officina.trainer import errors, rank_log
 from officina.trainer.errors import LaunchError
-from officina.trainer.run_dir import claim
+from officina.trainer.run_dir import claim, committed_steps
 
 
 def attempts(*said: dict) -> list[dict]:
@@ -46,10 +46,18 @@ def failure(**more) -> dict:
 
 
 # ---- the end of one attempt ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("left_with, outcome", [(0, DONE), (75, CONTINUE), (None, CRASH)])
+@pytest.mark.parametrize("state", ["", "CANCELLED"])
+def test_an_orderly_end_is_one_that_the_run_recorded(left_with, outcome, state):
+    """Not every status 0 is one: user code may call os._exit(0)."""
+    stop = "SIGTERM" if state else ""
+    for status in (0, 75):
+        found, error, _ = supervise.judge(Ended(status, stop, state, False), None, left_with)
+        assert found == (ENDED if state and left_with is None else outcome)
+        assert (f"exit status {status} before the run had recorded its end" in error) == (found == CRASH)
+
+
 @pytest.mark.parametrize("ended, failed, outcome", [
-    (Ended(0, "", "", False), None, DONE),
-    (Ended(75, "", "", False), None, CONTINUE),
-    (Ended(75, "SIGTERM", "CANCELLED", False), None, CONTINUE),
     (Ended(137, "", "", False), failure(exit_status=2), USER),
     (Ended(137, "", "", False), failure(exit_status=76), NO_PROGRESS),
     (Ended(137, "", "", False), failure(exit_status=2, message="rank 0 on n1 cannot listen on port 20005: ..."), CRASH),
@@ -131,17 +139,28 @@ def job(run_dir: Path, program: str, *options: str, env: dict | None = None) -> 
                           capture_output=True, text=True, timeout=60, env=os.environ | (env or {}), check=False)
 
 
+def stop_record(status: object) -> str:
+    """The line of metrics.jsonl by which rank 0 says that the run ends in good order."""
+    return f'{{"event": "stop", "step": 1, "reason": "done", "exit_status": {status}}}\n'
+
+
+def leave(status: int, run_dir: object = "RUN") -> str:
+    """A program that ends as rank 0 does in good order."""
+    return f"open('{run_dir}/metrics.jsonl', 'a').write({stop_record(status)!r}); exit({status})"
+
+
 def told(run_dir: Path) -> list[str | None]:
     return [a["outcome"] for a in supervise.read_attempts(str(run_dir))]
 
 
 def test_the_exit_status_is_that_of_the_training(tmp_path):
-    for program, status, outcome in (("", 0, DONE), ("exit(75)", 75, CONTINUE), ("exit(2)", 2, USER),
-                                     ("exit(76)", 76, NO_PROGRESS)):
-        run_dir = tmp_path / str(status)
+    for number, (program, status, outcomes) in enumerate((
+            (leave(0), 0, [DONE]), (leave(75), 75, [CONTINUE]), ("exit(2)", 2, [USER]), ("exit(76)", 76, [NO_PROGRESS]),
+            ("import os; os._exit(0)", 76, [CRASH, NO_PROGRESS]))):
+        run_dir = tmp_path / str(number)
         run_dir.mkdir()
-        assert job(run_dir, program).returncode == status
-        assert told(run_dir) == [outcome]
+        assert job(run_dir, program.replace("RUN", str(run_dir))).returncode == status
+        assert told(run_dir) == outcomes
 
 
 def test_every_attempt_has_its_own_port_and_name_and_the_same_crash_twice_ends_it(tmp_path):
@@ -173,7 +192,7 @@ def test_crashes_that_differ_are_tried_up_to_the_cap_over_all_jobs(tmp_path):
 
 def test_a_stop_signal_reaches_the_step_as_usr1(tmp_path):
     ready = tmp_path / "ready"
-    program = ("import signal, time, pathlib\nsignal.signal(signal.SIGUSR1, lambda *_: exit(75))\n"
+    program = (f"import signal, time, pathlib\ndef stop(*_):\n    {leave(75, tmp_path)}\nsignal.signal(signal.SIGUSR1, stop)\n"
                f"pathlib.Path('{ready}').touch()\ntime.sleep(60)")
     for number in (signal.SIGTERM, signal.SIGUSR1):
         process = subprocess.Popen([sys.executable, supervise.__file__, str(tmp_path), "--", sys.executable, "-c", program],
@@ -231,7 +250,7 @@ def test_a_chain_member_that_could_not_be_cancelled_stops_by_itself(tmp_path):
     append_job(tmp_path, JobRecord(job_id="9", what="train", site="x"))  # submitted since: somebody mended it
     time.sleep(1)
     append_job(tmp_path, JobRecord(job_id="10", what="train", site="x"))
-    assert job(tmp_path, "exit(0)", env={"SLURM_JOB_ID": "10"}).returncode == 0
+    assert job(tmp_path, leave(0, tmp_path), env={"SLURM_JOB_ID": "10"}).returncode == 0
 
 
 def test_nodes_that_die_again_and_again_are_no_progress(tmp_path):
@@ -239,7 +258,7 @@ def test_nodes_that_die_again_and_again_are_no_progress(tmp_path):
         supervise.note(str(tmp_path), "begin", {"number": number, "job": "1", "restart": number, "from_checkpoint": -1})
     done = job(tmp_path, "exit(0)", "--max-attempts", "2")
     assert done.returncode == 76 and "2 attempts in a row brought no newer checkpoint than the start" in done.stderr
-    assert job(tmp_path, "exit(0)", "--max-attempts", "2").returncode == 0, "who starts it by hand is not held back"
+    assert job(tmp_path, leave(0, tmp_path), "--max-attempts", "2").returncode == 0, "who starts it by hand is not held back"
 
 
 # ---- what is read ------------------------------------------------------------------------------------------------------
@@ -262,6 +281,11 @@ def test_it_means_the_same_as_the_trainer(tmp_path):
     for one in found:
         rank_log.write_failure(tmp_path, one)
     assert supervise.first_failure(str(tmp_path))["rank"] == rank_log.first_failure(found).rank == 3
+    for name in ("step-00000005", "step-00000007.old", "step-00000008.damaged", "step-00000009"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        if name != "step-00000009":  # a kill came before its commit
+            (tmp_path / "checkpoints" / name / "COMMIT").touch()
+    assert supervise.newest_checkpoint(str(tmp_path)) == committed_steps(tmp_path)[-1] == 7
 
 
 @pytest.mark.parametrize("text, found", [("2-03:04:05", 183845), ("03:04:05", 11045), ("4:05", 245), ("0:00", 0),
@@ -280,6 +304,14 @@ def test_the_last_words_are_those_that_the_attempt_wrote(tmp_path):
     path.write_text(path.read_text() + '\n{"step": 8, "event": "stop", "exit_status": 0}\n')
     assert words(str(tmp_path), before) == (8, 0)
     assert words(str(tmp_path / "no"), 0) == (-1, None)
+
+
+def test_a_torn_line_takes_no_other_with_it(tmp_path):
+    for number in (1, 2):
+        supervise.note(str(tmp_path), "begin", {"number": number})
+        with open(tmp_path / supervise.ATTEMPTS, "a") as file:
+            file.write('{"event": "end", "outc')
+    assert [a["number"] for a in supervise.read_attempts(str(tmp_path))] == [1, 2]
 
 
 def test_ranks_that_srun_killed_while_they_left_had_left_in_good_order():

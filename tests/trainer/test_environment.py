@@ -126,6 +126,13 @@ def test_the_newest_start_is_the_one_that_is_described(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["environment.json"]
 
 
+def test_a_disk_that_takes_no_description_is_no_reason_not_to_train(mount, capsys):
+    disk = mount("nr_inodes=2")  # one for the folder
+    (disk / "file").touch()
+    write_environment(disk, {"python": "3.11"})
+    assert "environment.json cannot be written (No space left on device). Training goes on" in capsys.readouterr().out
+
+
 def test_describing_a_login_node_needs_no_torch():
     code = "import sys; from officina.trainer.environment import describe; describe(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

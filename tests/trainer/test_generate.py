@@ -79,6 +79,11 @@ def test_top_p_draws_only_from_the_likeliest(module):
     assert next(generate(module, [1, 2], max_new_tokens=1, top_p=1e-9, seed=5)) == greedy
 
 
+def test_the_smallest_temperature_takes_the_likeliest(module):
+    greedy, coldest = (list(generate(module, [1, 2], max_new_tokens=9, temperature=t)) for t in (0, 1e-320))
+    assert coldest == greedy
+
+
 def test_it_stops_before_the_stop_token(module):
     tokens = list(generate(module, [5], max_new_tokens=60, temperature=3.0, seed=4))
     stop = tokens[20]
@@ -93,6 +98,7 @@ def test_it_stops_before_the_stop_token(module):
     (dict(temperature=-1.0), "--temperature -1.0 must be 0"),
     (dict(top_p=0.0), "--top-p 0.0 must be above 0"),
     (dict(top_p=1.5), "--top-p 1.5 must be above 0 and at most 1"),
+    (dict(seed=2**63), f"--seed {2**63} must be a number of 64 bits"),
 ])
 def test_values_without_sense_are_refused(module, arguments, message):
     with pytest.raises(OfficinaError, match=message):
@@ -161,6 +167,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, capsys):
 
 def test_refusals_of_the_command(tmp_path):
     run = write_run(tmp_path)
+    with pytest.raises(OfficinaError, match="prompt is not UTF-8 at character 3"):
+        main([str(tmp_path), "caf\udce9"])
+    with pytest.raises(OfficinaError, match=r"step-00000007 does not exist. Step 2 is whole: \S+@2, step=2 or --step 2"):
+        main([str(tmp_path), "x", "--step", "7"])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(OfficinaError, match=r"tokenizer.json is no tokenizer that can be read \(.*cp DATASET/tokenizer.json"):
+        main([str(tmp_path), "x"])
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(OfficinaError, match=r"tokenizer.json does not exist.*cp DATASET/tokenizer.json"):
         main([str(tmp_path), "x"])

@@ -10,7 +10,7 @@ from hf_models import save
 from lives import begin, losses, plain_run, states
 
 from officina.configs.compose import compose, compose_all
-from officina.launch.start import plan_train
+from officina.launch.start import plan_resume, plan_train
 from officina.trainer.checkpoint.verify import Alone
 from officina.trainer.config import DDPConfig, FSDP2Config
 from officina.trainer.hf.base import open_base
@@ -123,6 +123,14 @@ def test_every_engine_starts_from_the_same_weights(llama, data, tmp_path, pool):
     words = ["model=from_init", f"init_from={run_dir}", f"data.sources.x.path={data}", "device=cpu", "steps=2",
              "batch.seq_len=32", "batch.global_tokens=64", "lr_schedule.warmup_steps=1"]
     assert plan_train(words, tmp_path, world_size=1).checked().run.init_from == f"{run_dir}@2"
+    [problem] = plan_train([*words, f"init_from={run_dir}@7"], tmp_path, world_size=1).problems
+    assert "no whole checkpoint of step 7; there are: " in problem.rule and problem.remedy == f"init_from={run_dir}@2"
+    resumed = plan_resume(tmp_path / "again", ["steps=99", "init_from=nowhere"], world_size=1)
+    assert [(p.key, p.rule) for p in resumed.problems] == [("init_from", "nowhere does not exist")]
+    assert plan_resume(tmp_path / "again", ["steps=99", f"init_from={tmp_path / 'fsdp2'}@2"], world_size=1).problems == []
+    shutil.rmtree(f"{run_dir}/checkpoints")
+    [problem] = plan_train(words, tmp_path, world_size=1).problems
+    assert problem.key == "init_from" and "no whole checkpoint; there are: none" in problem.rule
 
 
 def test_the_model_is_taken_from_the_folder(llama):

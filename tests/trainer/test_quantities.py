@@ -11,7 +11,8 @@ from officina.trainer.quantities import parse_count, parse_duration_s
     ("0", 0), ("4096", 4096), ("1e9", 10**9), ("10B", 10**10), ("10b", 10**10), ("512k", 512_000), ("512K", 512_000),
     ("4Ki", 4096), ("4ki", 4096), ("2Mi", 2**21), ("1Gi", 2**30), ("1g", 10**9), ("2T", 2 * 10**12), ("1Ti", 2**40),
     ("524_288", 524_288), ("1.5k", 1500), ("0.5Ki", 512), (".5k", 500), ("1.5e3", 1500), ("1e3k", 10**6), (" 7 ", 7),
-    ("+7", 7), ("-1", -1), ("1e+3", 1000), (7, 7), (7.0, 7), ("9007199254740993", 9007199254740993)])
+    ("+7", 7), ("-1", -1), ("1e+3", 1000), (7, 7), (7.0, 7), ("9007199254740993", 9007199254740993),
+    ("16.1k", 16_100), ("4.1M", 4_100_000), ("1.001k", 1001), ("9223372036854775807", 2**63 - 1)])
 def test_counts(text, number):
     assert parse_count(text) == number and type(parse_count(text)) is int
 
@@ -26,6 +27,12 @@ def test_what_is_no_count(text):
 @pytest.mark.parametrize(("text", "near"), [("1.5", "2"), ("0.1", "1"), ("1.0005k", "1000"), ("1e-3", "1")])
 def test_a_fraction_is_no_count_and_the_message_says_what_would_be(text, near):
     with pytest.raises(ValueError, match=f"not a whole number; write for example {near}"):
+        parse_count(text)
+
+
+@pytest.mark.parametrize("text", ["1e400", "9223372036854775808", 2**63, f"{'9' * 400}.5", "10000000T"])
+def test_a_count_has_a_bound(text):
+    with pytest.raises(ValueError, match="at most 2\\*\\*63 - 1"):
         parse_count(text)
 
 

@@ -10,14 +10,18 @@ import pytest
 
 from officina.trainer import rank_log
 from officina.trainer.errors import DataError, LaunchError
+from officina.trainer.memory import is_out_of_memory
 from officina.trainer.rank_env import LONE, RankEnv
 
 SECOND = RankEnv(1, 1, 2, 2, "officina")
 
 
-def failure(error: BaseException, env: RankEnv = SECOND) -> rank_log.Failure:
+def failure(error: BaseException, env: RankEnv = SECOND, module: str = __name__) -> rank_log.Failure:
+    """The failure of a rank by an error that was raised in `module`."""
+    there = {"__name__": module}
+    exec(compile("def fail(error): raise error", __file__, "exec"), there)
     try:
-        raise error
+        there["fail"](error.with_traceback(None))
     except BaseException as raised:
         return rank_log.describe(env, raised)
 
@@ -58,15 +62,32 @@ def test_a_record_that_cannot_be_written_does_not_hide_the_exception(tmp_path: P
     (RuntimeError("CUDA error: device-side assert triggered"), False),
 ])
 def test_consequences_of_another_rank_s_death_are_known(error: Exception, consequence: bool):
-    assert failure(error).consequence is consequence
+    """And only where it was a module that speaks to other ranks which raised: a user's code has connections of its own."""
+    for module in ("torch.distributed.distributed_c10d", "deepspeed.comm.torch", "officina.trainer.ranks"):
+        assert failure(error, module=module).consequence is consequence
+    for module in ("torch_model", "officina.trainer.data.remote"):
+        assert not failure(error, module=module).consequence
 
 
 def test_the_cause_comes_before_its_consequences_and_then_the_earliest():
     cause, later = failure(ValueError("bad")), failure(KeyError("worse"))
-    early = dataclasses.replace(failure(RuntimeError("Connection closed by peer")), time_s=cause.time_s - 5)
+    early = failure(RuntimeError("Connection closed by peer"), module="torch.distributed.x")
+    early = dataclasses.replace(early, time_s=cause.time_s - 5)
     assert rank_log.first_failure([early, later, cause]) == cause
     assert rank_log.first_failure([early]) == early
     assert rank_log.first_failure([]) is None
+
+
+class Mute(RuntimeError):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+def test_an_exception_without_a_text_is_recorded_too(tmp_path: Path):
+    rank_log.write_failure(tmp_path, failure(Mute()))
+    [found] = rank_log.read_failures(tmp_path)
+    assert (found.error, found.message) == ("Mute", "(its text cannot be told: __str__ raised ValueError)")
+    assert "in fail" in found.traceback and not is_out_of_memory(Mute())
 
 
 def test_redirect_takes_the_descriptors(tmp_path: Path):

@@ -8,9 +8,9 @@ import pytest
 
 from officina.configs.compose import compose, recompose
 from officina.trainer.config import PlannedStage, SourceConfig, TimelineStage
-from officina.trainer.data.order import plan_stages, sources_in_use
+from officina.trainer.data.order import plan_stages, sources_in_use, timeline_of
 from officina.trainer.keys import leaves
-from officina.trainer.resume import RULES, carry_forward, changes, resume_problems, ruling
+from officina.trainer.resume import RULES, as_planned, carry_forward, changes, resume_problems, ruling
 from officina.trainer.validate import problems
 
 
@@ -72,6 +72,24 @@ def test_what_the_past_rests_on_is_refused_even_with_force(old, word):
     assert list(found) == [key] and "cannot change" in found[key].rule
     if "=" in found[key].remedy:  # the remedy is the old value, and it works
         assert judge(old, [word, found[key].remedy.strip("'")]) == {}
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "nonsense"), ("there", "")])
+def test_what_a_run_began_from_may_move_but_not_come_or_go(old, before, after):
+    old = replace(old, init_from=before)
+    found = judge(old, [f"init_from={after}"], force=True)
+    assert "may move, not come or go" in found["init_from"].rule
+    assert judge(old, [found["init_from"].remedy]) == {}
+    assert judge(replace(old, init_from="there"), ["init_from=elsewhere"]) == {}
+
+
+def test_no_source_at_all_is_not_judged_by_the_table(old):
+    assert judge(old, ["~data.sources"]) == {}
+    assert [p.key for p in problems(recompose(old, ["~data.sources"]).run, read_data=False)] == ["data.sources"]
+
+
+def test_the_remedy_of_officinas_own_key_is_its_value(old):
+    assert judge(old, ["data.planned_at=3"])["data.planned_at"].remedy == "data.planned_at=null"
 
 
 def test_another_model_or_optimizer_is_one_problem(old):
@@ -138,6 +156,22 @@ def test_a_new_source_begins_at_the_next_sample(old):
     assert problems(run, read_data=False) == []
     again = mix(run, [], 6400)
     assert again == run
+
+
+@pytest.mark.parametrize(("now", "then", "planned_at", "kept"), [
+    (["0 a", "40 ab", "80 b"], [], None, ["0 a"]), (["0 a", "20 ab", "80 b"], ["0 a", "20 ab"], None, ["0 a", "20 ab"]),
+    (["0 a", "40 b"], ["0 a", "40 b"], 0, ["0 a", "40 b"]), (["0 a", "40 b"], ["0 a", "40 b"], 35, ["0 a"]),
+    (["0 a", "35 c", "90 b"], ["0 a", "40 b", "60 a"], 10, ["0 a", "40 b", "60 a"]), (["0 a", "30 b"], [], None, ["0 a"])])
+def test_a_branch_gets_the_mixtures_that_were_planned_at_its_sample(old, now, then, planned_at, kept):
+    """Stages as `from_sample sources`; `now` by the newest configuration, `then` by the one of sample 30."""
+    def stages(texts):
+        return [TimelineStage(from_sample=int(at), weights=dict.fromkeys(names, 1.0)) for at, names in map(str.split, texts)]
+
+    data = replace(old.data, timeline=stages(now), planned_at=planned_at, sources={n: SourceConfig(path=n) for n in "abc"})
+    found = as_planned(data, 30, stages(then), planned_at)
+    assert timeline_of(found) == stages(kept) and set(found.sources) >= {name for s in stages(kept) for name in s.weights}
+    if kept == ["0 a"]:
+        assert found.timeline == [] and set(found.sources) == {"a"} and found.planned_at is None
 
 
 def test_a_source_that_leaves_stays_known_for_the_audit_and_can_come_back(old):

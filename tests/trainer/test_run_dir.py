@@ -11,6 +11,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from officina.launch.supervise import claimed
 from officina.trainer.config import AdamWConfig, FSDP2Config, MuonConfig, RunConfig, ZeroConfig
 from officina.trainer.errors import ConfigError, LaunchError, OfficinaError
 from officina.trainer.run_dir import (
@@ -25,6 +26,7 @@ from officina.trainer.run_dir import (
     read_history,
     read_run_id,
     save_config,
+    unwritable,
 )
 
 START = Start(run_id="abc", action="start", words=["seed=1"], step=0, world_size=2, engine="fsdp2", commit=None)
@@ -32,7 +34,7 @@ START = Start(run_id="abc", action="start", words=["seed=1"], step=0, world_size
 
 @settings(max_examples=50, deadline=None)
 @example(lr=1e-3, eps=1e-8, seed=0, account="\x85 \u2028", engine=FSDP2Config(), limit=None)
-@given(lr=st.floats(1e-12, 1.0), eps=st.floats(1e-300, 1e-3), seed=st.integers(0, 2**63), account=st.text(max_size=12),
+@given(lr=st.floats(1e-12, 1.0), eps=st.floats(1e-300, 1e-3), seed=st.integers(0, 2**63 - 1), account=st.text(max_size=12),
        engine=st.sampled_from([FSDP2Config(), ZeroConfig(stage=3)]), limit=st.none() | st.floats(0, 1e9))
 def test_a_run_comes_back_as_it_was(tmp_path_factory, lr, eps, seed, account, engine, limit):
     from officina.trainer.config import SiteConfig
@@ -126,6 +128,14 @@ def test_a_line_cut_short_by_a_crash_costs_only_itself(tmp_path):
     assert len(read_history(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("line", [b"[1]", b"\xff\xfe", b"7", b"null"])
+def test_a_damaged_line_of_history_costs_only_itself(tmp_path, line):
+    append_history(tmp_path, START)
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(line + b"\n" + path.read_bytes() + line + b"\n")
+    assert len(read_history(tmp_path)) == 1 and read_run_id(tmp_path) == "abc"
+
+
 def test_a_directory_without_history_has_no_id(tmp_path):
     assert read_history(tmp_path) == [] and read_run_id(tmp_path) == ""
     assert new_run_id() != new_run_id()
@@ -139,11 +149,12 @@ def test_each_diff_is_kept_once(tmp_path):
 
 
 def test_only_committed_checkpoints_count(tmp_path):
-    for name, committed in (("step-00000100", True), ("step-00000200", False), ("step-00000050.damaged", True)):
+    for name, committed in (("step-00000100", True), ("step-00000200", False), ("step-00000050.damaged", True),
+                            ("step-00000100.old", True), ("step-00000200.old", True)):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         if committed:
             (tmp_path / "checkpoints" / name / "COMMIT").write_text("{}")
-    assert committed_steps(tmp_path) == [100]
+    assert committed_steps(tmp_path) == [100, 200], "a kill came while step 200 was being written anew"
 
 
 def test_a_claim_ends_with_its_process(tmp_path):
@@ -160,6 +171,26 @@ def test_a_claim_ends_with_its_process(tmp_path):
         other.stdout.close()
     with claim(tmp_path):
         pass
+
+
+def test_a_full_disk_keeps_nobody_from_claiming(mount):
+    disk = mount("size=64k")
+    (disk / ".claim").touch()
+    with pytest.raises(OSError, match="No space left"):
+        (disk / "ballast").write_bytes(bytes(2**17))
+    with claim(disk):
+        assert (disk / ".claim").read_text() == ""
+    with claimed(str(disk)) as holder:
+        assert holder == ""
+
+
+def test_a_run_that_cannot_be_written_is_not_offered_what_resume_has_not(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "history.jsonl"))
+    assert "cannot be made. Choose another place: --runs-dir DIR" in str(unwritable(tmp_path, full))
+    save_config(RunConfig(), tmp_path)
+    told = str(unwritable(tmp_path, full))
+    assert told.startswith(f"{tmp_path}/history.jsonl: No space left on device") and "officina resume COPY" in told
+    assert "--runs-dir" not in told
 
 
 def test_no_claim_where_the_file_system_keeps_no_locks(tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 """Stop signals as requests."""
 
 import os
+import pty
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -16,6 +19,30 @@ def test_signal_becomes_a_request(number: signal.Signals):
         os.kill(os.getpid(), number)
         assert (stop.wanted, stop.reason) == (True, number.name)
     assert signal.getsignal(number) is before
+
+
+def test_a_run_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.wanted
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_closed_is_a_stop_and_what_is_printed_later_no_error(tmp_path):
+    program = (f"import fcntl, termios, time; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+               "from officina.trainer.signals import StopRequest\n"
+               "with StopRequest() as stop:\n    print('ready', flush=True)\n    while not stop.wanted: time.sleep(0.01)\n"
+               f"print('words', flush=True)\nopen('{tmp_path}/reason', 'w').write(stop.reason)")
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=inside, stdout=inside, stderr=inside,
+                               start_new_session=True)
+    os.close(inside)
+    assert os.read(terminal, 100) == b"ready\r\n"
+    os.close(terminal)
+    assert process.wait(30) == 0 and (tmp_path / "reason").read_text() == "SIGHUP"
 
 
 def test_inner_block_sees_what_came_before_it():

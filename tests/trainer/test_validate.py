@@ -194,6 +194,7 @@ COMBINATIONS = [
     ("a file", [*CUSTOM, "model.decoder=my/model.py:decode"], None, "model.decoder"),
     ("blocks", [*CUSTOM, "model.blocks=my blocks"], None, "model.blocks"),
     ("seq_len of a custom model", [*CUSTOM, "batch.seq_len=256"], None, "batch.seq_len"),
+    ("an argument of a custom model that has keys", [*CUSTOM, "model.args.z={a:1}"], None, "model.args.z"),
     ("z_loss of a custom model", [*CUSTOM, "objective.z_loss=1e-4"], None, "objective.z_loss"),
     *((f"{name} missing", [w for w in CUSTOM if not w.startswith(f"model.{name}")], None, f"model.{name}")
       for name in ("factory", "loss", "decoder")),
@@ -231,6 +232,13 @@ COMBINATIONS = [
     *((f"purpose {words}", [f"use.purpose={words}"], None, "use.purpose") for words in ("Basic Research", "dpv:Research")),
     ("no data set", ["data.sources.extra.path=nowhere"], None, "data.sources.extra.path"),
     ("small vocabulary", ["model.vocab_size=1000"], None, "model.vocab_size"),
+    *((f"beyond {key}", [f"{key}=1e18"], None, key) for key in (
+        "threads", "ranks", "model.n_layers", "objective.spike_window", "data.shuffle_block", "data.prefetch_batches")),
+    *((f"count {value}", [f"steps={value}"], None, "steps") for value in ("1e400", "1e4000")),
+    ("long path", [f"data.sources.extra.path={'p' * 5000}"], None, "data.sources.extra.path"),
+    ("stages without keys", ["data.stages=[1,2]"], None, "data.stages"),
+    ("timeline without keys", ["data.timeline=[1,2]"], None, "data.timeline"),
+    ("source without a name", ["data.sources..path=x"], None, "data.sources..path"),
     ("space", ["steps 5"], None, "steps 5"),
     ("option alone", ["zero2"], None, "zero2"),
     ("key alone", ["steps"], None, "steps"),
@@ -334,6 +342,21 @@ def test_data_sets_must_share_a_tokenizer(data, tmp_path):
     other = make_data(tmp_path, tokenizer="b")
     found = judge(["experiment=demo", f"data.sources.python.path={data}", f"data.sources.other.path={other}"])
     assert [p.key for p in found] == ["data.sources.other.path"] and "another tokenizer" in found[0].rule
+    assert f"data.sources.python.path={data}" in found[0].rule, "neither is the one to blame"
+
+
+@pytest.mark.parametrize(("word", "remedy"), [
+    ("learning_rate=1e-3", "optim.lr=1e-3"), ("batch_size=8", "batch.micro_rows=8"), ("max_steps=9", "steps=9"),
+    ("planned=3", "data."), ("data.sources..path=x", "data.sources.NAME.path=x")])
+def test_what_is_meant_is_never_a_key_of_officinas_own(word, remedy):
+    [problem] = compose_all([word]).problems
+    assert problem.remedy.startswith(remedy) or remedy == "data.", problem
+    assert "planned_at" not in str(problem) and "timeline" not in problem.remedy
+
+
+def test_a_number_that_should_be_text_is_not_written_out_anew():
+    [problem] = compose_all(["site={account:1e5}"]).problems
+    assert problem.remedy == "site.account=VALUE in quotes"
 
 
 def test_records_are_not_read_by_a_decoder(tmp_path):
@@ -369,6 +392,13 @@ def test_a_fault_in_a_planned_stage_is_told_by_its_place(data, entry, rule):
 def test_a_source_of_past_samples_may_not_vanish(data):
     words = ["experiment=demo", f"data.sources.python.path={data}", "data.timeline=[{from_sample:0,weights:{old:1}}]"]
     assert [p.key for p in judge(words)] == ["data.sources.old.path"]
+
+
+def test_data_that_is_not_built_is_built_with_the_models_vocabulary():
+    [problem] = judge(["experiment=demo", "data.sources.python.path=nowhere"])
+    assert problem.remedy == "officina data build nowhere --vocab-size 2048"
+    [problem] = judge(["experiment=demo", "data.sources.python.path=nowhere", "init_from=MODEL"])
+    assert problem.remedy == "officina data build nowhere", "with the tokenizer of that model"
 
 
 @pytest.mark.parametrize(("ranks", "devices", "remedy"), [(8, 4, "ranks=4"), (2, 0, "device=cpu")])

@@ -23,8 +23,9 @@ class Writing:
         self.stall_s = 0.0
         """Time the loop stood still for this save so far."""
         self.tally = Tally()
-        self.manifest_hash = "0" * 32
-        self.error: Exception | None = None
+        self.manifest_hash = ""
+        """Of the finished file."""
+        self.error: BaseException | None = None
         self._pool = pool
         self._queue: queue.SimpleQueue[Segment | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -35,7 +36,7 @@ class Writing:
             for segment in stage(pieces, self._pool, self.tally):
                 self._queue.put(segment)
         except MemoryError as e:
-            self.error = OSError(errno.ENOMEM, str(e))
+            self._fail(e)
         finally:
             self._queue.put(None)
 
@@ -53,30 +54,36 @@ class Writing:
         """Wait for the thread."""
         if self._thread is not None:
             self._thread.join()
+        if not self.manifest_hash:
+            self.error = self.error or RuntimeError("the thread that writes it ended before the file was finished")
 
     def discard(self) -> None:
         """Give the staged segments back unwritten."""
         while (segment := self._queue.get()) is not None:
             self._pool.give(segment.buffer)
 
+    def _fail(self, error: BaseException) -> None:
+        """The first error counts. A host without memory is a failed save, as a full disk is, and no bug."""
+        self.error = self.error or (OSError(errno.ENOMEM, str(error)) if isinstance(error, MemoryError) else error)
+
     def _write(self, run_id: str, rank: int, world_size: int, expected_bytes: int) -> None:
         file: RankFile | None = None
         try:
             file = RankFile(self.directory, run_id, self.train_state.step, rank, world_size, expected_bytes)
-        except Exception as e:
-            self.error = self.error or e
+        except BaseException as e:  # also SystemExit, of which a thread ends without a word
+            self._fail(e)
         while (segment := self._queue.get()) is not None:  # drained in any case: the other side waits for the buffers
             if self.error is None:
                 try:
                     file.write(segment)
-                except Exception as e:
-                    self.error = e
+                except BaseException as e:
+                    self._fail(e)
             self._pool.give(segment.buffer)
         try:
             if self.error is None:
                 self.manifest_hash = file.finish()
-        except Exception as e:
-            self.error = e
+        except BaseException as e:
+            self._fail(e)
         finally:
             if file is not None:
                 file.abandon()

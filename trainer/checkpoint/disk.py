@@ -89,7 +89,14 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def remove_checkpoint(directory: Path) -> None:
-    """Remove a checkpoint directory; COMMIT goes first and durably, so that a kill leaves nothing that counts."""
+    """Remove a checkpoint directory; COMMIT goes first and durably, so that a kill leaves nothing that counts.
+
+    Of a link only the link: what it leads to, such as an archive, is not ours to remove.
+    """
+    if directory.is_symlink():
+        directory.unlink()
+        sync_dir(directory.parent)
+        return
     try:
         os.unlink(directory / COMMIT)
         sync_dir(directory)

@@ -1,5 +1,6 @@
 """Which checkpoints a run keeps, and how directories make way for each other. No torch here."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,11 +27,11 @@ def superseded(steps: Iterable[int], newest: int, *, keep_last: int, keep_every:
 
 
 def committed_steps(run_dir: Path) -> list[int]:
-    """Steps with a directory that holds a valid COMMIT."""
+    """Steps with a directory that holds a valid COMMIT, its own or that of a step that was being written anew (`.old`)."""
     steps = []
     for path in checkpoints_dir(run_dir).iterdir():
         parsed = parse_step_dir(path.name)
-        if parsed and not parsed[1]:
+        if parsed and parsed[1] in ("", ".old"):
             try:
                 steps.append(read_commit(path).step)
             except (Unreadable, OSError):
@@ -41,14 +42,14 @@ def committed_steps(run_dir: Path) -> list[int]:
 def tidy(run_dir: Path, newest: int, *, keep_last: int, keep_every: int) -> str | None:
     """Remove what `newest` supersedes. Returns what could not be removed and why, or None."""
     problems = []
-    gone = [step_dir(run_dir, s)
-            for s in superseded(committed_steps(run_dir), newest, keep_last=keep_last, keep_every=keep_every)]
+    steps = superseded(committed_steps(run_dir), newest, keep_last=keep_last, keep_every=keep_every)
+    gone = [path for s in steps for path in (step_dir(run_dir, s), old_dir(step_dir(run_dir, s)))]
     for path in [old_dir(step_dir(run_dir, newest)), *gone]:
         try:
-            if path.exists():
+            if os.path.lexists(path):
                 remove_checkpoint(path)
         except OSError as e:
-            problems.append(f"{path} is superseded and could not be removed: {e.strerror}")
+            problems.append(f"{path} is superseded and could not be removed: {e.strerror or e}")
     return "; ".join(problems) or None
 
 
@@ -89,7 +90,7 @@ def make_way(directory: Path, whole: bool) -> None:
         set_aside(directory)
         return
     old = old_dir(directory)
-    if old.exists():
+    if os.path.lexists(old):
         remove_checkpoint(old)
     directory.rename(old)
     sync_dir(directory.parent)
@@ -97,7 +98,7 @@ def make_way(directory: Path, whole: bool) -> None:
 
 def undo(directory: Path) -> None:
     """Remove a save that failed and put back the checkpoint that had made way for it."""
-    if directory.exists():
+    if os.path.lexists(directory):
         remove_checkpoint(directory)
     if old_dir(directory).exists():
         old_dir(directory).rename(directory)

@@ -186,7 +186,7 @@ def open_checkpoint(run_dir: Path, *, step: int | None = None, ranks: RankGroup 
             return OpenCheckpoint(contents, tuple(passed_over), tuple(damaged), threads_here(ranks))
         else:
             raise CheckpointError(f"step {step} of {run_dir} cannot be loaded: {'; '.join(passed_over)}. "
-                                  f"Step {of_step} is whole: from={run_dir}@{of_step}")
+                                  f"Step {of_step} is whole: {run_dir}@{of_step}, step={of_step} or --step {of_step}")
     if not candidates:
         raise CheckpointError(f"{checkpoints_dir(run_dir)} holds no checkpoint. Is {run_dir} the run you mean? Without "
                               f"a checkpoint a run starts anew: officina train")

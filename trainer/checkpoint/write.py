@@ -7,6 +7,7 @@ counted (a disk that is too slow must not queue copies without bound); a last sa
 """
 
 import copy
+import errno
 import os
 import threading
 import time
@@ -35,10 +36,8 @@ from officina.trainer.checkpoint.layout import (
 from officina.trainer.checkpoint.stage import Pool, staged_bytes
 from officina.trainer.checkpoint.verify import RankGroup, verify
 from officina.trainer.config import CheckpointConfig
-from officina.trainer.errors import CheckpointError
 from officina.trainer.state import Piece
 
-_ENOSPC = 28
 _BUG, _REFUSED = 1000, 1001
 """Codes beside errno in what the ranks tell each other."""
 _SYNC_SEGMENTS = 4
@@ -171,7 +170,7 @@ class Saver:
                 if self._first:
                     sync_dir(root.parent)
                     clear_leftovers(self._run_dir, self._damaged)
-                if job.directory.exists() and not (job.directory / COMMIT).exists():
+                if os.path.lexists(job.directory) and not (job.directory / COMMIT).exists():  # also a link to nowhere
                     remove_checkpoint(job.directory)
                 exists = job.directory.exists()
                 space = free_space(root)
@@ -182,7 +181,7 @@ class Saver:
                  float(job.error is not None)]
         code, exists, free, inodes, needed, no_memory = (int(x) for x in self._ranks.sum(table))
         if not code and no_memory:
-            return 12, f"{no_memory} ranks have no host memory for a copy of their state", root
+            return errno.ENOMEM, f"{no_memory} ranks have no host memory for a copy of their state", root
         if not code and exists:
             whole = verify(job.directory, step=job.train_state.step, ranks=self._ranks)[0] is not None
             if self._ranks.rank == 0:
@@ -196,7 +195,7 @@ class Saver:
         files = 2 * self._ranks.world_size + 3
         if needed > free or 0 <= inodes < files:
             what = f"{files} files needed, {inodes} inodes free" if 0 <= inodes < files else "there is too little space"
-            return _ENOSPC, what, job.directory
+            return errno.ENOSPC, what, job.directory
         return None
 
     def _conclude(self, job: Writing) -> SaveOutcome:
@@ -206,12 +205,13 @@ class Saver:
         error = job.error
         code = 0 if error is None else (error.errno or _BUG) if isinstance(error, OSError) else _BUG
         table = [0.0] * (6 * world)
-        words = [float(int(job.manifest_hash[8 * i:8 * i + 8], 16)) for i in range(4)]  # exact through a float64 sum
+        digits = job.manifest_hash or "0" * 32
+        words = [float(int(digits[8 * i:8 * i + 8], 16)) for i in range(4)]  # exact through a float64 sum
         table[6 * me:6 * me + 6] = [float(code), float(job.tally.bytes), *words]
         table = self._ranks.sum(table)
         rows = [table[6 * r:6 * r + 6] for r in range(world)]
         if code == _BUG:
-            raise CheckpointError(f"saving step {job.train_state.step} failed on rank {me}: {error!r}") from error
+            raise RuntimeError(f"saving step {job.train_state.step} failed on rank {me}: {error!r}") from error
         total = int(sum(row[1] for row in rows))
         bad = [(r, int(row[0])) for r, row in enumerate(rows) if row[0]]
         if bad:
@@ -288,10 +288,17 @@ class Saver:
             reason = f"{what}: {why(code)}" if code < _BUG else f"{what}: see that rank's traceback"
         left = f"{free} bytes free" if free >= 0 else "free space unknown"
         problem = (f"step {job.train_state.step} was not saved to {path}: {reason}. {total} bytes needed, {left} at "
-                   f"{self._run_dir}. Training goes on and the checkpoints before are untouched. Make room, or keep "
-                   f"fewer: checkpoint.keep_last=1")
+                   f"{self._run_dir}. Training goes on and the checkpoints before are untouched. "
+                   f"{self._remedy(code)}")
         stall_s = time.perf_counter() - job.started_s
         return SaveOutcome(step=job.train_state.step, status="failed", bytes=total, stall_s=stall_s, problem=problem)
+
+    def _remedy(self, code: int) -> str:
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            return "Make room, or keep fewer: checkpoint.keep_last=1"
+        if code == errno.ENOMEM and self._config.asynchronous:
+            return "Save without a copy of the state: checkpoint.asynchronous=false"
+        return "Mend that, and the next save succeeds"
 
     # ---- the helper thread: memory beforehand, removal afterwards ----------------------------------------------------
     def _tidy(self, step: int) -> None:

@@ -183,8 +183,8 @@ def open_dataset(folder: str | Path) -> Dataset:
     """Read and check the manifest in `folder`; the shards themselves are opened when they are read."""
     folder = Path(folder)
     path = folder / MANIFEST
-    if not path.is_file():
-        begun = any(folder.glob("shards/*")) or (folder / WORK).exists()
+    if not os.path.isfile(path):  # also of a path that is too long for any
+        begun = os.path.isdir(folder) and (any(folder.glob("shards/*")) or (folder / WORK).exists())
         half = " A build was begun there and not finished: the same command goes on with it." if begun else ""
         raise DataError(f"{folder} is no data set: it has no {MANIFEST}.{half} "
                         f"Make one with `officina data build {folder}`, or mend data.sources.NAME.path.")

@@ -118,7 +118,7 @@ def test_a_step_that_is_asked_for_is_never_replaced(run):
     flip(step_dir(run, 2) / "rank-00001.bin", 600)
     with pytest.raises(CheckpointError) as e:
         open_checkpoint(run, step=2)
-    assert "rank-00001.bin" in str(e.value) and f"Step 1 is whole: from={run}@1" in str(e.value)
+    assert "rank-00001.bin" in str(e.value) and f"Step 1 is whole: {run}@1, step=1 or --step 1" in str(e.value)
     with pytest.raises(CheckpointError, match=r"step-00000007 does not exist.*Step 1 is whole"):
         open_checkpoint(run, step=7)
     with open_checkpoint(run, step=1) as opened:

@@ -20,7 +20,6 @@ from officina.trainer.checkpoint.read import latest_valid, list_checkpoints, ope
 from officina.trainer.checkpoint.verify import Alone
 from officina.trainer.checkpoint.write import Saver
 from officina.trainer.config import CheckpointConfig
-from officina.trainer.errors import CheckpointError
 from officina.trainer.state import Piece
 
 
@@ -224,14 +223,63 @@ def test_no_host_memory_for_a_copy(tmp_path, monkeypatch):
 
 
 def test_a_bug_is_raised_and_not_hidden(tmp_path, monkeypatch):
-    monkeypatch.setattr(rank_file.RankFile, "finish", lambda self: 1 / 0)
-    with pytest.raises(CheckpointError, match="ZeroDivisionError"):
+    for bug in (ZeroDivisionError("of ours"), SystemExit(3)):  # no OfficinaError: nothing that a user could mend
+        for method in ("__init__", "write", "finish"):
+            with monkeypatch.context() as m, pytest.raises(RuntimeError, match=type(bug).__name__) as caught:
+                m.setattr(rank_file.RankFile, method, _raise_it(bug))
+                save(Saver(tmp_path, Alone(), CheckpointConfig(), "run"), 1)
+            assert caught.value.__cause__ is bug and latest_valid(tmp_path) is None
+    with monkeypatch.context() as m, pytest.raises(RuntimeError, match="ended before the file was finished"):
+        m.setattr(background.Writing, "_write", lambda *_: None)
         save(Saver(tmp_path, Alone(), CheckpointConfig(), "run"), 1)
-    assert latest_valid(tmp_path) is None
     with pytest.raises(ValueError, match="train_state is of step 2, to be saved as step 1"):
         Saver(tmp_path, Alone(), CheckpointConfig(), "run").save(1, iter(()), TrainState(step=2))
     with pytest.raises(ValueError, match="run id of 600 characters"):
         Saver(tmp_path, Alone(), CheckpointConfig(), "x" * 600)
+
+
+def _raise_it(error):
+    def fail(*_):
+        raise error
+    return fail
+
+
+@pytest.mark.parametrize(("error", "asynchronous", "remedy"), [
+    (MemoryError("no segment"), True, "Save without a copy of the state: checkpoint.asynchronous=false"),
+    (MemoryError("no segment"), False, "Mend that"), (OSError(errno.EIO, "x"), False, "Mend that"),
+    (OSError(errno.EDQUOT, "x"), False, "Make room, or keep fewer: checkpoint.keep_last=1")])
+def test_a_failed_save_says_what_helps(tmp_path, monkeypatch, error, asynchronous, remedy):
+    monkeypatch.setattr(rank_file.RankFile, "write", _raise_it(error))
+    saver = Saver(tmp_path, Alone(), CheckpointConfig(asynchronous=asynchronous), "run")
+    outcome = save(saver, 1)
+    outcome = saver.wait() or outcome
+    assert outcome.status == "failed" and remedy in outcome.problem
+    assert errno.errorcode[getattr(error, "errno", errno.ENOMEM)] in outcome.problem
+
+
+def test_links_are_removed_and_not_what_they_lead_to(tmp_path):
+    archive, run_dir = tmp_path / "archive", tmp_path / "run"
+    saver = Saver(run_dir, Alone(), CheckpointConfig(keep_last=1), "run")
+    save(saver, 1)
+    archive.mkdir()
+    step_dir(run_dir, 1).rename(archive / "one")
+    step_dir(run_dir, 1).symlink_to(archive / "one")
+    before = {path.name: path.read_bytes() for path in (archive / "one").iterdir()}
+    step_dir(run_dir, 2).symlink_to(tmp_path / "nowhere")
+    outcome = save(saver, 2)
+    assert outcome.status == "saved" and outcome.note is None and not step_dir(run_dir, 2).is_symlink()
+    assert names(run_dir) == ["step-00000002"]
+    assert {path.name: path.read_bytes() for path in (archive / "one").iterdir()} == before and COMMIT in before
+
+
+def test_what_made_way_before_a_kill_is_removed_when_superseded(tmp_path):
+    save(Saver(tmp_path, Alone(), CheckpointConfig(), "run"), 1)
+    step_dir(tmp_path, 1).rename(step_dir(tmp_path, 1).with_suffix(".old"))
+    saver = Saver(tmp_path, Alone(), CheckpointConfig(keep_last=2), "run")
+    save(saver, 2)
+    assert names(tmp_path) == ["step-00000001.old", "step-00000002"]
+    save(saver, 3)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
 def test_asynchronous_save_copies_settles_and_skips(tmp_path, monkeypatch):
