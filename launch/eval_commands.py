@@ -19,12 +19,12 @@ from officina.launch.local import start
 from officina.trainer.checkpoint.verify import list_checkpoints
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import EXIT_DONE, CheckpointError, ConfigError, LaunchError, OfficinaError
-from officina.trainer.evaluation import EVALS, REQUEST, RESULTS, Request, Results, read_request, read_results, write_request
+from officina.trainer.evaluation import Request, Results, read_request, read_results, write_request
 from officina.trainer.keys import as_text
 from officina.trainer.metrics import bits_per_byte
 from officina.trainer.rank_env import read_rank_env
 from officina.trainer.resume import changes, ruled_out
-from officina.trainer.run_dir import CONFIG, config_text, load_config, save_config, unwritable
+from officina.trainer.run_dir import CONFIG, EVALS, REQUEST, RESULTS, config_text, load_config, save_config, unwritable
 from officina.trainer.validate import missing_packages, problems
 
 _WAIT_S = 120.0

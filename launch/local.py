@@ -18,9 +18,8 @@ from officina.launch.supervise import last_words
 from officina.trainer import rank_log
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import EXIT_BUG, EXIT_CONTINUE, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_USER
-from officina.trainer.evaluation import REQUEST, RESULTS
 from officina.trainer.rank_env import LOOPBACK
-from officina.trainer.run_dir import METRICS, committed_steps, unwritable
+from officina.trainer.run_dir import METRICS, REQUEST, RESULTS, committed_steps, unwritable
 from officina.trainer.signals import STOP_SIGNALS, catch_stops, leave_dead_terminal
 
 _POLL_S = 0.02

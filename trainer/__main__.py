@@ -55,10 +55,9 @@ def main(run_dir: Path, *, start_timeout_s: float = START_TIMEOUT_S) -> int:
 
 
 def _run(run_dir: Path, env: RankEnv, start_timeout_s: float) -> int:
-    from officina.trainer.evaluation import REQUEST
     from officina.trainer.memory import OutOfMemory, explain_oom, is_out_of_memory
     from officina.trainer.ranks import start_ranks, stop_ranks
-    from officina.trainer.run_dir import load_config
+    from officina.trainer.run_dir import REQUEST, load_config
 
     run = load_config(run_dir)
     ranks = start_ranks(env, device=run.device, threads=run.threads, timeout_s=start_timeout_s)

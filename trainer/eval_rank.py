@@ -11,13 +11,13 @@ from officina.trainer.config import NoAdapterConfig
 from officina.trainer.data.manifest import write_whole
 from officina.trainer.errors import EXIT_DONE, OfficinaError
 from officina.trainer.evaluate import held_out
-from officina.trainer.evaluation import RESULTS, Results, read_request
+from officina.trainer.evaluation import Results, read_request
 from officina.trainer.initial import plain_weights
 from officina.trainer.metrics import EvalMetrics
 from officina.trainer.model.build import build_model
 from officina.trainer.parallel.engine import Parts, build_engine, resolve_precision
 from officina.trainer.ranks import Ranks
-from officina.trainer.run_dir import load_config, read_run_id
+from officina.trainer.run_dir import RESULTS, load_config, read_run_id
 
 
 def evaluate(folder: Path, ranks: Ranks) -> int:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from officina.trainer.data.manifest import write_whole
-
-EVALS, REQUEST, RESULTS = "evals", "request.json", "results.json"
+from officina.trainer.run_dir import REQUEST, RESULTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

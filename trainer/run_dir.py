@@ -31,6 +31,8 @@ from officina.trainer.schema import dump_run, read_run
 
 CONFIG, HISTORY, CODE, CHECKPOINTS = "config.yaml", "history.jsonl", "code", "checkpoints"
 METRICS, LEDGER, CLAIM = "metrics.jsonl", "ledger.jsonl", ".claim"
+EVALS, REQUEST, RESULTS = "evals", "request.json", "results.json"
+"""RUN/evals/NAME is a run directory of its own, with what is asked of the evaluation and what came out."""
 REFERENCE_DIR = "reference"
 """What the model at the beginning made of preference pairs: see preference.py."""
 

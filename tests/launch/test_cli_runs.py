@@ -141,7 +141,7 @@ def test_a_branch_leaves_out_mixtures_and_names_settings_that_came_later(home, r
     (["resume", "runs/first", "steps=9", "init_from=runs/first"], "not come or go"),
     (["resume", "runs/first", "from=runs/first@2"], "officina train from=runs/first@2"),
     (["train", "from=runs/first@\N{SUPERSCRIPT TWO}"], "STEP must be a number"),
-    (["eval", "runs/first", "step=\N{SUPERSCRIPT TWO}"], "has checkpoints of steps 2, 4"),
+    (["eval", "runs/first", "step=\N{SUPERSCRIPT TWO}"], "has checkpoints of steps"),
     (["eval", "runs/first", "model.d_model=64"], "Try: model.d_model=32"),
     (["train", *TINY, "data.sources.python.path=one", "name=one", "--runs-dir", "."], "one is a data set. Try: name=one-2"),
     (["check", *TINY, "data.sources.python.path=one", "name=text", "--runs-dir", "."], "text holds files of no run"),

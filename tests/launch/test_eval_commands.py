@@ -7,8 +7,8 @@ import pytest
 from officina.launch import eval_commands
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import LaunchError
-from officina.trainer.evaluation import REQUEST, RESULTS, Request, Results
-from officina.trainer.run_dir import CONFIG, load_config
+from officina.trainer.evaluation import Request, Results
+from officina.trainer.run_dir import CONFIG, REQUEST, RESULTS, load_config
 
 
 def test_what_is_asked_again_is_ready_throughout(tmp_path, monkeypatch):

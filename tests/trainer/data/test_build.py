@@ -213,7 +213,8 @@ def test_a_killed_build_is_no_data_set_and_goes_on(tmp_path: Path, words: Path, 
         open_dataset(tmp_path / "out")
     kept = {path.name.replace("part", "train").replace(".json", ".dls")
             for path in (tmp_path / "out" / ".build").glob("part-*.json")}
-    assert bool(kept) is (moment == "train-00000-00002.dls") or moment == "tokens"
+    if moment not in ("tokens", "train-00000-00000.dls"):  # told as the first shard is begun: the kill may find it finished
+        assert bool(kept) is (moment == "train-00000-00002.dls")
     with pytest.raises(DataError, match=r"unfinished build with other .*validation.*--overwrite") if kept else nullcontext():
         build(tmp_path / "out", BuildOptions(inputs=[words], vocab_size=1500, shard_bytes=20_000, validation=0.5))
         return
