@@ -18,7 +18,6 @@ from officina.launch.start import (
     plan_train,
     refuse_existing,
     refuse_foreign,
-    told_later,
     wait_for_start,
     write_start,
 )
@@ -63,7 +62,7 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
             raise ConfigError(found)  # with the ranks that will be, and the packages that are here
         if rank == 0:
             refuse_foreign(plan)  # before anything of ours lies there, the claim too
-            for line in told_later(plan):
+            for line in plan.later():
                 print(f"note: {line}")
         with contextlib.nullcontext() if rank else claim(plan.run_dir):
             if rank == 0 or plan.action == "start":  # a branch's checkpoint may be there before rank 1 looks
@@ -137,7 +136,7 @@ def check(args: argparse.Namespace) -> int:
         print(f"{name:<{width}}  {text}")
     for change in plan.changes:
         print(f"{'changed':<{width}}  {change.key}: {change.old} -> {change.new}")
-    for line in told_later(plan):
+    for line in plan.later():
         print(f"{'later':<{width}}  {line}")
     for word, origin in plan.defaults:
         print(f"{'default':<{width}}  {word}  (from {origin})")

@@ -39,6 +39,8 @@ class JobPlan:
     memory: MemoryPlan | None
     speed: Speed | None
     steps_done: int = 0
+    position: int = 0
+    """Global sample index of the next sample."""
 
     @property
     def hours(self) -> float | None:
@@ -53,10 +55,11 @@ class JobPlan:
         return max(1, -(-int(self.hours * 3600) // int(useful))) if self.hours is not None and useful >= 1 else None
 
 
-def make_plan(request: Request, run: RunConfig, *, run_dir: Path | None = None, steps_done: int = 0) -> JobPlan:
+def make_plan(request: Request, run: RunConfig, *, run_dir: Path | None = None, steps_done: int = 0,
+              position: int = 0) -> JobPlan:
     """Plan `run` on the requested nodes. run_dir: of a run that goes on, whose own speed then counts."""
     memory = plan_memory(run, request.world_size) if run.device != "cpu" else None
-    return JobPlan(request, run, memory, _speed(request, run, run_dir), steps_done)
+    return JobPlan(request, run, memory, _speed(request, run, run_dir), steps_done, position)
 
 
 # ---- does it fit ---------------------------------------------------------------------------------------------------------
@@ -151,7 +154,8 @@ def _measured(run_dir: Path, world_size: int) -> float | None:
 def plan_lines(plan: JobPlan) -> list[tuple[str, str]]:
     """(name, text) lines, as a person wants to see them before submitting."""
     request, run, profile = plan.request, plan.run, plan.request.profile
-    about = {name: text for name, text in describe_run(run, request.world_size) if name in ("model", "data", "batch", "length")}
+    about = {name: text for name, text in describe_run(run, request.world_size, plan.position)
+             if name in ("model", "data", "batch", "length")}
     where = ", ".join(filter(None, (f"partition {request.partition}" if request.partition else "",
                                     f"qos {request.qos}" if request.qos else "",
                                     f"account {request.account}" if request.account else "")))

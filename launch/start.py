@@ -6,24 +6,22 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from officina.configs.compose import Composed, compose_all, recompose
-from officina.trainer.checkpoint.keep import old_dir
-from officina.trainer.checkpoint.layout import COMMIT, Unreadable, checkpoints_dir, read_commit, step_dir
-from officina.trainer.checkpoint.verify import list_checkpoints
+from officina.launch.origin import Origin, as_of_step, checkpoint_of, other_data, read_origin, told_later
+from officina.trainer.checkpoint.layout import checkpoints_dir, step_dir
 from officina.trainer.config import RunConfig
 from officina.trainer.data.gate import use_problems
-from officina.trainer.data.manifest import MANIFEST, open_dataset, sync_folder
+from officina.trainer.data.manifest import MANIFEST, sync_folder
 from officina.trainer.data.register import Going
 from officina.trainer.data.register import enter as enter_registers
 from officina.trainer.environment import code_diff, describe
-from officina.trainer.errors import CheckpointError, ConfigError, LaunchError, Problem
+from officina.trainer.errors import ConfigError, LaunchError, Problem
 from officina.trainer.hf.base import BASE_DIR
 from officina.trainer.init_from import adapter_init_problems, init_problems, pinned_run
-from officina.trainer.keys import as_text, optional, word
-from officina.trainer.resume import Change, as_planned, carry_forward, changes, flat_values, resume_problems, take_out
+from officina.trainer.resume import Change, carry_forward, changes, resume_problems, take_out
 from officina.trainer.run_dir import (
     CHECKPOINTS,
     CLAIM,
@@ -37,7 +35,6 @@ from officina.trainer.run_dir import (
     append_history,
     config_text,
     keep_diff,
-    load_config,
     new_run_id,
     read_history,
     read_run_id,
@@ -52,21 +49,6 @@ _BEFORE_HISTORY = {CLAIM, CODE}
 """All that a start which was killed at once leaves; other ranks may see it too."""
 _OF_A_BRANCH = _BEFORE_HISTORY | {CHECKPOINTS, BASE_DIR, REFERENCE_DIR}
 """The same of a branch, checkpoints first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a run goes on from: a directory and one of its checkpoints. Step 0 is the very beginning."""
-
-    run_dir: Path
-    run: RunConfig
-    step: int
-    position: int
-    """Global sample index of the next sample."""
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    """Of the data sets that were read until then, by source."""
-    later: tuple[Change, ...] = ()
-    """What was decided after `step` and stands in `run`: `old` is what held at the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +76,10 @@ class Plan:
     def going(self) -> Going:
         """Where the run stands, as registers of use see it: what a branch reads counts besides its origin's."""
         return _going(self.origin, self.action == "branch") if self.origin else Going()
+
+    def later(self) -> list[str]:
+        """Settings of a branch, in words, that its origin got after the step it goes on from."""
+        return told_later(self.origin, self.run) if self.action == "branch" and self.origin else []
 
     def checked(self) -> "Plan":
         """Itself, or ConfigError with all problems."""
@@ -126,7 +112,7 @@ def plan_train(words: Sequence[str], runs_dir: Path, *, world_size: int | None, 
         return Plan(run, runs_dir / composed.run.name, "start", words, composed.defaults, found, [], forced=force)
     if len(origins) > 1:
         raise ConfigError([Problem("from", " ".join(origins), "names more than one run", f"from={origins[0]}")])
-    origin = _as_of_step(_read_origin(origins[0]))
+    origin = as_of_step(read_origin(origins[0]))
     own_words = [word for word in words if not word.startswith("from=")]
     plan = _go_on(origin, own_words, world_size=world_size, devices=devices, force=force, branch=True)
     if not any(word.lstrip("+").startswith("name=") for word in own_words):
@@ -147,7 +133,7 @@ def plan_resume(run_dir: Path, words: Sequence[str], *, world_size: int | None, 
     if origins := [given.removeprefix("from=") for given in words if given.startswith("from=")]:
         raise ConfigError([Problem("from", origins[0], "begins a branch, and a resume goes on with the run itself",
                                    f"officina train from={origins[0]}{'' if '@' in origins[0] else '@STEP'}")])
-    return _go_on(_read_origin(str(run_dir), exact=True), words, world_size=world_size, devices=devices, force=force,
+    return _go_on(read_origin(str(run_dir), exact=True), words, world_size=world_size, devices=devices, force=force,
                   branch=False)
 
 
@@ -165,7 +151,7 @@ def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devi
     named = {match[1] for word in words if (match := re.match(r"\+*data\.sources\.([^.=]+)", word))}
     run = new
     if not found:
-        found = list(_other_data(origin, new))
+        found = list(other_data(origin, new))
     if not found:
         run = _staged(carry_forward(old, new, origin.position, named), origin.step, origin.position)
         if run is not new:  # a source that comes back was in no mixture until here
@@ -211,89 +197,6 @@ def _all_problems(composed: Composed, world_size: int | None, devices: int | Non
     ruled = problems(composed.run, world_size, devices=devices, going=going)
     return composed.problems + [p for p in ruled
                                 if not any(p.key == key or p.key.startswith(f"{key}.") for key in reported)]
-
-
-def _read_origin(text: str, exact: bool = False) -> Origin:
-    """RUN or RUN@STEP. exact: the text is a path, whatever it holds."""
-    folder, _, step = (text, "", "") if exact or Path(text, CONFIG).is_file() else text.rpartition("@")
-    run_dir = Path(folder or step)
-    step = step if folder else ""
-    run = load_config(run_dir / CONFIG)
-    if step and not re.fullmatch("[0-9]+", step):
-        raise ConfigError([Problem("from", text, "STEP must be a number", f"from={run_dir}@{(_steps(run_dir) or [100])[-1]}")])
-    if (history := read_history(run_dir)) and history[0].get("action") == "import":
-        raise ConfigError([Problem("from", text, "holds the weights of a model that was imported, and no run",
-                                   f"officina train init_from={run_dir} model=from_init")])
-    there = _steps(run_dir)
-    if step and int(step) not in there:
-        known = ", ".join(map(str, there)) or "none"
-        raise CheckpointError(f"{run_dir} has no whole checkpoint of step {int(step)}; there are: {known}. "
-                              + (f"Try: from={run_dir}@{there[-1]}" if there else f"Try: officina resume {run_dir}"))
-    if not there:
-        return Origin(run_dir, run, 0, 0)
-    chosen = int(step) if step else there[-1]
-    try:
-        state = read_commit(_checkpoint(run_dir, chosen)).train_state
-    except (OSError, Unreadable) as error:
-        raise CheckpointError(f"{_checkpoint(run_dir, chosen)}: {error}. Try an earlier one of {run_dir}: "
-                              f"{', '.join(map(str, there[:-1])) or 'there is none'}") from error
-    return Origin(run_dir, run, chosen, state.position, state.data_fingerprints)
-
-
-def _as_of_step(origin: Origin) -> Origin:
-    """The origin of a branch: with settings of today, which are told, but of mixtures only what was planned at its step."""
-    history = [start for start in read_history(origin.run_dir) if isinstance(start.get("step"), int)]
-    reached = max((i for i, start in enumerate(history) if start["step"] < origin.step), default=0)
-    later = [change for start in reversed(history[reached + 1:]) for change in start.get("changes") or ()]
-    then = {change["key"]: change["old"] for change in later}  # the earliest one lies over those after it
-    data = origin.run.data
-    run = replace(origin.run, data=as_planned(
-        data, origin.position, then.get("data.timeline", data.timeline), then.get("data.planned_at", data.planned_at)))
-    now = flat_values(run)
-    mixture = ("data.sources.", "data.timeline", "data.planned_at")
-    told = tuple(Change(key, old, now[key]) for key, old in then.items()
-                 if key in now and now[key] != old and not key.startswith(mixture) and (old is not None or optional(key)))
-    if run.data != data:
-        told += (Change("data.timeline", flat_values(run)["data.timeline"], None),)
-    return replace(origin, run=run, later=told)
-
-
-def told_later(plan: Plan) -> list[str]:
-    """Settings that a branch takes over although its origin got them after the step it goes on from."""
-    if plan.action != "branch" or plan.origin is None:
-        return []
-    now, when = flat_values(plan.run), f"{plan.origin.run_dir} got after step {plan.origin.step:,}"
-    return [f"mixtures that {when} are left out" if change.key == "data.timeline" else
-            f"{change.key}: {as_text(change.new)}, which {when}; then it was {word(change.key, change.old)}"
-            for change in plan.origin.later if now.get(change.key) == change.new or change.key == "data.timeline"]
-
-
-def _other_data(origin: Origin, run: RunConfig) -> Iterator[Problem]:
-    """Sources whose data set is not the one that was read: found by the ranks, it would stand in config.yaml already."""
-    from officina.trainer.data.order import Mixture, sources_in_use, timeline_of  # needs numpy, as above
-
-    read = Mixture(timeline_of(origin.run.data)).rows_given(origin.position) if origin.fingerprints else {}
-    for name in sorted(read.keys() & set(sources_in_use(run.data, origin.position))):
-        path, then = run.data.sources[name].path, origin.fingerprints.get(name)
-        now = open_dataset(path).manifest.fingerprint
-        if then in (None, now):
-            continue
-        before = origin.run.data.sources[name].path
-        kept = before if before != path else "DIR"
-        yield Problem(f"data.sources.{name}.path", path, f"has fingerprint {now[:12]}, and the run has read {then[:12]} under "
-                      "this name; new data may join under a name of its own",
-                      f"data.sources.{name}.path={kept}{' with the old data' if kept == 'DIR' else ''}, "
-                      f"and beside it data.sources.NEW.path={path}")
-
-
-def _steps(run_dir: Path) -> list[int]:
-    return sorted({info.step for info in list_checkpoints(run_dir) if info.status == "complete"})
-
-
-def _checkpoint(run_dir: Path, step: int) -> Path:
-    """The directory of a step that is whole: `step-N.old` if a kill came while step N was being written anew."""
-    own = step_dir(run_dir, step)
-    return own if (own / COMMIT).exists() else old_dir(own)
 
 
 # ---- the run directory -------------------------------------------------------------------------------------
@@ -379,7 +282,7 @@ def _lend_checkpoint(origin: Origin, run_dir: Path) -> None:
     """
     if not origin.step:
         return
-    source, target = _checkpoint(origin.run_dir, origin.step), step_dir(run_dir, origin.step)
+    source, target = checkpoint_of(origin.run_dir, origin.step), step_dir(run_dir, origin.step)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=_link_or_copy)

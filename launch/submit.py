@@ -135,12 +135,14 @@ def prepare(words: Sequence[str], runs_dir: Path, *, dry_run: bool = False, forc
             plan = replace(plan, run=replace(plan.run, device="cuda"))  # a rank without its GPU must not train on the CPU
         plans.append(plan)
         planned.append(make_plan(request, plan.run, run_dir=plan.run_dir if what == "resume" else None,
-                                 steps_done=plan.origin.step if plan.origin else 0))
+                                 steps_done=plan.origin.step if plan.origin else 0,
+                                 position=plan.origin.position if plan.origin else 0))
     problems += _unique([p for plan in plans for p in [*plan.problems, *_ranks(request, plan)]])
     problems += [*site_problems(request), *sweep_problems(request)]
     if not problems:
         problems += _unique([p for one in planned for p in memory_problems(one)])
     notes = [f"{plan.run_dir}: {' '.join(varied)}" for plan, (_, varied) in zip(plans, sweep, strict=True) if varied]
+    notes += dict.fromkeys(line for plan in plans for line in plan.later())
     places = [*_unique([p for plan in plans for p in _places(request, plan)]), *missing_paths(request)]
     if detect_site(socket.gethostname(), environ) != site.id and dry_run:
         # Planned from elsewhere: what lies at the site cannot be seen.

@@ -123,7 +123,7 @@ def standing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[start.Pla
     plan = plan_train(two_sources(tmp_path), tmp_path / "runs", world_size=2).checked()
     write_start(plan, 2)
     stands = {"at": start.Origin(plan.run_dir, plan.run, 1, 7)}
-    monkeypatch.setattr(start, "_read_origin", lambda *_, **__: stands["at"])
+    monkeypatch.setattr(start, "read_origin", lambda *_, **__: stands["at"])
     return plan, stands
 
 

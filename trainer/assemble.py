@@ -197,7 +197,7 @@ class Job:
             raise CheckpointError(
                 f"step {self.step} could not be saved (the reason is above and in {self.run_dir}/metrics.jsonl); "
                 f"the newest checkpoint is {'none' if newest is None else f'of step {newest}'}. "
-                f"Make room, then: officina resume {self.run_dir}")
+                f"Mend that, then: officina resume {self.run_dir}")
         return exit_status
 
 

@@ -60,7 +60,7 @@ def test_a_resume_keeps_the_weights_and_renews_them_when_asked(words, tmp_path: 
     from officina.launch import start
 
     origin = start.Origin(tmp_path / "r", plan.run, 10, 80)
-    monkeypatch.setattr(start, "_read_origin", lambda *_, **__: origin)
+    monkeypatch.setattr(start, "read_origin", lambda *_, **__: origin)
     assert not step_dir(tmp_path / "r", 10).exists()
     kept = plan_resume(tmp_path / "r", ["optim.lr=1e-4"], world_size=1).checked().run
     assert kept.data.sources == plan.run.data.sources and not kept.data.timeline
