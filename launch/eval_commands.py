@@ -28,6 +28,8 @@ from officina.trainer.run_dir import CONFIG, EVALS, REQUEST, RESULTS, config_tex
 from officina.trainer.validate import missing_packages, problems
 
 _WAIT_S = 120.0
+_NUMBERS_STAY = ("ranks", "threads", "device", "engine.", "site.", "logging.", "model.kernels", "model.attention_impl")
+"""Keys, or how they begin, that say where and how it is computed and not what."""
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -61,7 +63,8 @@ def evaluate(args: argparse.Namespace) -> int:
         results = read_results(folder)
         _tell(run_dir, results, run.batch_unit)
         for change in changes(saved, run):
-            print(f"with {change.key}={as_text(change.new)}, which is {as_text(change.old)} in the run")
+            if not change.key.startswith(_NUMBERS_STAY):
+                print(f"with {change.key}={as_text(change.new)}, which is {as_text(change.old)} in the run")
         print(f"Wrote {folder / RESULTS}")
     return status
 

@@ -159,7 +159,8 @@ def test_what_an_evaluation_changed_stands_beside_its_numbers(home, run, monkeyp
     monkeypatch.setattr(eval_commands, "start", lambda *_: 0)
     monkeypatch.setattr(eval_commands, "read_results", lambda _: Results(step=6, run_id="a", engine="ddp", world_size=1))
     for words, told in ((["model.rope.theta=1e6"], ["with model.rope.theta=1e+06, which is 10000 in the run"]), ([], []),
-                        (["data.overlong=leave_out"], ["with data.overlong=leave_out, which is auto in the run"])):
+                        (["data.overlong=leave_out"], ["with data.overlong=leave_out, which is auto in the run"]),
+                        (["ranks=2", "engine=ddp"], [])):
         assert cli.main(["eval", "runs/first", *words]) == 0
         assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("with ")] == told
 
