@@ -11,25 +11,22 @@ import difflib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import yaml
 
-from officina.configs.job import SUBMIT
-from officina.configs.sites import config_folders, find_site
+from officina.configs.personal import SOURCE_PATH, personal_words
+from officina.configs.sites import find_site
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import ConfigError, Problem
 from officina.trainer.init_from import FROM_INIT, model_values
-from officina.trainer.keys import GROUPS, Values, as_text, generic, optional
+from officina.trainer.keys import GROUPS, Values, generic, optional
 from officina.trainer.schema import dump_run, read_run, unknown_key
 
 _FOLDER = Path(__file__).parent
-_PERSONAL = ("site", "use", "logging", "checkpoint", "profile", "device", "ranks", "threads", "time_limit")
-"""What a person's or a centre's defaults may set, besides paths of data: where and how a run is run, not what it computes."""
-_SOURCE_PATH = re.compile(r"data\.sources\.([^.]+)\.path")
 _TYPED_BY_HYDRA = "model.args."
 """Arguments of a user's own model have no declared type: here `192` is a number because Hydra says so."""
 
@@ -72,7 +69,7 @@ def compose_all(words: Sequence[str], environ: Mapping[str, str] = os.environ) -
     problems: list[Problem] = []
     typed = _read_words(words, problems)
     personal: list[tuple[_Word, str, str]] = []
-    for text, origin in _personal(environ, problems):
+    for text, origin in personal_words(environ, problems):
         told: list[Problem] = []
         personal += [(word, text, origin) for word in _read_words([text], told)]
         problems += [replace(p, rule=f"{p.rule} ({origin})") for p in told]
@@ -80,7 +77,7 @@ def compose_all(words: Sequence[str], environ: Mapping[str, str] = os.environ) -
     values = _compose_groups(choices, problems, environ)
     sources = set(values.get("data", {}).get("sources") or {}) | {
         w.key.split(".")[2] for w in typed if w.key.startswith("data.sources.")}
-    personal = [p for p in personal if not (m := _SOURCE_PATH.fullmatch(p[0].key)) or m[1] in sources]
+    personal = [p for p in personal if not (m := SOURCE_PATH.fullmatch(p[0].key)) or m[1] in sources]
     _lay_over(values, [w for w in typed if w.chooses], environ)
     _take_model(values, typed, problems)
     good = copy.deepcopy(values)
@@ -378,43 +375,3 @@ def _drop_marks(values: Values, prefix: str, problems: list[Problem]) -> None:
             values.pop(name)
         elif value == "???":
             values.pop(name)
-
-
-# ---- a person's defaults -----------------------------------------------------------------------------------
-class _AsWritten(yaml.BaseLoader):
-    """Keeps every scalar as the text that was written, null apart: an account 1e5 is no number."""
-
-
-_AsWritten.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_AsWritten.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
-
-
-def _personal(environ: Mapping[str, str], problems: list[Problem]) -> Iterator[tuple[str, str]]:
-    """Words of a centre's (XDG_CONFIG_DIRS) and then the person's (XDG_CONFIG_HOME) `officina/*.yaml`, with their files."""
-    for folder in config_folders(environ):
-        for path in sorted(folder.glob("*.yaml")):
-            try:
-                values = yaml.load(path.read_text(encoding="utf-8"), _AsWritten) or {}
-            except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-                problems.append(Problem(str(path), None, f"cannot be read: {' '.join(str(error).split())}",
-                                        f"mend or remove {path}"))
-                continue
-            if not isinstance(values, dict):
-                problems.append(Problem(str(path), values, "must hold keys and values", "site: {account: my_project}"))
-                continue
-            for key, value in _flat({k: v for k, v in values.items() if k != SUBMIT}, ""):
-                if key.split(".")[0] in _PERSONAL or _SOURCE_PATH.fullmatch(key):
-                    taken = value is None and not optional(key)  # null is no value: what lies below is taken away
-                    yield f"~{key}" if taken else f"{key}={as_text(value)}", str(path)
-                else:
-                    problems.append(Problem(key, value, f"stands in {path}, but defaults of a person or a centre may not "
-                                            f"change what a run computes, only {', '.join(_PERSONAL)} and paths of data",
-                                            "move it into a file of yours and say experiment=./my.yaml"))
-
-
-def _flat(values: Mapping, prefix: str) -> Iterator[tuple[str, object]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -183,14 +183,15 @@ def _defaults(environ: Mapping[str, str], problems: list[Problem]):
             if not isinstance(below, dict):
                 problems.append(Problem(SUBMIT, below, f"must hold keys and values ({path})", "submit: {account: my_project}"))
                 continue
-            for key, value in _flat(below):
+            for key, value in flat(below):
                 yield key, value, str(path)
 
 
-def _flat(values: Mapping, prefix: str = ""):
+def flat(values: Mapping, prefix: str = ""):
+    """Dotted key and value of each leaf; `env.extra` of a job, whose keys are a person's own, is one."""
     for name, value in values.items():
         if isinstance(value, Mapping) and f"{prefix}{name}" != "env.extra":
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
