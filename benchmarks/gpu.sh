@@ -7,7 +7,7 @@
 # Packages that this Python lacks are taken from wheels in .whl/, for nodes without network. To fill it elsewhere, for
 # Python 3.12 on x86-64:
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d .whl \
-#       hydra-core omegaconf pydantic pydantic-core annotated-types typing-inspection xxhash
+#       hydra-core 'omegaconf<2.4' pydantic pydantic-core annotated-types typing-inspection xxhash
 #   pip wheel --no-deps -w .whl antlr4-python3-runtime==4.9.3
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -147,7 +147,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dsums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         place, *gradients = ctx.saved_tensors
-        dloss = dsums.detach()[0]  # the z-loss is in the loss
+        # The z-loss is in the loss. A GPU rounds a factor without an axis to the other's dtype; a CPU is slow with an axis.
+        dloss = dsums.detach()[:1] if dsums.is_cuda else dsums.detach()[0]
         # Scaled in dloss' fp32: rounded to bf16, 1 / step_tokens would put every gradient off by up to 0.4 %. Written in one
         # pass: a product in fp32 first would be as large as the sum of the chunks once more.
         dx, dweight = (torch.mul(d, dloss, out=torch.empty_like(d, dtype=dtype)) if wanted else None
