@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS := test,deepspeed,kernels,mpi,data,datasets,eval,sealed,wandb,mlflow
+# A PyTorch with CUDA brings the triton that it was built with, one for CPUs brings none: then this one.
+TRITON := 3.6.0
 export PYTHONSAFEPATH = 1
 # Images often set this one; every command and rank would compile officina's files anew, half a second each.
 unexport PYTHONDONTWRITEBYTECODE
@@ -25,7 +27,7 @@ test-full: venv lint ## also the full counts (hours)
 
 test-floor: ## the tests on the oldest torch that pyproject.toml allows, in .venv-floor (8 GB: this torch comes with CUDA)
 	$(PYTHON) -m venv .venv-floor
-	grep -v -e ^torch -e ^triton constraints.txt >.venv-floor/constraints.txt
+	grep -v ^torch constraints.txt >.venv-floor/constraints.txt
 	DS_BUILD_OPS=0 .venv-floor/bin/python -m pip install --quiet --constraint .venv-floor/constraints.txt \
 	  'torch==2.9.*' --editable '.[$(EXTRAS)]'
 	.venv-floor/bin/python -m pytest -m "not slow"
@@ -45,8 +47,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once, a few minutes) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --constraint constraints.txt \
-	  --editable '.[$(EXTRAS)]' >$(VENV)/install.log 2>&1 || { tail -30 $(VENV)/install.log; exit 1; }
+	@{ $(BIN)/python -m pip install --constraint constraints.txt torch \
+	  && { $(BIN)/python -c 'import triton' || $(BIN)/python -m pip install triton==$(TRITON); } \
+	  && DS_BUILD_OPS=0 $(BIN)/python -m pip install --constraint constraints.txt --editable '.[$(EXTRAS)]'; \
+	  } >$(VENV)/install.log 2>&1 || { tail -30 $(VENV)/install.log; exit 1; }
 	@touch $@
 
 clean: ## remove .venv and what the demo made

@@ -54,8 +54,8 @@ try:
 except ImportError:  # no triton, or one without Gluon
     gluon = None
 
-TRITON = "3.6"
-"""Gluon's interface may change with each minor version of triton; this is the one that the kernel is made for."""
+TRITON = ("3.6", "3.7")
+"""Gluon's interface may change with each minor version of triton; these make the same of the kernels, and 3.6 has run them."""
 ROWS = 64
 """Queries of a consumer: the height of wgmma."""
 REGISTERS = {2: 240, 3: 160}
@@ -70,8 +70,8 @@ def _jit(function: Any) -> Any:
 
 def why_not_hopper(arch: str, head_dim: int, n_keys: int, dtype: torch.dtype) -> str | None:
     """Why the Hopper kernel cannot take a case that flash_attention's others take, or None if it can."""
-    if gluon is None or not triton.__version__.startswith(f"{TRITON}."):
-        return f"it needs the Gluon of triton {TRITON}, this is triton {triton and triton.__version__}"
+    if gluon is None or ".".join(triton.__version__.split(".")[:2]) not in TRITON:
+        return f"it needs the Gluon of triton {' or '.join(TRITON)}, this is triton {triton and triton.__version__}"
     if arch != "sm_90":
         return f"it needs Hopper (sm_90), this is {arch}"
     if dtype not in (torch.bfloat16, torch.float16):

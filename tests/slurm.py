@@ -151,6 +151,9 @@ def start_cluster(conf: str = _PLAIN, *, name: str = "officina", nodes: Mapping[
     lines = [f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={own} {shape}"
              for (node, shape), own in zip(nodes.items(), ports, strict=True)]
     (root / "slurm.conf").write_text("\n".join([_CONF.format(host=host, port=port, root=root, name=name), *lines, conf]))
+    version = subprocess.run([shutil.which("slurmctld", path=path), "-V"], capture_output=True, text=True, check=True).stdout
+    if int(re.search(r"\d+", version)[0]) >= 24:  # looks for cgroups, which a container may lack; older ones do not know this
+        (root / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
     (root / "hosts").write_text(Path("/etc/hosts").read_text() + "".join(
         f"{_address()} {node} {names.get(node, '')}\n" for node in nodes))
     prepare(root)
