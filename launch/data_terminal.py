@@ -1,11 +1,14 @@
 """What the commands of `officina data` share: arguments, tables, progress bars. No torch."""
 
 import argparse
+import errno
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
+
+from officina.trainer.errors import DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
 
 _NAMES = ("split", "source", "shard", "language", "licence", "document id")
 """Columns that are set to the left."""
+_NOT_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR)
+OWN_COPY = "Make room, ask the owner of the data set, or work on a copy of your own: officina data stage DATASET DIR"
 LINE_EVERY_S = 60.0
 """Between two lines of progress where there is no terminal."""
 
@@ -22,6 +27,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """The parser of one command."""
     return subparsers.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".",
                                  epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def writing(command: Callable[[argparse.Namespace], int], remedy: str) -> Callable[[argparse.Namespace], int]:
+    """`command`, which writes; where it may not, or there is no room, that is said with the remedy."""
+    def told(args: argparse.Namespace) -> int:
+        try:
+            return command(args)
+        except OSError as exc:
+            if exc.errno not in _NOT_WRITTEN:
+                raise
+            raise DataError(f"{exc.filename or args.folder}: {exc.strerror}. {remedy}") from exc
+    return told
 
 
 def count(text: str) -> int:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from officina.launch.data_terminal import add_parser, console, count, progress, size, table
+from officina.launch.data_terminal import OWN_COPY, add_parser, console, count, progress, size, table, writing
 from officina.trainer.errors import EXIT_DONE, DataError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     option("--budget", type=count, default=None, metavar="BYTES", help="refuse to copy more, such as 200G")
     option("--on-demand", action="store_true", help="from a store: leave the shards there, fetch and keep what is read, "
                                                     "within the budget")
-    parser.set_defaults(run=stage)
+    parser.set_defaults(run=writing(stage, "Name a folder that you may write, with room for the copy."))
 
     parser = add_parser(commands, "index", "make Megatron's .bin and .idx a data set where they lie", _INDEX_EXAMPLES)
     option = parser.add_argument
@@ -66,7 +66,7 @@ def add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     option("--validation", action="append", default=[], metavar="PATTERN", help="names of the files that are held out")
     option("--name", default="", help="name of the data set (default: the folder's)")
     option("--licence", default="", help="SPDX expression, e.g. CC-BY-4.0")
-    parser.set_defaults(run=index)
+    parser.set_defaults(run=writing(index, "It writes beside the files. In a folder of your own, link to them: ln -s DIR/* ."))
 
     parser = add_parser(commands, "pack", "store the best-fit plan of which documents share a row", _PACK_EXAMPLES)
     option = parser.add_argument
@@ -74,14 +74,14 @@ def add_tools(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     option("--seq-len", type=count, required=True, metavar="T", help="batch.seq_len of the runs")
     option("--overlong", choices=("auto", "split", "truncate", "leave_out", "refuse"), default="auto",
            help="what becomes of documents longer than a row, as data.overlong (default: auto)")
-    parser.set_defaults(run=pack)
+    parser.set_defaults(run=writing(pack, OWN_COPY))
 
     parser = add_parser(commands, "remove", "remove documents on request, without changing the order of any run",
                         _REMOVE_EXAMPLES)
     option = parser.add_argument
     option("folder", metavar="DATASET")
     option("file", metavar="IDS", help="text file, a document per line")
-    parser.set_defaults(run=remove)
+    parser.set_defaults(run=writing(remove, OWN_COPY))
 
 
 # ---- stats -----------------------------------------------------------------------------------------------------------
@@ -112,6 +112,8 @@ def stats(args: argparse.Namespace) -> int:
                 draw_lengths(found, args.picture)
             except OSError as exc:
                 raise DataError(f"--picture {args.picture}: {exc.strerror}. Name a file that you may write.") from exc
+            except ValueError as exc:
+                raise DataError(f"--picture {args.picture}: {exc}. Try: --picture lengths.png") from exc
             screen.print(f"Wrote {args.picture}")
     screen.print(_shares("licence", by_licence))
     return EXIT_DONE

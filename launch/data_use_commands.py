@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from officina.launch.data_terminal import add_parser, console, progress, table
+from officina.launch.data_terminal import OWN_COPY, add_parser, console, progress, table, writing
 from officina.trainer.errors import EXIT_DONE, EXIT_USER, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def add_use(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     option("--published", metavar="DATE", help="2026-11-23")
     option("--collected", metavar="DATE", help="of the newest of the data: 2025, 2025-06 or 2025-06-30")
     option("--set-version", dest="version", metavar="N.N.N", help="version of the data set")
-    parser.set_defaults(run=describe)
+    parser.set_defaults(run=writing(describe, OWN_COPY))
 
     parser = add_parser(commands, "policy", "judge a use of data sets by their conditions: the plan, rule by rule",
                         _POLICY_EXAMPLES)
@@ -76,7 +76,7 @@ def add_use(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> 
     formats = "; ".join(f"{name}: {what}" for name, (_, what) in EXPORTS.items())
     option("--to", required=True, choices=sorted(EXPORTS), help=formats)
     option("--out", metavar="PATH", help="where to (default: in the data set)")
-    parser.set_defaults(run=export)
+    parser.set_defaults(run=writing(export, "Name another place that you may write: --out PATH"))
 
     parser = add_parser(commands, "summary", "exact tokens a run consumed, by source, contributor, licence and language",
                         _SUMMARY_EXAMPLES)

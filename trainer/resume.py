@@ -4,14 +4,14 @@ Everything of how and where a run is run may change, and so may what is everyday
 schedule, length, batch size, mixture. What the weights, the moments or the order of past samples rest on may not.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from officina.trainer.config import DataConfig, RunConfig, TimelineStage
 from officina.trainer.errors import Problem
-from officina.trainer.keys import Values, as_text, generic, optional, word
+from officina.trainer.keys import Values, as_text, flat, generic, optional, word
 from officina.trainer.schema import dump_run
 
 Ruling = Literal["free", "force", "refused"]
@@ -107,24 +107,14 @@ def ruling(key: str) -> tuple[Ruling, str]:
 
 def changes(old: RunConfig, new: RunConfig) -> list[Change]:
     """All keys in which two runs differ."""
-    before, after = _flat(dump_run(old)), _flat(dump_run(new))
+    before, after = flat(dump_run(old)), flat(dump_run(new))
     return [Change(key, before.get(key), after.get(key)) for key in {**before, **after}
             if before.get(key) != after.get(key)]
 
 
 def flat_values(run: RunConfig) -> dict[str, object]:
     """Dotted key -> value of all of a run."""
-    return _flat(dump_run(run))
-
-
-def _flat(values: Mapping, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+    return flat(dump_run(run))
 
 
 def resume_problems(old: RunConfig, new: RunConfig, *, step: int, position: int, force: bool = False,
@@ -167,9 +157,9 @@ def ruled_out(old: RunConfig, new: RunConfig, *, force: bool = False, branch: bo
             continue
         judged.add(whole)
         if rule == "refused":
-            kept = _flat(dump_run(old)).get(whole)
+            kept = flat(dump_run(old)).get(whole)
             back = "officina train name=NEW for a new run" if kept is None and not optional(whole) else word(whole, kept)
-            yield Problem(whole, as_text(_flat(dump_run(new)).get(whole)), f"cannot change in the middle of a run: {why}", back)
+            yield Problem(whole, as_text(flat(dump_run(new)).get(whole)), f"cannot change in the middle of a run: {why}", back)
         elif not force:
             yield Problem(change.key, as_text(change.new), f"was {as_text(change.old)}; {why}", "the same command with --force")
 
@@ -262,7 +252,10 @@ def carry_forward(old: RunConfig, new: RunConfig, position: int, named: Collecti
         timeline_of,
     )
 
-    if new.data.stages or _planned_ahead(old.data, position):  # what is read from now on is said; see `plan_stages`
+    if new.data.stages and position:  # what is read from now on is said there, see `plan_stages`; what was read stays
+        return replace(new, data=replace(new.data, sources={**old.data.sources, **new.data.sources},
+                                         timeline=timeline_of(old.data)))
+    if new.data.stages or _planned_ahead(old.data, position):
         return new
     last = timeline_of(old.data)[-1].weights
     current = {name: source for name, source in new.data.sources.items()

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -272,6 +273,20 @@ def test_stage_remove_export_index(corpus: Path, tmp_path: Path) -> None:
     status, out, err = officina("index", tmp_path / "meg", "--tokenizer", tmp_path / "fast" / "tokenizer.json",
                                 "--validation", "valid*", "--licence", "CC-BY-4.0")
     assert (status, err) == (0, "") and "fingerprint" in out and officina("verify", tmp_path / "meg")[0] == 0
+
+
+@pytest.mark.parametrize(("words", "blocked", "told"), [
+    (["pack", "set", "--seq-len", "64"], "set/packing", "set/packing/train-64-split.plan: Not a directory. Make room"),
+    (["remove", "set", "ids.txt"], "set/removed", "set/removed: File exists. Make room, ask the owner"),
+    (["export", "set", "--to", "megatron", "--out", "out"], "out", "out: File exists. Name another place"),
+    (["stats", "set", "--picture", "x.xyz"], "", "--picture x.xyz: Format 'xyz' is not supported")])
+def test_a_place_that_cannot_be_written_is_told(corpus: Path, tmp_path: Path, words: list, blocked: str, told: str) -> None:
+    shutil.copytree(corpus / "set", tmp_path / "set")
+    (tmp_path / "ids.txt").write_text("shards/train-00000.dls:0")
+    if blocked:
+        (tmp_path / blocked).write_text("no folder")
+    status, _, err = officina(*words, cwd=tmp_path)
+    assert status == 2 and told in err and "Traceback" not in err
 
 
 def test_a_log_gets_lines_with_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,18 @@ def test_a_plan_holds_where_the_run_goes_on_and_can_be_made_anew(old):
     assert weights(after)[-1] == (200 * rows, {"python": 1, "math": 5}) and sources_in_use(after.data) == ["math", "python"]
 
 
+@pytest.mark.parametrize("words", [
+    ["data.sources.new.path=y"], ["data.sources.new.path=y", "data.sources.python.weight=2"],
+    ["data.sources.new.path=y", "~data.sources.python"]])
+def test_stages_that_are_planned_on_the_way_leave_what_was_read_as_it_was(old, words):
+    rows = old.batch.rows
+    for step in (100, 150):
+        run = mix(old, [*words, f"data.stages=[{{from_step: {step}, weights: {{new: 1}}}}]"], 100 * rows)
+        run = plan_stages(run, 100, 100 * rows)
+        assert weights(run) == [(0, {"python": 1.0}), (step * rows, {"new": 1.0})]
+        assert set(run.data.sources) == {"python", "new"} and problems(run, read_data=False) == []
+
+
 def test_the_timeline_survives_config_yaml(old, tmp_path):
     from officina.trainer.run_dir import load_config, save_config
 

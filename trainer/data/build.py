@@ -22,7 +22,7 @@ from officina.trainer.data.documents import NO_LANGUAGE, Fields, Filter, LeftOut
 from officina.trainer.data.duplicates import find_duplicates
 from officina.trainer.data.formats import INCLUDE
 from officina.trainer.data.manifest import MANIFEST, TOKENIZER, WORK, Manifest, TokenizerInfo, write_manifest, write_whole
-from officina.trainer.data.parts import TRAIN, VALIDATION, Writing, draw, write_part
+from officina.trainer.data.parts import TRAIN, VALIDATION, Writing, is_held_out, write_part
 from officina.trainer.data.policy import Policy, place_policy
 from officina.trainer.data.scan import Job, Scan, check_bad_rows, plan_parts, scan
 from officina.trainer.data.seal import read_seal
@@ -251,9 +251,10 @@ def _trained(folder: Path, jobs: Sequence[Job], filters: Sequence[Filter], scans
             for number, document in enumerate(found):
                 done_bytes += document.bytes
                 progress("tokenizer", done_bytes, total)
-                validation, sample = draw(document.digest)
-                outside = validation < options.validation or sample >= SAMPLE_BYTES / max(total, 1)
-                if outside or used > SAMPLE_BYTES or number in drops or not all(keep(document) for keep in filters):
+                left = int.from_bytes(document.digest[6:12]) / (1 << 48) >= SAMPLE_BYTES / max(total, 1)
+                if left or used > SAMPLE_BYTES or number in drops or not all(keep(document) for keep in filters):
+                    continue
+                if is_held_out(document.text, options.validation):
                     continue
                 batch.append(document.text)
                 characters, used = characters + len(document.text), used + len(document.text)

@@ -193,8 +193,10 @@ def _sample(row: Any, piece: Piece, number: int, fields: Fields, chat: Chat, kin
     """The sample of a row as a document, or why there is none."""
     if isinstance(row, BadRow):
         return row
-    if isinstance(row, bytes):
+    if isinstance(row, bytes) and piece.format == "text":
         return BadRow("expected rows of samples (.jsonl, .csv, .parquet, .arrow); it is a text")
+    if isinstance(row, bytes):  # a row that is not UTF-8
+        return "undecodable"
     found = read_sample(row, chat)
     if isinstance(found, BadRow):
         return found

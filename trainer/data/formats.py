@@ -224,6 +224,8 @@ def _rows_before(piece: Piece) -> int:
 
 
 def _unpacked(raw: io.BufferedReader, path: Path) -> io.BufferedIOBase:
+    if not raw.peek(1):
+        raise EOFError("a compressed file is never empty")
     return gzip.open(raw) if path.name.lower().endswith(".gz") else io.BufferedReader(_Zst(raw, path), _CHUNK_BYTES)
 
 
@@ -280,8 +282,33 @@ def _parquet_rows(path: Path, piece: Piece, columns: Sequence[str] | None) -> It
     wanted = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
     for group in range(first, stop):
         for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=wanted):
-            for row in batch.to_pylist():
+            for row in _dicts(batch):
                 yield row, piece.bytes * (group - first) // (stop - first)
+
+
+def _dicts(batch: Any) -> list[Row]:
+    """The rows of a batch; one with a text that is not UTF-8 is that text's bytes, as a line of JSON is."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        return [_dict(batch.slice(i, 1)) for i in range(batch.num_rows)]
+
+
+def _dict(row: Any) -> Row:
+    try:
+        return {name: _value(column[0]) for name, column in zip(row.schema.names, row.columns, strict=True)}
+    except UnicodeDecodeError as exc:
+        return exc.object
+
+
+def _value(cell: Any) -> Any:
+    """A time that Python's types do not hold is given as Arrow writes it: nanoseconds, or a year beyond 9999."""
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError):
+        return cell.cast("string").as_py()
 
 
 def _arrow_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Row, int]]:
@@ -296,7 +323,7 @@ def _arrow_rows(path: Path, columns: Sequence[str] | None) -> Iterator[tuple[Row
             if columns is not None:
                 batch = batch.select([name for name in batch.schema.names if name in columns])
             for first in range(0, batch.num_rows, 1024):
-                for row in batch.slice(first, 1024).to_pylist():
+                for row in _dicts(batch.slice(first, 1024)):
                     yield row, size if is_file else source.tell()
 
 
@@ -306,7 +333,7 @@ def _tar(path: Path) -> Iterator[tuple[Row, int]]:
     with open(path, "rb") as raw:
         content = _unpacked(raw, path) if _is_packed(path.name) else raw
         with tarfile.open(fileobj=content, mode="r|", tarinfo=_Member) as tar:
-            key, row = None, {}
+            key, row, kinds = None, {}, set()
             for member in tar:
                 if not member.isfile():
                     continue
@@ -315,9 +342,12 @@ def _tar(path: Path) -> Iterator[tuple[Row, int]]:
                 if (folder, stem) != key:
                     if isinstance(row, BadRow) or row:
                         yield row, raw.tell()
-                    key, row = (folder, stem), {}
+                    key, row, kinds = (folder, stem), {}, set()
                 if isinstance(row, dict) and kind in ("txt", "text", "json"):
                     row = _with_member(row, f"{folder}/{stem}".lstrip("/"), kind, tar.extractfile(member).read())
+                    if kind in kinds:
+                        row = BadRow(f"there are two members {printable(name)}")
+                    kinds.add(kind)
             if isinstance(row, BadRow) or row:
                 yield row, raw.tell()
             while rest := tar.fileobj.read(_CHUNK_BYTES):

@@ -132,7 +132,7 @@ def _best_fit(lengths: np.ndarray, room: int) -> np.ndarray:
 
     Among rows with equal room the oldest is taken; equal lengths keep their order.
     """
-    out = np.empty(len(lengths), np.int64)
+    out, room = np.empty(len(lengths), np.int64), min(room, int(lengths.sum()))
     by_length = np.argsort(-lengths, kind="stable")
     bounds = np.flatnonzero(np.diff(lengths[by_length], prepend=-1, append=-1))
     waiting: dict[int, list[np.ndarray]] = {}  # room left -> rows, in the order in which they got there

@@ -3,6 +3,7 @@
 A part's shards are closed together, as segments: each has a record, written last, from which an interrupted build goes on.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -148,7 +149,7 @@ def _items(job: Job, writing: Writing, first: int) -> Iterator[_Item]:
         if number in drops or not _passes(document, filters, item.steps):
             continue
         item.document = document
-        item.split = VALIDATION if draw(document.digest)[0] < writing.validation else TRAIN
+        item.split = VALIDATION if is_held_out(document.text, writing.validation) else TRAIN
         yield item
         item = _Item(None, number + 1)
     yield item
@@ -165,9 +166,9 @@ def _passes(document: Document, filters: Sequence[Filter], steps: list[tuple[str
     return True
 
 
-def draw(digest: bytes) -> tuple[float, float]:
-    """Two independent numbers in [0, 1) that depend on the text alone: for the split, and for the tokenizer's sample."""
-    return int.from_bytes(digest[:6]) / (1 << 48), int.from_bytes(digest[6:12]) / (1 << 48)
+def is_held_out(text: str, share: float) -> bool:
+    """Does a document belong to the validation split? Asked of its text as it is written: equal ones are on the same side."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / (1 << 48) < share
 
 
 def _tokenised(job: Job, writing: Writing, first: int, report: Report) -> Iterator[_Item]:

@@ -103,6 +103,23 @@ def test_a_given_tokenizer_is_kept_byte_for_byte(texts: Path, tmp_path: Path) ->
         build(tmp_path / "three", BuildOptions(inputs=[texts], tokenizer=texts / "latin.txt"))
 
 
+def test_what_is_held_out_is_not_trained_on_in_other_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts that masked data or a filter make equal are on one side."""
+    (tmp_path / "one_case.py").write_text("def keep(document): return document.text.lower()")
+    monkeypatch.syspath_prepend(tmp_path)
+    call = "Write to user{:03}@example.org about the terms of use."
+    hplt = {"u": "https://a.example/1", "ts": "1", "pii": [[9, 28]]}
+    rows = [hplt | {"text": call.format(i)} for i in range(60)]
+    rows += [{"text": f"{word} {i}"} for i in range(30) for word in ("SOME OTHER TEXT", "Some other text", "some Other text")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for filters in ((), ("one_case:keep",)):
+        out = tmp_path / f"out{len(filters)}"
+        build(out, BuildOptions(inputs=[tmp_path / "rows.jsonl"], vocab_size=300, validation=0.5, filters=filters))
+        train, held_out = ({tuple(found) for found in documents(out, split)} for split in ("train", "validation"))
+        assert train and held_out and not train & held_out
+    sys.modules.pop("one_case", None)
+
+
 def test_shards_are_cut_between_documents(texts: Path, tmp_path: Path) -> None:
     build(tmp_path / "whole", BuildOptions(inputs=[texts], **OPTIONS))
     build(tmp_path / "cut", BuildOptions(inputs=[texts], shard_bytes=2000, **OPTIONS))

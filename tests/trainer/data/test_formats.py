@@ -78,6 +78,11 @@ def test_webdataset_samples_are_members_of_one_name(tmp_path: Path, name: str) -
                           BadRow("its .json is no JSON object but a list"), {"__key__": "x/0005", "text": b"fifth"}]
 
 
+def test_a_member_is_not_taken_for_the_one_before_of_its_name(tmp_path: Path) -> None:
+    path = tar(tmp_path / "a.tar", [("1.txt", b"first"), ("1.txt", b"second"), ("2.json", b"{}"), ("2.txt", b"third")])
+    assert read(path) == [BadRow("there are two members 1.txt"), {"__key__": "2", "text": b"third"}]
+
+
 def pack(path: Path, content: bytes) -> Path:
     if path.suffix == ".zst":
         content = pytest.importorskip("zstandard").compress(content)
@@ -200,6 +205,14 @@ def test_files_that_are_cut_off_are_named(tmp_path: Path, name: str, told: str) 
         read(path)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.tar.gz"])
+def test_a_compressed_file_of_no_bytes_is_cut_off_too(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("zstandard")
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match="cannot be read .a compressed file is never empty"):
+        read(tmp_path / name)
+
+
 def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.parquet").write_bytes(b"x")
     (tmp_path / "a.jsonl.zst").write_bytes(b"x")
@@ -214,6 +227,23 @@ def test_only_the_columns_that_are_asked_for_are_read(tmp_path: Path) -> None:
     for path in (parquet(tmp_path / "a.parquet"), arrow(tmp_path / "a.arrow", "stream")):
         [piece] = pieces_of("in", path.name, path, 1 << 30)
         assert next(rows(piece, ["text", "lang"]))[1] == {"text": ROWS[0]["text"]}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_cells_that_python_cannot_hold(tmp_path: Path, name: str) -> None:
+    """A text that is not UTF-8 is that text's bytes, as a line of JSON is; a time beyond Python's is as Arrow writes it."""
+    pyarrow, pq, ipc = (pytest.importorskip(module) for module in ("pyarrow", "pyarrow.parquet", "pyarrow.ipc"))
+    texts = pyarrow.array([b"caf\xe9", "café".encode(), b"x"])
+    times = pyarrow.array([10**15, 10**15, 0], pyarrow.timestamp("ms"))
+    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 3, texts.buffers()), "ts": times})
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with ipc.new_stream(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    bad, far, good = read(tmp_path / name)
+    assert bad == b"caf\xe9" and (far["text"], good["text"]) == ("café", "x")
+    assert isinstance(far["ts"], str) and good["ts"].year == 1970
 
 
 def test_a_saved_dataset_is_its_listed_files(tmp_path: Path) -> None:

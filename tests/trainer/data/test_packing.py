@@ -39,6 +39,11 @@ def best_fit_one_by_one(lengths: list[int], room: int) -> list[int]:
     return sums
 
 
+def test_a_row_longer_than_all_there_is_holds_all() -> None:
+    plan = make_plan(np.cumsum([3, 4, 1]), 10**12, "split")
+    assert (plan.starts.tolist(), plan.lengths.tolist(), plan.rows.tolist()) == ([0, 3, 7], [3, 4, 1], [0, 3])
+
+
 @given(lengths=LENGTHS, seq_len=st.integers(1, 40))
 @settings(deadline=None, max_examples=200)
 def test_every_token_has_one_place_and_rows_are_those_of_best_fit(lengths, seq_len) -> None:
