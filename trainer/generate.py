@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         with plain_weights(run_dir, checkpoint, Alone()) as source:
             module = load(run, source, torch.device("cuda" if use_gpu else "cpu"))
     stops = stop_ids(run_dir, tokenizer)
-    tokens = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [stops[0] if stops else 0]
+    tokens = prompt_ids(args.prompt, tokenizer, first_ids(run_dir, tokenizer)) or [stops[0] if stops else 0]
     new = generate(module, tokens, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
                    top_p=args.top_p, seed=args.seed, stop_id=stops)
     said = [args.prompt]
@@ -148,6 +149,22 @@ def _check(tokens: Sequence[int], vocab_size: int, max_new_tokens: int, temperat
         raise OfficinaError(f"--top-p {top_p} must be above 0 and at most 1, for example 0.95")
     if not -2**63 <= seed < 2**63:
         raise OfficinaError(f"--seed {seed} must be a number of 64 bits, for example 0")
+
+
+def first_ids(run_dir: Path, tokenizer: Tokenizer) -> list[int]:
+    """The tokens that the tokenizer puts before a text, if the model knows them: one that came from Hugging Face's form, or was
+    trained on samples. Texts are trained on without them."""
+    if not any((run_dir / name).exists() for name in (f"{BASE_DIR}/config.json", ANSWER_ENDS)):
+        return []
+    found = tokenizer.encode("a", add_special_tokens=True)
+    return [id_ for id_, _ in takewhile(all, zip(found.ids, found.special_tokens_mask, strict=True))]
+
+
+def prompt_ids(text: str, tokenizer: Tokenizer, first: Sequence[int]) -> list[int]:
+    """The tokens of a prompt behind `first`; a text that begins with a special token, as one of a chat template, is whole."""
+    ids, special = tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.get_added_tokens_decoder()
+    begun = bool(ids) and ids[0] in special and special[ids[0]].special
+    return ids if begun else [*first, *ids]
 
 
 def stop_ids(run_dir: Path, tokenizer: Tokenizer) -> list[int]:

@@ -23,9 +23,8 @@ from officina.trainer.batch import IGNORE, Batch
 from officina.trainer.config import RunConfig
 from officina.trainer.errors import OfficinaError
 from officina.trainer.evaluation import Request
-from officina.trainer.generate import sample, stop_ids
+from officina.trainer.generate import first_ids, prompt_ids, sample, stop_ids
 from officina.trainer.model.cache import KVCache, LayerCache
-from officina.trainer.model.transformer import window_of_layer
 from officina.trainer.objective import token_scores
 from officina.trainer.parallel.engine import Engine
 from officina.trainer.ranks import Ranks
@@ -37,7 +36,8 @@ MAX_NEW_TOKENS = 256
 def run_tasks(engine: Engine, run: RunConfig, ranks: Ranks, run_dir: Path, request: Request) -> dict[str, dict[str, Any]]:
     """Task (or group of tasks) -> its metrics. A collective; raises OfficinaError for a task that is not known or whose data
     is not on this machine."""
-    os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                   "DISABLE_MULTIPROC": "1"}  # its workers, forks of a rank, would take the signal to end for one to save
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _manager(request)
     for name in request.tasks:
@@ -88,14 +88,19 @@ class RunModel(TemplateLM):
         self._tokenizer = Tokenizer.from_file(str(path))
         self._stops = stop_ids(run_dir, self._tokenizer) or [0]
         self._eos = self._stops[0]
+        self._first = first_ids(run_dir, self._tokenizer)
         self._longest = run.batch.seq_len
 
     @property
     def eot_token_id(self) -> int:
         return self._eos
 
+    @property
+    def prefix_token_id(self) -> int:
+        return self._first[0] if self._first else self._eos
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self._tokenizer.encode(string, add_special_tokens=False).ids
+        return prompt_ids(string, self._tokenizer, [] if add_special_tokens is False else self._first)
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
         return self._scored([(context + continuation, len(continuation)) for _, context, continuation in requests])
@@ -104,7 +109,7 @@ class RunModel(TemplateLM):
         sequences, owners = [], []
         for number, request in enumerate(requests):
             windows = utils.get_rolling_token_windows(
-                self.tok_encode(request.args[0]), prefix_token=self._eos, max_seq_len=self._longest, context_len=1)
+                self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id, max_seq_len=self._longest, context_len=1)
             for context, continuation in map(utils.make_disjoint_window, windows):
                 sequences.append((context + continuation, len(continuation)))
                 owners.append(number)
@@ -163,14 +168,15 @@ class RunModel(TemplateLM):
 
     def _continued(self, context: str, wishes: dict[str, Any]) -> str:
         """One text a rank; a rank whose text is done goes on with the others until all are."""
-        until = [wishes["until"]] if isinstance(wishes.get("until"), str) else list(wishes.get("until") or [])
+        asked = wishes.get("until") or []
+        until = [stop for stop in ([asked] if isinstance(asked, str) else asked) if stop]
         limit = _limit(wishes)
         temperature = float(wishes.get("temperature") or 0) if wishes.get("do_sample") else 0.0
         random = torch.Generator().manual_seed(self._run.seed)
         prompt = (self.tok_encode(context) or [self._eos])[-(self._longest - limit):]
         model = self._run.model
-        cache = KVCache([LayerCache(window_of_layer(model, layer)) for layer in range(model.n_layers)])
-        fed, new, text, going = prompt, [], "", True
+        cache = KVCache([LayerCache(window) for window in model.windows])
+        fed, new, text, spelled, going = prompt, [], "", "", True
         while sum(self._ranks.sum([going])):
             batch = Batch({"tokens": torch.tensor([fed])}, 0).to(self._ranks.device)
             logits_V = self._engine.infer(lambda module, fields: module(fields["tokens"], cache=cache)[0, -1], batch).cpu()
@@ -180,8 +186,8 @@ class RunModel(TemplateLM):
                 continue
             if token not in self._stops:
                 new.append(token)
-                text = self._tokenizer.decode(new)
-            going = token not in self._stops and len(new) < limit and not any(stop in text for stop in until)
+                text, spelled = (self._tokenizer.decode(new, skip_special_tokens=skip) for skip in (True, False))
+            going = token not in self._stops and len(new) < limit and not any(stop in spelled for stop in until)
         for stop in until:
             text = text.split(stop)[0]
         return text

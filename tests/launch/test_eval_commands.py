@@ -1,14 +1,16 @@
 """The folder of an evaluation under srun: rank 0 makes it ready while the other ranks wait for it."""
 
+from argparse import Namespace
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from officina.launch import eval_commands
-from officina.trainer.config import RunConfig
-from officina.trainer.errors import LaunchError
-from officina.trainer.evaluation import Request, Results
-from officina.trainer.run_dir import CONFIG, REQUEST, RESULTS, load_config
+from officina.trainer.config import DecoderConfig, RunConfig
+from officina.trainer.errors import ConfigError, LaunchError
+from officina.trainer.evaluation import Request, Results, read_request
+from officina.trainer.run_dir import CONFIG, REQUEST, RESULTS, load_config, save_config
 
 
 def test_what_is_asked_again_is_ready_throughout(tmp_path, monkeypatch):
@@ -34,6 +36,20 @@ def test_a_rank_does_not_take_the_run_of_an_earlier_evaluation(tmp_path, monkeyp
     eval_commands._make_ready(folder, changed, request)
     eval_commands._wait_for(folder, changed, request)
     assert load_config(folder).seed == changed.seed
+
+
+def test_benchmarks_need_no_data_set(tmp_path, monkeypatch):
+    """An imported model has none; the held-out loss is of one."""
+    save_config(RunConfig(model=DecoderConfig(vocab_size=320), device="cpu"), tmp_path)
+    monkeypatch.setattr(eval_commands, "list_checkpoints", lambda run_dir: [SimpleNamespace(step=0, status="complete")])
+    monkeypatch.setattr(eval_commands, "find_spec", lambda name: name)
+    started = []
+    monkeypatch.setattr(eval_commands, "start", lambda folder, run, env: started.append(read_request(folder)) or 75)
+    asked = Namespace(run=str(tmp_path), words=["tasks=one"], tasks_dir="", shots=None, limit=None)
+    assert eval_commands.evaluate(asked) == 75 and started[0].tasks == ["one"]
+    asked.words = []
+    with pytest.raises(ConfigError, match=r"data\.sources: is empty"):
+        eval_commands.evaluate(asked)
 
 
 def test_what_is_told_of_a_users_own_loss_is_no_perplexity(tmp_path, capsys):

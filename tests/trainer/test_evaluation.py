@@ -197,6 +197,45 @@ def plain_scores(trained: Path, tasks: Path) -> tuple[float, float, int]:
     return sum(right) / len(right), total, size
 
 
+def test_standard_errors_need_no_processes_beside_the_rank(pool, trained: Path, tasks: Path) -> None:
+    """The harness's own pool hung at its end: a fork of a rank keeps its handler of SIGTERM."""
+    text = (tasks / "own_choice.yaml").read_text().replace("multiple_choice", "loglikelihood").replace("own_choice", "own_ppl")
+    text = text.replace('doc_to_choice: "{{choices}}"\ndoc_to_target: "{{answer}}"', 'doc_to_target: " {{choices[0]}}"')
+    (tasks / "own_ppl.yaml").write_text(text + "metric_list:\n  - metric: perplexity\n")
+    folder = ask(trained, "p", tasks=["own_ppl"], tasks_dir=str(tasks))
+    assert pool.run(1, "tests.trainer.evaluation_cases:evaluate_without_forks", str(folder)) == [0]
+    found = read_results(folder).tasks["own_ppl"]
+    assert found["perplexity,none"] > 1 and found["perplexity_stderr,none"] > 0
+
+
+def test_prompts_begin_as_those_of_transformers(tmp_path) -> None:
+    """With what the tokenizer puts before a text, once, where the model knows it."""
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("lm_eval", reason="needs officina[eval]")
+    from tokenizers import Tokenizer, processors
+
+    from officina.trainer.data.tokenizer import train_tokenizer
+    from officina.trainer.harness import RunModel
+
+    tokenizer = Tokenizer.from_str(train_tokenizer([[" ".join(WORDS.values())]], 300, ""))
+    tokenizer.add_special_tokens(["<s>"])
+    bos = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A <|endoftext|>", special_tokens=[
+        ("<s>", bos), ("<|endoftext|>", 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    plain = RunModel(None, plain_run(tmp_path), None, tmp_path)  # from random weights: its data had no <s>
+    assert plain.tok_encode("talo") == tokenizer.encode("talo", add_special_tokens=False).ids
+    assert plain.prefix_token_id == 0
+
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text("{}")
+    model = RunModel(None, plain_run(tmp_path), None, tmp_path)
+    for text in ("talo", "", "<s>talo"):
+        assert model.tok_encode(text) == theirs(text.removeprefix("<s>"))["input_ids"][:-1]
+        assert model.tok_encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert model.prefix_token_id == bos != model.eot_token_id
+
+
 def test_a_task_that_is_not_known_or_not_here_is_refused(pool, trained: Path, tasks: Path) -> None:
     text = (tasks / "own_choice.yaml").read_text().replace("dataset_path: json", "dataset_path: nobody/nothing")
     (tasks / "elsewhere.yaml").write_text(text.replace("task: own_choice", "task: elsewhere"))

@@ -205,9 +205,9 @@ def load_chat(folder: Path | None, tokenizer: str, *, template: str = "", eos: s
             config = json.loads(path.read_bytes())
         except ValueError as exc:
             raise DataError(f"{path}: is no JSON ({exc}). Restore it from the model's source.") from exc
-    names = {}
+    names, older = {}, _older_names(folder)
     for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
-        value = config.get(name)
+        value = config.get(name, older.get(name))
         if isinstance(value := value.get("content") if isinstance(value, dict) else value, str):
             names[name] = value
     vocabulary = loaded.get_vocab(with_added_tokens=True)
@@ -219,6 +219,17 @@ def load_chat(folder: Path | None, tokenizer: str, *, template: str = "", eos: s
     bos = before[0] if len(before) and before[0] in special else ""
     return Chat(template=_template(folder, template, config), names=tuple(names.items()), special=special, bos=bos, eos=ends,
                 last=last, date=date)
+
+
+def _older_names(folder: Path | None) -> dict[str, Any]:
+    """special_tokens_map.json, which tokenizers have that were saved before tokenizer_config.json said it all."""
+    path = folder / "special_tokens_map.json" if folder else None
+    if path is None or not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as exc:
+        raise DataError(f"{path}: is no JSON ({exc}). Restore it from the model's source.") from exc
 
 
 def _template(folder: Path | None, asked: str, config: dict[str, Any]) -> str:

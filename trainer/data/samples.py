@@ -114,11 +114,18 @@ def _messages(value: Any, name: str, chat: Chat) -> list[Message]:
             raise _Wrong(f"expected a text as content of {where}; it is a {type(message['content']).__name__}")
         if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
             raise _Wrong(f"expected an answer in {where}; it is empty")
-        if token := special_token_in(message["content"], chat.special):
-            raise _Wrong(f"{where} spells the special token {token}, which would end or begin a turn; "
-                         "take it out of the content")
+        _no_special_token(message, where, chat)
         found.append(message)
     return found
+
+
+def _no_special_token(value: Any, where: str, chat: Chat) -> None:
+    """In any text within: the content, what was thought before it, arguments of a call, descriptions of tools."""
+    if isinstance(value, dict | list):
+        for each in (*value, *value.values()) if isinstance(value, dict) else value:
+            _no_special_token(each, where, chat)
+    elif isinstance(value, str) and (token := special_token_in(value, chat.special)):
+        raise _Wrong(f"{where} spells the special token {token}, which would end or begin a turn; take it out of the text")
 
 
 def _with_system(row: dict[str, Any], messages: list[Message], chat: Chat) -> list[Message]:
@@ -159,7 +166,9 @@ def _chat(messages: list[Message], row: dict[str, Any], chat: Chat, first: int =
 def _rendered(messages: list[Message], row: dict[str, Any], chat: Chat, first: int) -> Part:
     if not any(each["role"] == "assistant" for each in messages[first:]):
         raise _Wrong("expected an answer, a message of role assistant; there is none to train on")
-    text, spans = chat.answers(messages, _tools(row), first)
+    tools = _tools(row)
+    _no_special_token(tools, "a tool", chat)
+    text, spans = chat.answers(messages, tools, first)
     return Part(text, spans)
 
 

@@ -66,12 +66,16 @@ def read_config(raw: Mapping[str, Any], source: str = CONFIG_FILE, *,
     return family, run.model
 
 
-def family_for(model: DecoderConfig) -> Family:
-    """The family that can hold this model: the first whose keys give the very model back."""
-    for family in FAMILIES.values():
-        if _survives(family, model):
-            return family
-    near, lost = min(((f, _lost(f, model)) for f in FAMILIES.values()), key=lambda pair: len(pair[1]))
+def family_for(model: DecoderConfig, base: Mapping[str, Any] | None = None) -> Family:
+    """The family that can hold this model: that of `base`, the config.json it came from, else the first whose keys give the
+    very model back."""
+    kind = base["model_type"] if base else None
+    if base and describes(base, model):
+        return FAMILIES[kind]
+    families = sorted(FAMILIES.values(), key=lambda family: family.model_type != kind)
+    near, lost = min(((family, _lost(family, model)) for family in families), key=lambda pair: len(pair[1]))
+    if not lost:
+        return near
     raise OfficinaError(f"no family of Hugging Face's models has this combination of switches; {near.model_type}, the "
                         f"nearest, cannot hold {', '.join(f'model.{name}' for name in lost)}. Families: {', '.join(FAMILIES)}. "
                         "Choose switches of one of them before training: docs/convert.md")
@@ -81,17 +85,24 @@ def write_config(model: DecoderConfig, family: Family, *, base: Mapping[str, Any
                  max_seq_len: int = 0) -> Values:
     """config.json's keys. With `base`, the file that the model came from: that file, with only what changed in it.
 
-    Without one: transformers 4's form, which its later versions read too. max_seq_len: tokens for max_position_embeddings.
+    Without one, or where another family must hold what changed: transformers 4's form, which its later versions read too.
+    max_seq_len: tokens for max_position_embeddings where `base` does not say.
     """
-    if base is not None and canonical(read_config(base, has_head=not model.tie_embeddings)[1]) == canonical(model):
+    if base is not None and describes(base, model):
         return dict(base)
     values = {"architectures": [family.architecture], "model_type": family.model_type, **family.write(model)}
-    if base is not None:
+    if base is not None and base["model_type"] == family.model_type:
         values = _in_form_of(base, values)
         return {**base, **{key: value for key, value in values.items() if key in base or value is not None}}
-    reach = max_seq_len or round(model.rope.original_seq_len * model.rope.factor)
-    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # said, or the class's own would be taken
-    return values | none | {"max_position_embeddings": reach, "torch_dtype": dtype, "use_cache": True}
+    base = base or {}
+    reach = base.get("max_position_embeddings") or max_seq_len or round(model.rope.original_seq_len * model.rope.factor)
+    ids = {key: base.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}  # said, or the class's own are taken
+    return values | ids | {"max_position_embeddings": reach, "torch_dtype": dtype, "use_cache": True}
+
+
+def describes(base: Mapping[str, Any], model: DecoderConfig) -> bool:
+    """Is `base`, a config.json, one of this very model?"""
+    return canonical(read_config(base, has_head=not model.tie_embeddings)[1]) == canonical(model)
 
 
 def _in_form_of(base: Mapping[str, Any], values: Values) -> Values:
@@ -116,7 +127,3 @@ def _lost(family: Family, model: DecoderConfig) -> list[str]:
         return [problem.key for problem in error.problems] * 99
     wanted = canonical(model)
     return [name for name in DecoderConfig.__dataclass_fields__ if getattr(back, name) != getattr(wanted, name)]
-
-
-def _survives(family: Family, model: DecoderConfig) -> bool:
-    return not _lost(family, model)

@@ -41,9 +41,10 @@ class Stored:
 def find_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder's model, by name. OfficinaError names the file that is missing or damaged."""
     folder = Path(folder)
+    one = (folder / ONE_FILE).exists()
     if (folder / INDEX_FILE).exists():
-        return _by_index(folder)
-    if (folder / ONE_FILE).exists():
+        return _by_index(folder, one)
+    if one:
         return read_header(folder / ONE_FILE)
     others = sorted(path.name for path in folder.glob("*.bin") if "model" in path.name)
     hint = (f"it has {others[0]}, which is a pickle and may run code when it is opened. Convert it where you trust it: "
@@ -52,7 +53,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     raise OfficinaError(f"{folder} has neither {ONE_FILE} nor {INDEX_FILE}; {hint}")
 
 
-def _by_index(folder: Path) -> dict[str, Stored]:
+def _by_index(folder: Path, one: bool) -> dict[str, Stored]:
     path = folder / INDEX_FILE
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -61,6 +62,9 @@ def _by_index(folder: Path) -> dict[str, Stored]:
         raise OfficinaError(f"{path} cannot be read: {error!r}. {_COPY}") from error
     if outside := [name for name in files if Path(name).name != name]:
         raise OfficinaError(f"{path} names {outside[0]}, which is not beside it. {_COPY}")
+    if one and ONE_FILE not in files:
+        raise OfficinaError(f"{folder} has {ONE_FILE} and {INDEX_FILE}, which names other files: two models, of which "
+                            f"transformers takes the first. Remove what is left over: {ONE_FILE}, or the index and its files")
     found: dict[str, Stored] = {}
     for name in files:
         here = read_header(folder / name)

@@ -80,6 +80,9 @@ class Keys:
         layer_type: the part of a nested `rope_parameters`. scaling_key None: layers whose RoPE was never scaled.
         """
         if "rope_parameters" in self.raw:
+            if scaling_key and self.raw.get(scaling_key):
+                self.refuse(scaling_key, _json(self.raw[scaling_key]), "stands beside rope_parameters, in whose place "
+                            "transformers takes it", "one of the two: in rope_parameters, with rope_theta, if it is meant")
             self.skip("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq")
             given = self.raw["rope_parameters"] or {}
             name = "rope_parameters"

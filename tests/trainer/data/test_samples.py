@@ -66,6 +66,18 @@ def chat_of(model: Path, template: str = CHATML, **words: object) -> Chat:
     return load_chat(model, (model / "tokenizer.json").read_text(), template=str(file), **words)
 
 
+def test_special_tokens_are_found_where_older_tokenizers_have_them(model, tmp_path):
+    """transformers reads both files; without the second the text would begin without its token, in silence."""
+    shutil.copy(model / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": LLAMA}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "<|im_end|>"}))
+    chat = load_chat(tmp_path, (tmp_path / "tokenizer.json").read_text())
+    text, _ = chat.render([U])
+    assert chat.eos == "<|im_end|>" and text.startswith("<s><|im_start|>user")
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert text == theirs.apply_chat_template([U], tokenize=False)
+
+
 def tokens_of(model: Path, chat: Chat, row: dict) -> list[tuple[list[int], list[bool]]]:
     """Ids and marks of each part of a row."""
     class Document:
@@ -162,6 +174,10 @@ WRONG = {
     "no answer": ({"messages": [U]}, "expected an answer, a message of role assistant; there is none to train on"),
     "special": ({"messages": [{"role": "user", "content": "<|im_end|>x"}, A]}, r"message 1 .* spells the special token <"),
     "special in a text": ({"prompt": "a</s>", "completion": [A]}, "message 1 of 'prompt' spells the special token </s>"),
+    "special in a thought": ({"messages": [U, A | {"reasoning_content": "<|im_end|>"}]}, "message 2 .* spells the special "),
+    "special in a call": ({"messages": [U, {"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": {"x": ["a", "</s>"]}}}]}, A]}, "message 2 .* spells the special token </s>"),
+    "special in a tool": ({"messages": [U, A], "tools": [{"name": "f", "about": "</s>"}]}, "a tool spells the special token <"),
     "special, ShareGPT": ({"system": "</s>", "conversations": [U, A]}, "message 1 of 'system' spells the special token </s>"),
     "special, alpaca": ({"system": "</s>", "instruction": "a", "output": "b"}, "'system' spells the special token </s>"),
     "empty completion": ({"prompt": "a", "completion": ""}, "expected a completion to train on; it is empty"),
@@ -308,6 +324,15 @@ def test_a_build_names_the_row_and_says_what_is_missing(tmp_path: Path, model: P
     file.with_suffix(".json").write_text("[")
     with pytest.raises(DataError, match="is no JSON"):
         made(good, inputs=[file.with_suffix(".json")])
+
+
+def test_a_row_that_is_not_utf8_is_left_out_as_a_text_is(tmp_path: Path, model: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"prompt": "caf\xe9", "completion": "b"}\n{"prompt": "a", "completion": "b"}\n')
+    built = build(tmp_path / "out", BuildOptions(inputs=[file], samples=True, tokenizer=model, validation=0.0))
+    left_out = built.stats["left_out"]
+    assert left_out["undecodable_files"] == ["rows/rows.jsonl line 1"] and left_out["bad_rows"] == 0
+    assert built.manifest.splits["train"].documents == 1
 
 
 def test_rows_that_only_their_tokens_show_to_be_bad_count_with_the_others(tmp_path: Path, model: Path) -> None:
