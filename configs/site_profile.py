@@ -4,12 +4,25 @@ None, an empty list or an empty dict = not known or nothing there. Where a value
 `officina.configs.sites.Site.facts`. Times in seconds, sizes in GB (10^9 bytes), bandwidths one way.
 """
 
+import re
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
 
 from officina.trainer.config import Positive, config
 from officina.trainer.quantities import Count, Duration
 
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from None
+    return text
+
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @config
 class Gpu:
@@ -18,12 +31,12 @@ class Gpu:
     vendor: Literal["nvidia", "amd"] | None = None
     model: str = ""
     per_node: Count | None = None
-    memory_gb: float | None = None
+    memory_gb: Amount | None = None
     devices_per_card: Positive = 1
     """2 on MI250X, whose two dies are two devices."""
-    peak_bf16_tflops: float | None = None
+    peak_bf16_tflops: Amount | None = None
     """Dense."""
-    memory_tb_s: float | None = None
+    memory_tb_s: Amount | None = None
 
 
 @config
@@ -37,16 +50,16 @@ class Node:
     """Physical cores that jobs may use."""
     threads_per_core: Positive | None = None
     numa_domains: Positive | None = None
-    memory_gb: float | None = None
+    memory_gb: Amount | None = None
     slurm_memory_mb: Positive | None = None
     """RealMemory, as Slurm counts it."""
-    local_disk_gb: float | None = None
+    local_disk_gb: Amount | None = None
     """0 = none."""
     scratch: str = ""
     """Folder for caches that live as long as the job."""
     scratch_in_memory: bool | None = None
     """What is written there counts as the job's memory."""
-    scratch_gb: float | None = None
+    scratch_gb: Amount | None = None
 
 
 @config
@@ -55,8 +68,8 @@ class Network:
 
     kind: str = ""
     nics: Positive | None = None
-    nic_gbit_s: float | None = None
-    node_gb_s: float | None = None
+    nic_gbit_s: Amount | None = None
+    node_gb_s: Amount | None = None
     """All NICs of a node together."""
 
 
@@ -127,9 +140,9 @@ class Request:
     """sbatch options that must be given."""
     forbids: list[str] = field(default_factory=list)
     """sbatch options that must not be given."""
-    account_pattern: str = ""
+    account_pattern: Annotated[str, AfterValidator(_pattern)] = ""
     """Regular expression that a whole account name matches."""
-    memory_per_gpu_gb: float | None = None
+    memory_per_gpu_gb: Amount | None = None
     cpus_per_gpu: Positive | None = None
     """CPUs as Slurm counts them at this site: cores, or hardware threads."""
     threads_per_core: Positive | None = None
@@ -194,7 +207,7 @@ class Area:
 
     path: str = ""
     """`{account}` and `{user}` stand for names."""
-    quota_gb: float | None = None
+    quota_gb: Amount | None = None
     """0 = none."""
     quota_files: Count | None = None
     """0 = none."""
@@ -202,7 +215,7 @@ class Area:
     """Files older than this may be deleted."""
     targets: Positive | None = None
     """Lustre OSTs one can stripe over."""
-    target_mb_s: float | None = None
+    target_mb_s: Amount | None = None
     """Write bandwidth of one OST."""
 
 
@@ -263,7 +276,7 @@ class Billing:
     """What a node costs for an hour."""
 
     unit: str = ""
-    per_node_hour: float | None = None
+    per_node_hour: Amount | None = None
     rule: str = ""
     command: str = ""
     """Shows what is left."""
@@ -273,7 +286,7 @@ class Billing:
 class Speed:
     """What a published run reached."""
 
-    tflops_per_gpu: float | None = None
+    tflops_per_gpu: Amount | None = None
     """Of the model's arithmetic, attention counted in full."""
     of: str = ""
     """Model, precision, length and nodes."""

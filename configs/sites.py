@@ -143,7 +143,7 @@ def detect_site(hostname: str, environ: Mapping[str, str] = os.environ) -> str |
     """Id of the site to which this host belongs by its name; None if no pattern fits."""
     names = {hostname, hostname.split(".")[0]}
     for site, files in _catalog(environ).items():
-        patterns = [str(p) for file in files for p in _plain(_parsed(file).get("hosts")) or []]
+        patterns = [str(p) for file in files for p in _listed(_parsed(file).get("hosts"))]
         if any(fnmatchcase(name, pattern) for pattern in patterns for name in names):
             return site
     return None
@@ -154,8 +154,10 @@ def announced() -> list[Announced]:
     return [Announced(**{name: str(value) for name, value in row.items()}) for row in _load(ANNOUNCED)]
 
 
-def _plain(value: object) -> object:
-    return value.get("value") if isinstance(value, Mapping) else value
+def _listed(value: object) -> list:
+    """The items of a profile's value; text alone is one of them, so that the fault is told when its profile is read."""
+    plain = value.get("value") if isinstance(value, Mapping) else value
+    return plain if isinstance(plain, list) else [] if plain is None else [plain]
 
 
 def _catalog(environ: Mapping[str, str]) -> dict[str, list[Path]]:
@@ -172,7 +174,7 @@ def _by_alias(word: str, catalog: Mapping[str, list[Path]]) -> str | None:
     if word in catalog:
         return word
     return next((site for site, files in catalog.items()
-                 for file in files if word in (_plain(_parsed(file).get("aliases")) or [])), None)
+                 for file in files if word in _listed(_parsed(file).get("aliases"))), None)
 
 
 def _site_id(word: str, environ: Mapping[str, str], named_in: Path | None = None) -> str:
@@ -180,7 +182,7 @@ def _site_id(word: str, environ: Mapping[str, str], named_in: Path | None = None
     if site := _by_alias(word, catalog):
         return site
     aliases = {alias: site for site, files in catalog.items() for file in files
-               for alias in _plain(_parsed(file).get("aliases")) or []}
+               for alias in _listed(_parsed(file).get("aliases"))}
     if planned := next((a for a in announced() if a.id == word), None):
         raise ConfigError([Problem("site", word, f"is announced, not in service (expected: {planned.expected})", "site=lumi")])
     near = (difflib.get_close_matches(word, [*catalog, *aliases], 1, 0.5) or ["slurm"])[0]
@@ -331,6 +333,8 @@ def _problem(item: Mapping, facts: Mapping[Path_, Fact]) -> Problem:
     works = f'"{fact.value}"' if fact and item["type"] == "string_type" else _EXAMPLE.get(item["type"], "VALUE")
     if "a time is written" in message:
         works = "12h"
+    if "regular expression" in message:
+        works = '"project_.+"'
     if item["type"] in ("missing", "missing_argument"):
         return Problem(key, None, "is required", f"{key}: My cluster")
     return Problem(key, fact.value if fact else None, f"{message[:1].lower()}{message[1:]}{where}", f"{key}: {works}")

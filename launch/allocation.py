@@ -75,6 +75,11 @@ def find_place(run: RunConfig, environ: Mapping[str, str]) -> Place:
     allocation = find_allocation(environ)
     if allocation is not None and (len(allocation.hosts) > 1 or not allocation.here):
         per_node = run.ranks or (1 if run.device == "cpu" else gpus_per_node(environ, allocation)) or 1
+        if 0 < allocation.cpus_per_node < per_node:
+            cpus = f"{allocation.cpus_per_node} CPU{'s' * (allocation.cpus_per_node > 1)}"
+            raise LaunchError(f"job {allocation.job} has {cpus} of a node for {per_node} ranks, and each takes one at least. "
+                              f"Ask for more: salloc --ntasks-per-node={per_node} --cpus-per-task=2 ..., or start fewer ranks: "
+                              f"ranks={allocation.cpus_per_node}")
         return Place(per_node * len(allocation.hosts), ranks_per_node=per_node, allocation=allocation)
     if allocation is None and not run.ranks and on_login_node(environ):
         raise refuse_login_node()
@@ -112,7 +117,7 @@ def gpus_per_node(environ: Mapping[str, str], allocation: Allocation) -> int:
     if allocation.here:
         return visible_devices(environ)
     given = environ.get("SLURM_GPUS_ON_NODE") or environ.get("SLURM_GPUS_PER_NODE") or ""
-    if match := re.search(r"([0-9]+)$", given.split("(")[0]):
+    if match := re.search(r"(?:^|[:=])([0-9]+)$", given.split("(")[0]):  # h100 is one GPU of that type
         return int(match[1])
     try:
         shown = subprocess.run(["scontrol", "show", "job", "-o", allocation.job], env=dict(environ),

@@ -128,6 +128,11 @@ def cancel(args: argparse.Namespace) -> int:
 
 
 # ---- what is known -----------------------------------------------------------------------------------------------------
+def active_jobs(run_dir: Path) -> list[str]:
+    """Ids of the run's jobs that wait or run. Raises LaunchError where Slurm does not say."""
+    return [record.job_id for run in _with_states([run_dir]) for record in run.active] if read_jobs(run_dir) else []
+
+
 def _run_dir(text: str) -> Path:
     run_dir = Path(text)
     if not run_dir.is_dir():
@@ -242,8 +247,13 @@ def _follow(run_dir: Path, rank: int | None) -> Iterator[bytes]:
         if over:
             return
         if (now := time.monotonic()) - asked_s >= _ASK_SLURM_S:
-            asked_s = now
-            [run] = _with_states([run_dir])
+            first, asked_s = asked_s < 0, now
+            try:
+                [run] = _with_states([run_dir])
+            except LaunchError:
+                if first:
+                    raise
+                continue  # a Slurm that is silent for a while ends no job
             over = not run.active  # then once more: what was printed since the last look
             for record in run.active[:1] if shown is None else ():
                 if why != (why := _state_words(run, record, run.states[record.job_id])):

@@ -125,8 +125,9 @@ def _speed(request: Request, run: RunConfig, run_dir: Path | None) -> Speed | No
         basis = f"assumed, as you said: {per_gpu:g} TFLOP/s a GPU"
     elif cited.tflops_per_gpu:
         per_gpu, fact = cited.tflops_per_gpu, request.site.facts["speed.tflops_per_gpu"]
-        basis = (f"cited: {per_gpu:g} TFLOP/s a GPU, as {cited.of} ({fact.source.title}, {GRADE_WORDS[fact.grade]}, "
-                 f"{fact.date}); this run was not measured")
+        where = ", ".join(filter(None, (fact.source.title, GRADE_WORDS[fact.grade], fact.date)))
+        basis = (f"cited: {per_gpu:g} TFLOP/s a GPU" + (f", as {cited.of}" if cited.of else "")
+                 + f" ({where}); this run was not measured")
     else:
         return None
     # As these figures are counted: attention in full.

@@ -72,8 +72,11 @@ def reason_words(reason: str) -> str:
 
 
 def cluster_name() -> str:
-    """What the Slurm here calls itself; "" if it does not say."""
-    found = re.search(r"^ClusterName\s*=\s*(\S+)", ask("scontrol", "show", "config").stdout, re.MULTILINE)
+    """What the Slurm here calls itself; "" if it does not say. Raises LaunchError as `query` does."""
+    shown = ask("scontrol", "show", "config")
+    if shown.returncode:  # without the name all recorded jobs would be another cluster's
+        raise _silent(shown)
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", shown.stdout, re.MULTILINE)
     return found[1] if found else ""
 
 
@@ -83,13 +86,17 @@ def query(job_ids: Sequence[str]) -> dict[str, QueueState]:
         return {}
     shown = ask("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(job_ids)}", "--format=%i|%T|%r|%L")
     if shown.returncode and "nvalid job id" not in shown.stderr:
-        raise LaunchError(f"Slurm does not answer: {shown.stderr.strip()}. Try again later; squeue --me shows whether it does")
+        raise _silent(shown)
     found = {}
     for line in shown.stdout.splitlines():
         job_id, state, reason, left = line.split("|")
         left_s = seconds(left.strip()) if state == "RUNNING" else None
         found[job_id] = QueueState(state, "" if reason == "None" else reason, left_s)
     return found
+
+
+def _silent(shown: subprocess.CompletedProcess[str]) -> LaunchError:
+    return LaunchError(f"Slurm does not answer: {shown.stderr.strip()}. Try again later; squeue --me shows whether it does")
 
 
 def ask(*words: str) -> subprocess.CompletedProcess[str]:

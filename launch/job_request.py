@@ -130,10 +130,10 @@ class Request:
 
 
 def make_request(site: Site, job: JobConfig, *, what: str = "train", account: str = "", cpu_ranks: int = 0) -> Request:
-    """The request that the words come to. account: if the job names none. cpu_ranks: ranks a node of a run with device=cpu,
-    which takes no GPU unless `gpus` is given; 0 = a rank for each GPU."""
+    """The request that the words come to. account: if the job names none. cpu_ranks: ranks a node of what is said to be
+    device=cpu, which takes no GPU unless `gpus` is given; 0 = a rank for each GPU."""
     profile = site.profile
-    on_cpus = bool(cpu_ranks) if what in RANKED else profile.request.gpus == "none"
+    on_cpus = bool(cpu_ranks) or (what not in RANKED and profile.request.gpus == "none")
     needs_gpus = what in GPU_COMMANDS and not (on_cpus and job.gpus is None)
     kind = job.queue or ("train" if needs_gpus else "data")
     queue = _queue(profile, kind, job)
@@ -155,7 +155,7 @@ def make_request(site: Site, job: JobConfig, *, what: str = "train", account: st
 
 RANKED = ("train", "resume")
 """Commands that are a rank under srun."""
-GPU_COMMANDS = ("train", "resume", "bench", "generate", "eval", "sample", "parity")
+GPU_COMMANDS = ("train", "resume", "bench", "generate", "eval")
 """Commands that go where GPUs are, if there are any; the others belong to the queue for data."""
 
 

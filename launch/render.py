@@ -100,7 +100,8 @@ def directives(script: Script) -> Iterator[tuple[str, str, str]]:
     if request.exclusive:
         yield "exclusive", "", "nodes of its own"
     yield "time", slurm_time(request.time_s), ""
-    logs = f"{script.folder.parent}/{script.name}-%a/logs/slurm-%A_%a" if array else f"{script.folder}/logs/slurm-%j"
+    folder, runs = (str(path).replace("%", "%%") for path in (script.folder, script.folder.parent))  # Slurm replaces %j
+    logs = f"{runs}/{script.name}-%a/logs/slurm-%A_%a" if array else f"{folder}/logs/slurm-%j"
     yield "output", f"{logs}.out", (
         "ranks have files of their own beside it" if run else "")
     yield "open-mode", "append", "a requeued job goes on in the same file"

@@ -169,7 +169,11 @@ def _new(name: str) -> int:
         raise LaunchError(f"{name}: there is such a site already, {there}. What differs there: officina sites probe {name}; "
                           f"another name: officina sites new my-{name}")
     text = new_profile(name, ask_slurm(os.environ), socket.gethostname())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LaunchError(f"{path}: {error.strerror}. Choose another folder for your files: "
+                          "export XDG_CONFIG_HOME=DIR") from None
     print(f"Wrote {path}. Look at it: officina sites {name}")
     return EXIT_DONE

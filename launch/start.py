@@ -206,7 +206,7 @@ def refuse_existing(plan: Plan) -> None:
     if plan.action == "resume" or not any(checkpoints_dir(plan.run_dir).glob("step-*")) or _cut_short(plan.run_dir):
         return
     raise ConfigError([Problem("name", plan.run.name, f"{plan.run_dir} is a run with checkpoints",
-                               f"name={_free_name(plan)}, or go on with it: officina resume {plan.run_dir}")])
+                               f"name={free_name(plan)}, or go on with it: officina resume {plan.run_dir}")])
 
 
 def _cut_short(run_dir: Path) -> bool:
@@ -216,7 +216,7 @@ def _cut_short(run_dir: Path) -> bool:
     return not begun and bool(history) and history[-1].get("action") == "branch"
 
 
-def _free_name(plan: Plan) -> str:
+def free_name(plan: Plan) -> str:
     return next(name for i in range(2, 10_000) if not (plan.run_dir.parent / (name := f"{plan.run.name}-{i}")).exists())
 
 
@@ -230,7 +230,7 @@ def refuse_foreign(plan: Plan) -> None:
     if plan.action == "resume" or (started and MANIFEST not in there):
         return
     what = "is a data set" if MANIFEST in there else f"holds files of no run, such as {min(there - _OF_A_BRANCH or there)}"
-    raise ConfigError([Problem("name", plan.run.name, f"{plan.run_dir} {what}", f"name={_free_name(plan)}")])
+    raise ConfigError([Problem("name", plan.run.name, f"{plan.run_dir} {what}", f"name={free_name(plan)}")])
 
 
 def write_start(plan: Plan, world_size: int | None) -> None:

@@ -78,7 +78,7 @@ def _srun(request: Request) -> list[str]:
         given["--gpu-bind"] = "none"  # each rank would see its own GPU only, and could not reach its neighbours' memory
     if bind := cpu_bind(request):
         given["--cpu-bind"] = bind
-    return ["srun", *(f"{name}={value}" if value else name for name, value in given.items())]
+    return ["srun", *(f"{name}={quote(value)}" if value else name for name, value in given.items())]
 
 
 def cpu_bind(request: Request) -> str:

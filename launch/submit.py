@@ -17,6 +17,8 @@ from officina.configs.job import JobConfig, read_job, split_words
 from officina.configs.job import expand as expand_path
 from officina.configs.sites import Site, detect_site, find_site
 from officina.configs.sweep import expand
+from officina.launch.cli import read_arguments
+from officina.launch.job_commands import active_jobs
 from officina.launch.job_cost import chain_length, sweep_problems
 from officina.launch.job_places import place_problems
 from officina.launch.job_plan import JobPlan, make_plan, memory_problems, plan_lines
@@ -25,10 +27,11 @@ from officina.launch.job_request import RANKED, Request, make_request
 from officina.launch.job_rules import missing_paths, site_problems
 from officina.launch.memory_plan import checkpoint_bytes, checkpoint_files, checkpoints_kept
 from officina.launch.render import Script, bind_folders, render
-from officina.launch.start import Plan, plan_resume, plan_train, refuse_existing, write_start
+from officina.launch.start import Plan, free_name, plan_resume, plan_train, refuse_existing, write_start
+from officina.launch.step_script import quote
 from officina.trainer.errors import EXIT_DONE, ConfigError, LaunchError, OfficinaError, Problem
 from officina.trainer.hf.base import open_base
-from officina.trainer.run_dir import claim
+from officina.trainer.run_dir import claim, unwritable
 
 COMMANDS = ("train", "resume", "data", "convert", "generate", "eval", "bench", "report", "check")
 """Commands that can be put on a cluster; without one of them the words are those of `train`."""
@@ -66,6 +69,8 @@ def submit(args: argparse.Namespace) -> int:
     for note in prepared.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.dry_run:
+        print("note: nothing is written: the script needs what these words, without --dry-run, put into "
+              f"{prepared.script.folder}", file=sys.stderr)
         print(prepared.text, end="")
         return EXIT_DONE
     return send(prepared)
@@ -167,12 +172,14 @@ def _unique(problems: Iterable[Problem]) -> list[Problem]:
 def _planner(what: str, words: list[str], runs_dir: Path, force: bool, in_sweep: bool) -> Callable[[int | None], Plan]:
     """Plans the run for a number of ranks."""
     if what == "resume":
-        if not words or "=" in words[0]:
+        run = next((word for word in words if "=" not in word), None)
+        if run is None:
             raise LaunchError("resume: names no run directory. Try: officina submit resume runs/mine site=lumi nodes=2 time=8h")
+        words = [word for word in words if word != run]
         if in_sweep:
-            raise LaunchError(f"resume: goes on with one run, and {' '.join(words[1:])} asks for several. Try: officina submit "
-                              f"train from={words[0]} {' '.join(words[1:])}")
-        return lambda n: plan_resume(Path(words[0]), words[1:], world_size=n, force=force)
+            raise LaunchError(f"resume: goes on with one run, and {' '.join(words)} asks for several. Try: officina submit "
+                              f"train from={run} {' '.join(words)}")
+        return lambda n: plan_resume(Path(run), words, world_size=n, force=force)
     return lambda n: plan_train(words, runs_dir, world_size=n, force=force)
 
 
@@ -237,7 +244,8 @@ def _prepare_command(what: str, job: JobConfig, problems: list[Problem], own: li
     if not found:
         raise ConfigError([*problems, _no_site()], "the job")
     site = find_site(found, environ)
-    request = make_request(site, job, what=what)
+    request = make_request(site, job, what=what, cpu_ranks=int("device=cpu" in own))
+    args = read_arguments([what, *own]) if what not in ("generate", "convert") else None  # those two bring torch in
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([what, *[w for w in own[:1] if not w.startswith("-")]]))
     folder = expand_path(str(_free(runs_dir, name)))
     venv, python = _python(request, environ)
@@ -251,6 +259,8 @@ def _prepare_command(what: str, job: JobConfig, problems: list[Problem], own: li
         problems.append(Problem("jobs", job.jobs, f"{what} is no run that a next job could go on with", "jobs=1"))
     if not dry_run:
         problems += missing_paths(request)
+        if what in ("eval", "report") and not Path(args.run).is_dir():
+            problems.append(Problem(what, args.run, "there is no such run directory", f"{what} runs/mine"))
     return Prepared(request, script, (), problems, [])
 
 
@@ -267,18 +277,22 @@ def send(prepared: Prepared) -> int:
                           "here, --dry-run shows the script")
     for plan in prepared.plans:
         refuse_existing(plan)
+        _heed_waiting(plan)
     folder = script.folder
-    for plan in prepared.plans:
-        with claim(plan.run_dir):
-            write_start(plan, request.world_size)
-        _supervisor(plan.run_dir)
-    for run_dir in script.run_dirs or (folder,):
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    path = _write_script(folder, prepared.text)
+    try:
+        for plan in prepared.plans:
+            with claim(plan.run_dir):
+                write_start(plan, request.world_size)
+            _supervisor(plan.run_dir)
+        for run_dir in script.run_dirs or (folder,):
+            (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        path = _write_script(folder, prepared.text)
+    except OSError as error:
+        raise unwritable(folder, error) from error
     jobs = 1 if request.job.requeue else chain_length(request)
     about = JobRecord(job_id="", what=request.what, site=request.site.id, cluster=_cluster(), script=path.name,
                       nodes=request.nodes)
-    first, shown = "", os.path.relpath(folder)
+    first, shown = "", quote(os.path.relpath(folder))
     for place in range(1, jobs + 1):
         try:
             job_id = _sbatch(path)
@@ -292,12 +306,26 @@ def send(prepared: Prepared) -> int:
             append_job(folder, replace(about, job_id=job_id, chain=first if jobs > 1 else "", place=place))
     for index, run_dir in enumerate(script.run_dirs):
         append_job(run_dir, replace(about, job_id=f"{first}_{index}", array_index=index, script=os.path.relpath(path, run_dir)))
-    more = f" and {jobs - 1} more of its chain" if jobs > 1 else ""
+    more, whole = f" and {jobs - 1} more of its chain" if jobs > 1 else "", shown
     if script.run_dirs:
         more = f", an array of {len(script.run_dirs)} runs"
+        whole = quote(os.path.relpath(folder).removesuffix("0")) + f"{{0..{len(script.run_dirs) - 1}}}"  # for the shell
     print(f"Submitted batch job {first}{more}: {folder}\n"
-          f"See it: officina jobs {shown}; its output: officina logs {shown} -f; end it: officina cancel {shown}")
+          f"See it: officina jobs {whole}; its output: officina logs {shown} -f; end it: officina cancel {whole}")
     return EXIT_DONE
+
+
+def _heed_waiting(plan: Plan) -> None:
+    """Jobs read the configuration when they start: those that still wait for this run would train with these words."""
+    if not (waiting := active_jobs(plan.run_dir)):
+        return
+    jobs = f"job{'s' * (len(waiting) > 1)} {', '.join(waiting)}"
+    if plan.action == "resume":
+        print(f"note: {jobs} of {plan.run_dir} will go on with these words, too", file=sys.stderr)
+        return
+    raise ConfigError([Problem("name", plan.run.name, f"{plan.run_dir} has {jobs} in the queue, which would train with these "
+                               "words in place of their own",
+                               f"name={free_name(plan)}, or first: officina cancel {plan.run_dir}")])
 
 
 def _supervisor(run_dir: Path) -> None:

@@ -48,6 +48,8 @@ _LAST_S = 20.0
 """A step that still runs this long before the job's end is killed, so that what follows is ours to say and not Slurm's."""
 _KILL_S = 5.0
 _CLAIM_S = 60.0
+_PATIENCE_S = 60.0
+"""For a Slurm that cannot be reached, as while its controller is started anew, where the chain or the requeue hangs on it."""
 _FIRST_PORT, _N_PORTS = 20000, 12000
 """Below 32768, where Linux starts to give ports to outgoing connections; the trainer derives its own from the same range."""
 
@@ -286,6 +288,8 @@ def conclude(args, job, outcome, error, status):
                 say(f"to be continued, but the job ran {job.restart + 1} times, its --max-jobs. " + _how_to_go_on(run_dir))
             elif requeue(job.id):
                 return EXIT_DONE
+            else:
+                say("to be continued. " + _how_to_go_on(run_dir))
         else:
             say("to be continued. " + _how_to_go_on(run_dir))
         return EXIT_CONTINUE
@@ -301,10 +305,10 @@ def _how_to_go_on(run_dir):
 
 def requeue(job_id):
     """Put this job back into the queue: Slurm then ends us. False if it refuses."""
-    done = _slurm("scontrol", "requeue", job_id)
+    done = _slurm("scontrol", "requeue", job_id, patience_s=_PATIENCE_S)
     if done is None or done.returncode:
         say("the job cannot be requeued: {}. Ask for it with `#SBATCH --requeue`, or submit a chain".format(
-            done.stdout.strip() if done else "no scontrol here"))
+            done.stdout.strip() if done else "scontrol is not here or does not answer"))
         return False
     say(f"requeued: job {job_id} goes on when Slurm starts it again (it waits about two minutes at least)")
     end = time.time() + 30
@@ -321,7 +325,8 @@ def waiting_members(run_dir, job):
     members = [str(r.get("job_id")) for r in records if chain[0] and (r.get("chain"), r.get("cluster")) == chain]
     if not members:
         return []
-    shown = _slurm("squeue", "--noheader", "--array", "--user=" + str(os.getuid()), "--states=PENDING", "--format=%i")
+    shown = _slurm("squeue", "--noheader", "--array", "--user=" + str(os.getuid()), "--states=PENDING", "--format=%i",
+                   patience_s=_PATIENCE_S)
     waiting = set(shown.stdout.split()) if shown and not shown.returncode else set()
     return [member for member in members if member in waiting and member not in job.names]
 
@@ -352,13 +357,21 @@ def read_job(environ):
     return Job(names[0], names, int(restart) if restart.isdigit() else 0)
 
 
-def _slurm(*words):
-    """A finished client command with its output and errors as text; None if it is not here or does not answer."""
-    try:
-        return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                              universal_newlines=True, timeout=60, check=False)  # noqa: UP021  # Python 3.6
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+def _slurm(*words, patience_s=0.0):
+    """A finished client command with its output and errors as text; None if it is not here or does not answer.
+
+    Names of folders are in it, in whatever encoding. patience_s: how long to ask again if the controller cannot be reached.
+    """
+    end = time.time() + patience_s
+    while True:
+        try:
+            done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                  encoding="utf-8", errors="replace", timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if not done.returncode or time.time() >= end or not re.search("contact|timed out|Unexpected message", done.stdout):
+            return done
+        time.sleep(1.0)
 
 
 def job_state(job_id):

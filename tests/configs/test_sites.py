@@ -232,6 +232,9 @@ def test_dates_and_durations_are_read_as_people_write_them(tmp_path):
     ("name: X\nnode: {cpu: fast, quick}\n", "node.quick: there is no such key"),
     ("name: X\nsources: {me: {grade: official, title: a page}}\nnode: {source: me, cores: 1}\n", "needs grade"),
     ("gpu: {per_node: 1}\n", "name: is required. Try: name: My cluster"),
+    ("name: X\nbilling: {per_node_hour: -4}\n", "billing.per_node_hour=-4: input should be greater than or equal to 0"),
+    ("name: X\nspeed: {tflops_per_gpu: .nan}\n", "speed.tflops_per_gpu=nan: input should be a finite number"),
+    ("name: X\nrequest: {account_pattern: '(('}\n", "is no regular expression: missing ), unterminated subpattern"),
 ])
 def test_what_a_mistake_says(tmp_path, text, said):
     path = tmp_path / "mine.yaml"
@@ -239,6 +242,16 @@ def test_what_a_mistake_says(tmp_path, text, said):
     with pytest.raises(ConfigError) as caught:
         find_site(str(path), NOBODY)
     assert said in str(caught.value) and "mine.yaml" in str(caught.value) and "Try: " in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["hosts: 5\n", "hosts: attic*\n", "aliases: 5\n", "aliases: {a: b}\n", "hosts: null\n"])
+def test_hosts_and_aliases_that_are_no_lists_hide_no_other_site(tmp_path, text):
+    """A plain text was taken for the list of its letters: `*` was every host."""
+    lay(tmp_path, "attic", "extends: slurm\n" + text)
+    environ = {"XDG_CONFIG_HOME": str(tmp_path), "XDG_CONFIG_DIRS": ""}
+    assert detect_site("uan01", environ) == "lumi-g" and find_site("leonardo", environ).id == "leonardo-booster"
+    assert detect_site("elsewhere", environ) is None
+    assert detect_site("attic1", environ) == ("attic" if "attic" in text else None), "so that its fault is told"
 
 
 def test_files_that_extend_each_other(tmp_path):

@@ -10,11 +10,14 @@ from officina.launch import allocation
 from officina.launch.allocation import (
     Allocation,
     find_allocation,
+    find_place,
     gpus_per_node,
     on_login_node,
     srun_words,
     step_environ,
 )
+from officina.trainer.config import RunConfig
+from officina.trainer.errors import LaunchError
 from officina.trainer.slurm_env import ProcessFacts
 
 JOB = {"SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_CPUS_PER_NODE": "72(x1),64"}
@@ -58,6 +61,7 @@ def test_login_node(tmp_path: Path):
     ({"SLURM_GPUS_ON_NODE": "4"}, "", 4),
     ({"SLURM_GPUS_PER_NODE": "a100:8"}, "", 8),
     ({"SLURM_GPUS_PER_NODE": "gpu:4(S:0-1)"}, "", 4),
+    ({"SLURM_GPUS_PER_NODE": "h100"}, "JobId=9 TRES=cpu=4,node=2,gres/gpu:h100=2,gres/gpu=2", 1),
     ({}, "JobId=9 TRES=cpu=144,mem=8G,node=2,billing=2,gres/gpu=8 Nodes=2", 4),
     ({}, "JobId=9 AllocTRES=cpu=144,node=2,gres/gpu:gh200=8,gres/gpu=8", 4),
     ({}, "JobId=9 TRES=cpu=4,node=2", 0),
@@ -75,6 +79,14 @@ def test_gpus_of_nodes_elsewhere_without_an_answer(tmp_path: Path):
 def test_gpus_here(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(allocation, "visible_devices", lambda environ: 3)
     assert gpus_per_node({"SLURM_GPUS_PER_NODE": "8"}, Allocation("9", ("n1",), True, 64)) == 3
+
+
+def test_fewer_cpus_than_ranks_are_refused_before_srun_does():
+    """`salloc --nodes=2 --gpus-per-node=4` gives one CPU a node at most sites."""
+    environ = JOB | {"SLURM_JOB_CPUS_PER_NODE": "2(x2)"}
+    with pytest.raises(LaunchError, match=r"job 9 has 2 CPUs of a node for 4 ranks, .*salloc --ntasks-per-node=4 .*ranks=2$"):
+        find_place(RunConfig(device="cpu", ranks=4), environ)
+    assert find_place(RunConfig(device="cpu", ranks=2), environ).world_size == 4
 
 
 def test_srun_words():

@@ -147,6 +147,38 @@ def test_without_a_slurm_it_says_so(tmp_path, capsys, monkeypatch):
     assert "this is no host of a Slurm cluster" in capsys.readouterr().err
 
 
+def programs(folder: Path, monkeypatch, **bodies: str) -> None:
+    """Shell scripts in the place of Slurm's programs."""
+    folder.mkdir(exist_ok=True)
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_a_slurm_that_does_not_tell_its_name_has_not_ended_the_jobs(tmp_path, capsys, monkeypatch):
+    programs(tmp_path / "bin", monkeypatch, scontrol="echo 'Unable to contact slurm controller' >&2; exit 1",
+             squeue="echo '7|RUNNING|None|1:00:00'", scancel="exit 0")
+    run_dir = made_run(tmp_path / "run", job="7", cluster="here")
+    for command in ("cancel", "jobs"):
+        assert main([command, str(run_dir)]) == 2, "not: no job waits or runs"
+        assert "Slurm does not answer: Unable to contact slurm controller" in capsys.readouterr().err
+
+
+def test_logs_go_on_while_slurm_is_silent(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(job_commands, "_ASK_SLURM_S", 0.1)
+    monkeypatch.setattr(job_commands, "_FOLLOW_S", 0.02)
+    run_dir = made_run(tmp_path / "run", job="7")
+    (run_dir / "logs").mkdir()
+    log, n = run_dir / "logs/slurm-7.out", tmp_path / "n"
+    log.write_text("one\n")
+    silent = f"echo >>{n}; case $(wc -l <{n}) in 1) echo '7|RUNNING|None|1:00:00';; 2) echo two >>{log}; exit 1;; esac"
+    programs(tmp_path / "bin", monkeypatch, scontrol="exit 0", squeue=silent)
+    assert main(["logs", "-f", str(run_dir)]) == 0 and capfd.readouterr().out == "one\ntwo\n"
+    programs(tmp_path / "bin", monkeypatch, squeue="exit 1")
+    assert main(["logs", "-f", str(run_dir)]) == 2, "one that never answered is told"
+
+
 def test_a_log_that_is_not_there_is_named(tmp_path, capsys):
     run_dir = made_run(tmp_path / "run", job="7")
     assert main(["logs", str(run_dir)]) == 2 and "no job of the run has printed yet" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 from slurm import SlurmCluster
 
 from officina.configs.sites import announced, find_site, site_ids
-from officina.launch import cli, site_pages, site_probe
+from officina.launch import cli, site_commands, site_pages, site_probe
 from officina.launch.site_probe import COMMANDS, ask_slurm, difference, new_profile, read_probe
 from officina.launch.site_rows import as_words, sections, time_words
 from officina.trainer.errors import LaunchError
@@ -315,6 +315,15 @@ def test_a_host_without_slurm(tmp_path, monkeypatch):
     environ = programs(tmp_path / "bin", scontrol="read forever </dev/zero")
     with pytest.raises(LaunchError, match=r"scontrol show config: did not answer in 0.2 s"):
         ask_slurm(environ)
+
+
+def test_a_profile_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(site_commands, "ask_slurm", lambda environ: site_probe.Probe("c", {}, [], ["cpu"], []))
+    (tmp_path / "officina").write_text("a file where a folder would be")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert cli.main(["sites", "new", "attic"]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/officina" in said and "Try" not in said and "export XDG_CONFIG_HOME=DIR" in said
 
 
 @pytest.mark.slurm

@@ -332,7 +332,7 @@ def test_other_commands():
 
 def test_after_two_dashes_all_words_are_the_command_s():
     job = ["site=lumi", "account=project_1", "time=1h"]
-    assert prepared(*job, "--", "data", "build", "corpus", "--force").script.command == ("data", "build", "corpus", "--force")
+    assert prepared(*job, "--", "check", "experiment=demo", "--force").script.command == ("check", "experiment=demo", "--force")
     given = prepared("generate", *job, "--", "runs/mine", "time=3")
     assert given.script.command == ("generate", "runs/mine", "time=3") and given.request.time_s == 3600
 
@@ -345,3 +345,47 @@ def test_options_of_submit_and_of_the_command(capsys):
     assert "--wrong: is no option of submit" in capsys.readouterr().err
     assert cli.main(["submit", "--dry-run", "--runs-dir", "elsewhere", *words("lumi-g")]) == 0
     assert "/elsewhere/mine/logs/" in capsys.readouterr().out
+
+
+# ---- words and files of the job --------------------------------------------------------------------------------------
+def test_none_is_a_value_where_srun_and_libraries_have_it():
+    text = prepared(*words("leonardo-booster", "cpu_bind=none", "env.extra.NCCL_NET_PLUGIN=none", "env.extra.TAGS=[a,b]",
+                           "jobs=none")).text
+    assert "--cpu-bind=none" in text and "export NCCL_NET_PLUGIN=none" in text and "export TAGS='[a,b]'" in text
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """Writes ~/.config/officina/mine.yaml, and reads a job over it."""
+    from officina.configs.job import read_job
+
+    def read(text: str, *given: str):
+        (tmp_path / "officina").mkdir(exist_ok=True)
+        (tmp_path / "officina/mine.yaml").write_text(text)
+        return read_job(list(given), {"XDG_CONFIG_HOME": str(tmp_path), "XDG_CONFIG_DIRS": ""})[:2]
+
+    return read
+
+
+def test_null_in_the_defaults_of_a_job_is_no_value(mine):
+    job, problems = mine("submit:\n  account: null\n  jobs: null\n  setup: ~\n  cpu_bind: none\n")
+    assert not problems and (job.account, job.jobs, job.setup, job.cpu_bind) == ("", None, None, "none")
+    job, problems = mine("submit:\n  account: project_1\n  jobs: 3\n", "account=null", "jobs=null")
+    assert not problems and (job.account, job.jobs) == ("", None), "a word takes a default away"
+
+
+def test_a_fault_of_a_default_names_its_file(mine):
+    text = "submit:\n  acount: x\n  nodes: many\n  time: 1h\n  env: {extra: {A: [1]}}\n"
+    said = {p.key: str(p) for p in mine(text)[1]}
+    assert said.keys() == {"acount", "nodes", "env.extra.A"} and all("officina/mine.yaml)" in line for line in said.values())
+    [typed] = mine("submit:\n  nodes: 2\n", "nodes=many")[1]
+    assert "mine.yaml" not in str(typed)
+
+
+def test_a_speed_of_one_s_own_is_told_as_such(tmp_path):
+    from officina.launch.job_plan import plan_lines
+
+    (tmp_path / "my.yaml").write_text("extends: lumi\nspeed: {tflops_per_gpu: 100}\n")
+    found = prepared(*words("lumi-g"), f"site={tmp_path}/my.yaml")
+    hours = dict(plan_lines(found.planned))["hours"]
+    assert "(cited: 100 TFLOP/s a GPU (set in my.yaml, own); this run was not measured)" in hours

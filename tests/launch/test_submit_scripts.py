@@ -163,3 +163,13 @@ def test_options_are_said_once_with_a_reason():
     found = list(directives(prepared(*words("leonardo-booster", "nodes=2", "jobs=2")).script))
     assert len({option for option, _, _ in found}) == len(found)
     assert {option for option, _, why in found if why} >= {"signal", "open-mode", "requeue", "dependency"}
+
+
+def test_folders_and_words_are_taken_as_they_are():
+    """Slurm replaces %j in the names of outputs, and the shell would part what has a space."""
+    given = words("leonardo-booster", "cpu_bind=map_cpu:0,8;16")
+    text = prepared(*given, runs_dir="100%j").text
+    assert "/100%%j/mine/logs/slurm-%j.out" in text and "/100%j/mine\n" in text
+    assert "--cpu-bind='map_cpu:0,8;16'" in text
+    array = prepared(*words("leonardo-booster", "seed=1,2"), runs_dir="100%a").text
+    assert "/100%%a/mine-%a/logs/slurm-%A_%a.out" in array

@@ -1,6 +1,7 @@
 """`officina submit` on a plain Slurm, site=slurm: a run, its continuation by another job, and what sbatch refuses."""
 
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -76,6 +77,86 @@ def test_a_new_run_is_not_written_over_another(slurm_cluster: SlurmCluster, proj
     environ = slurm_cluster.environ | {"XDG_CONFIG_HOME": "/nowhere"}
     sent = slurm_cluster.run(*SUBMIT, *WORDS, *JOB, "ranks=1", env=environ, cwd=project)
     assert sent.returncode == 2 and "officina resume runs/mine" in sent.stderr
+
+
+def stand_ins(project: Path, monkeypatch, **bodies: str) -> None:
+    """Shell scripts in the place of Slurm's programs."""
+    (project / "bin").mkdir(exist_ok=True)
+    for name, body in bodies.items():
+        (project / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (project / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{project}/bin:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/nowhere")
+
+
+def test_a_new_run_does_not_take_the_place_of_one_that_waits(project, monkeypatch, capsys):
+    """Jobs read config.yaml when they start: the one in the queue would have trained with the words of the other."""
+    stand_ins(project, monkeypatch, sbatch="echo 41", scontrol="exit 0", squeue="echo '41|PENDING|Priority|1:00'")
+    assert cli.main(["submit", *WORDS, *JOB, "ranks=1", "optim.lr=1e-3"]) == 0
+    assert cli.main(["submit", *WORDS, *JOB, "ranks=1", "optim.lr=1e-4"]) == 2
+    said = capsys.readouterr().err
+    assert "name=mine: runs/mine has job 41 in the queue" in said
+    assert "Try: name=mine-2, or first: officina cancel runs/mine" in said
+    assert load_config(project / "runs/mine").optim.lr == 1e-3 and len(read_jobs(project / "runs/mine")) == 1
+    assert cli.main(["submit", "resume", "runs/mine", *JOB, "optim.lr=1e-4"]) == 0
+    assert "note: job 41 of runs/mine will go on with these words, too" in capsys.readouterr().err
+    stand_ins(project, monkeypatch, squeue="echo '41|CANCELLED|None|1:00'")
+    assert cli.main(["submit", *WORDS, *JOB, "ranks=1", "optim.lr=1e-2"]) == 0, "one that has ended before it began a step"
+
+
+def test_the_words_of_a_job_may_stand_before_the_run_that_goes_on(project, monkeypatch, capsys):
+    stand_ins(project, monkeypatch, sbatch="echo 41", scontrol="exit 0", squeue="exit 0")
+    assert cli.main(["submit", *WORDS, *JOB, "ranks=1"]) == 0
+    assert cli.main(["submit", *JOB, "steps=4", "resume", "runs/mine", "--dry-run"]) == 0
+    assert "resume runs/mine" in capsys.readouterr().out
+    assert cli.main(["submit", *JOB, "resume", "steps=4"]) == 2
+    assert "resume: names no run directory" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_that_its_script_needs_the_run_directory(project, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/nowhere")
+    assert cli.main(["submit", *WORDS, *JOB, "ranks=1", "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert f"note: nothing is written: the script needs what these words, without --dry-run, put into {project}/runs" in err
+    assert "note:" not in out and not (project / "runs").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (["data", "build"], "the following arguments are required"),
+    (["eval"], "the following arguments are required: RUN"),
+    (["eval", "runs/mine", "--shotz", "5"], "does not know --shotz 5"),
+])
+def test_words_that_the_command_would_refuse_do_not_wait_in_the_queue(project, monkeypatch, capsys, words, said):
+    stand_ins(project, monkeypatch, sbatch="echo 41")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["submit", *JOB, "gpus=1", "cpus=1", *words])
+    assert left.value.code == 2 and said in capsys.readouterr().err and not (project / "runs").exists()
+
+
+def test_what_ends_a_sweep_ends_all_of_its_runs(project, monkeypatch, capsys):
+    stand_ins(project, monkeypatch, sbatch="echo 41")
+    assert cli.main(["submit", *WORDS, *JOB, "ranks=1", "seed=range(0,3)", "--runs-dir", "my runs"]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("its output: officina logs 'my runs/mine-0' -f; end it: officina cancel 'my runs/mine-'{0..2}\n")
+    shell = ["bash", "-c", f"printf '%s,' {said.split('cancel ')[1]}"]
+    seen = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
+    assert seen == "my runs/mine-0,my runs/mine-1,my runs/mine-2,"
+    assert [read_jobs(project / f"my runs/mine-{i}")[0].job_id for i in range(3)] == ["41_0", "41_1", "41_2"]
+
+
+def test_a_run_that_is_not_there_is_not_evaluated(project, monkeypatch, capsys):
+    stand_ins(project, monkeypatch, sbatch="echo 41")
+    job = [word for word in JOB if not word.startswith(("stop", "attempts"))]
+    assert cli.main(["submit", *job, "eval", "runs/mien", "device=cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "eval=runs/mien: there is no such run directory" in said and "gpus" not in said, "and device=cpu takes no GPU"
+
+
+def test_a_folder_that_cannot_be_written_is_named(project, monkeypatch, capsys):
+    stand_ins(project, monkeypatch, sbatch="echo 41")
+    (project / "runs").write_text("a file")
+    assert cli.main(["submit", "site=slurm", "time=10m", "data", "verify", "data"]) == 2
+    assert "runs/data-verify-1/logs: Not a directory, so the run directory cannot be made" in capsys.readouterr().err
 
 
 def test_a_chain_that_is_refused_halfway_is_known_as_far_as_it_came(project, monkeypatch, capsys):

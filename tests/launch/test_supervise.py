@@ -223,6 +223,46 @@ def test_a_step_that_does_not_leave_is_killed_before_slurm_would(tmp_path, monke
     assert ended == Ended(-9, "", "", True) and "the step still runs: it is killed" in capsys.readouterr().err
 
 
+def slurm_says(folder: Path, body: str) -> dict[str, str]:
+    """An environment in which this script stands for Slurm's programs and tells that job 7 runs."""
+    folder.mkdir()
+    for name in ("scontrol", "squeue", "scancel"):
+        (folder / name).write_text(f"#!/bin/bash\necho $(basename $0) $* >>{folder}/asked\n{body}\n")
+        (folder / name).chmod(0o755)
+    return {"SLURM_JOB_ID": "7", "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("silent", ["slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+                                    "Unexpected message received for job 7",
+                                    "slurm_load_jobs error: Socket timed out on send/recv operation"])
+def test_a_slurm_that_is_silent_for_a_while_still_requeues(tmp_path, silent):
+    env = slurm_says(tmp_path / "bin", f"""
+case "$*" in
+  show*) if [ -e {tmp_path}/again ]; then echo JobState=PENDING; else echo JobState=RUNNING; fi ;;
+  requeue*) if [ -e {tmp_path}/once ]; then touch {tmp_path}/again; else touch {tmp_path}/once; echo "{silent}"; exit 1; fi ;;
+esac""")
+    done = job(tmp_path, leave(75, tmp_path), "--requeue", env=env)
+    assert done.returncode == 0 and "requeued: job 7" in done.stderr, done.stderr
+
+
+def test_a_job_that_may_not_be_requeued_is_told_how_to_go_on(tmp_path):
+    env = slurm_says(tmp_path / "bin", """
+case "$*" in
+  show*) echo JobState=RUNNING ;;
+  requeue*) echo "Requested operation is presently disabled for job 7"; exit 1 ;;
+esac""")
+    done = job(tmp_path, leave(75, tmp_path), "--requeue", env=env)
+    assert done.returncode == 75 and "presently disabled" in done.stderr
+    assert f"to be continued. Go on: officina submit resume {tmp_path}" in done.stderr
+    assert (tmp_path / "bin/asked").read_text().count("requeue 7") == 1, "what is refused is not asked again"
+
+
+def test_names_that_are_no_text_end_no_supervisor(tmp_path):
+    env = slurm_says(tmp_path / "bin", r"printf 'JobId=7 JobState=RUNNING WorkDir=/\xff\xfe\n'")
+    done = job(tmp_path, leave(75, tmp_path), env=env)
+    assert done.returncode == 75 and "Traceback" not in done.stderr
+
+
 def test_one_start_at_a_time(tmp_path, monkeypatch):
     with claim(tmp_path):
         program = ("import sys; from officina.launch import supervise as s; s._CLAIM_S = 0.1\n"
