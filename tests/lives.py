@@ -104,6 +104,15 @@ def inject(fault: str, rank: int):
 
         loader.Loader.__init__ = late
         return lambda: setattr(loader.Loader, "__init__", real_init)
+    if fault == "slow data":  # the fifth step's comes half a second late
+        real_step = loader.Loader._read_step
+
+        def read_step(self, position):
+            time.sleep(0.5 * (position == 4 * self._run.batch.rows))
+            return real_step(self, position)
+
+        loader.Loader._read_step = read_step
+        return lambda: setattr(loader.Loader, "_read_step", real_step)
     if fault == "conditions end":  # after step 4, and only by the clock of rank 1
         real_clock = assemble.Job.use_is_over
         assemble.Job.use_is_over = lambda job: job.deadline is not None and rank == 1 and job.step >= 4

@@ -218,8 +218,9 @@ def test_a_step_without_loss_bearing_tokens_is_neither_a_loss_nor_a_spike(pool, 
 
 def test_a_spike_stops_the_run_where_asked(pool, data, tmp_path):
     objective = ObjectiveConfig(spike_sigma=0.001, spike_window=2, on_spike="stop")
-    begin(tmp_path / "run", plain_run(data, objective=objective))
-    with pytest.raises(RankFailure, match=r"is a spike .*data\.skip="):
+    run = plain_run(data, objective=objective)
+    begin(tmp_path / "run", replace(run, data=replace(run.data, skip=[[900, 903]])))
+    with pytest.raises(RankFailure, match=r"is a spike .*data\.skip=\[\[900,903\],\[\d+,\d+\]\]"):  # what was left out stays so
         lived(pool, tmp_path / "run", 1)
     assert any(s.spike for s in read_metrics(tmp_path / "run").steps)
 
@@ -318,3 +319,11 @@ def test_metrics_have_the_promised_keys(pool, data, tmp_path):
     assert len(steps) == 8
     promised = {"step", "tokens", "loss_nats", "grad_norm", "lr", "step_time_s", "data_wait_s", "tokens_per_s"}
     assert promised <= steps[0].keys()
+
+
+def test_the_wait_for_data_is_of_the_step_that_waited(pool, data, tmp_path):
+    run = plain_run(data)
+    begin(tmp_path / "run", replace(run, data=replace(run.data, prefetch_batches=1)))
+    lived(pool, tmp_path / "run", 1, fault="slow data")
+    steps = read_metrics(tmp_path / "run").steps
+    assert all(s.data_wait_s <= s.step_time_s for s in steps) and max(s.data_wait_s for s in steps) >= 0.2

@@ -14,6 +14,7 @@ from officina.trainer.checkpoint.content import state_hashes, verify_changed
 from officina.trainer.data.loader import StepData
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_USER, DataError, NoProgressError
 from officina.trainer.evaluate import held_out
+from officina.trainer.keys import as_text
 from officina.trainer.metrics import StepMetrics
 from officina.trainer.objective import beside, measured
 from officina.trainer.ranks import Ranks
@@ -67,7 +68,8 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             job.position = data.stop_sample
             job.tokens += int(step_tokens) if result.applied else 0
             _record(job, data, result, tokens=int(step_tokens), loss_sum=loss_sum, digest=digest, lr_factor=factor,
-                    step_time_s=step_time_s, peak_bytes=int(peak_bytes / ranks.world_size), measures=measures)
+                    step_time_s=step_time_s, data_wait_s=following.wait_s if following else 0.0,
+                    peak_bytes=int(peak_bytes / ranks.world_size), measures=measures)
             if before is not None and result.applied and result.grad_norm:
                 verify_changed(before, state_hashes(job.trained_state(), slots={PARAM}), ranks)
                 job.unchecked = False
@@ -108,7 +110,7 @@ def evaluate(job: Job) -> None:
 
 
 def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_sum: float, digest: float,
-            lr_factor: float, step_time_s: float, peak_bytes: int, measures: Sequence[float]) -> None:
+            lr_factor: float, step_time_s: float, data_wait_s: float, peak_bytes: int, measures: Sequence[float]) -> None:
     """Metrics and ledger of one step; raises NoProgressError where going on is useless."""
     objective = job.run.objective
     loss = loss_sum / tokens if tokens else math.nan
@@ -122,7 +124,7 @@ def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_s
         mfu = [filled / step_time_s * flops / (job.peak_flops * job.ranks.world_size) for flops in job.flops]
     job.write(StepMetrics(
         step=job.step, tokens=tokens, loss_nats=loss, grad_norm=result.grad_norm, lr=job.run.optim.lr * lr_factor,
-        step_time_s=step_time_s, data_wait_s=data.wait_s, tokens_per_s=tokens_per_s, applied=result.applied,
+        step_time_s=step_time_s, data_wait_s=data_wait_s, tokens_per_s=tokens_per_s, applied=result.applied,
         spike=spike, filled_tokens=int(filled) or None, filled_tokens_per_s=filled / step_time_s if filled else None,
         mfu_causal=mfu[0], mfu_full=mfu[1], peak_memory_bytes=peak_bytes,
         **measured(beside(objective), measures, tokens)))
@@ -135,12 +137,17 @@ def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_s
             f"loss or gradient norm was not finite in {job.nonfinite_in_a_row} steps in a row (up to step {job.step}, "
             f"loss {loss:g}, gradient norm {result.grad_norm:g}); none of them changed the model, and the newest "
             f"checkpoint is intact. Try: officina resume {job.run_dir} optim.lr={job.run.optim.lr / 2:g}, or leave the "
-            f"samples out: 'data.skip=[[{data.first_sample},{data.stop_sample}]]'")
+            f"samples out: {_without(job, data)}")
     if spike and objective.on_spike == "stop":
         raise NoProgressError(
             f"step {job.step} is a spike (loss {loss:.4g}, gradient norm {result.grad_norm:.4g}) and "
             f"objective.on_spike=stop; the newest checkpoint is intact. Try: officina resume {job.run_dir} "
-            f"'data.skip=[[{data.first_sample},{data.stop_sample}]]', or objective.on_spike=flag")
+            f"{_without(job, data)}, or objective.on_spike=flag")
+
+
+def _without(job: Job, data: StepData) -> str:
+    """The word that leaves out the step's samples too."""
+    return f"'data.skip={as_text([*job.run.data.skip, [data.first_sample, data.stop_sample]])}'"
 
 
 def _is_spike(job: Job, tokens: int, loss_sum: float) -> bool:

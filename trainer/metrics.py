@@ -39,7 +39,7 @@ class StepMetrics:
     step_time_s: float
     """Wall time from the end of the step before to the end of this one, without evaluation and saving."""
     data_wait_s: float
-    """Share of step_time_s that rank 0 waited for its batch."""
+    """Share of step_time_s that rank 0 waited for a batch: the next step's, which is fetched before this one ends."""
     tokens_per_s: float
     """tokens / step_time_s, over all ranks."""
     applied: bool = True

@@ -5,7 +5,6 @@ Knows the keys and their types; knows no rule between keys (`officina.trainer.va
 
 import dataclasses
 import difflib
-import json
 import typing
 from collections.abc import Mapping
 from functools import cache
@@ -66,9 +65,9 @@ def unknown_key(key: str, value: object, values: Mapping) -> Problem:
         return Problem(key, value, "there is no such key", word(_SYNONYMS[key], value))
     stem, _, leaf = key.rpartition(".")
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
-    if "." not in key and (groups := difflib.get_close_matches(key, GROUPS, 1, 0.55)) and isinstance(value, str) \
-            and not same_leaf:
-        return Problem(key, value, "there is no such key", word(groups[0], value))
+    tops = difflib.get_close_matches(key, [*GROUPS, *(k for k in known if "." not in k)], 1, 0.55)
+    if "." not in key and tops and tops[0] in GROUPS and isinstance(value, str) and not same_leaf:
+        return Problem(key, value, "there is no such key", word(tops[0], value))
     siblings = [k for k in known if k.rpartition(".")[0] == (generic(stem, values) or stem if stem else "")]
     near = (difflib.get_close_matches(key, same_leaf, 1, 0.0)
             or _closest(leaf, {k.rpartition(".")[2]: k for k in siblings})
@@ -144,20 +143,12 @@ def dump_run(run: config.RunConfig) -> Values:
 
 def _with_kinds(values: Values) -> Values:
     """A deep copy in which every part that has kinds names one."""
-    values = json.loads(json.dumps(values)) if _is_json(values) else _copy(values)
+    values = _copy(values)
     for name, annotation in fields_of(config.RunConfig).items():
         variants = variants_of(annotation)
         if len(variants) > 1 and isinstance(part := values.get(name, {}), dict):
             values[name] = {"kind": kind_of(type(default_of(config.RunConfig, name)))} | part
     return values
-
-
-def _is_json(values: object) -> bool:
-    try:
-        json.dumps(values)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _copy(value: object) -> typing.Any:

@@ -349,7 +349,8 @@ def test_data_sets_must_share_a_tokenizer(data, tmp_path):
 
 @pytest.mark.parametrize(("word", "remedy"), [
     ("learning_rate=1e-3", "optim.lr=1e-3"), ("batch_size=8", "batch.micro_rows=8"), ("max_steps=9", "steps=9"),
-    ("planned=3", "data."), ("data.sources..path=x", "data.sources.NAME.path=x")])
+    ("planned=3", "data."), ("data.sources..path=x", "data.sources.NAME.path=x"),
+    ("step=100", "steps=100"), ("nsteps=5", "steps=5"), ("engines=ddp", "engine=ddp")])  # not site=100
 def test_what_is_meant_is_never_a_key_of_officinas_own(word, remedy):
     [problem] = compose_all([word]).problems
     assert problem.remedy.startswith(remedy) or remedy == "data.", problem

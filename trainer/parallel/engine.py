@@ -1,6 +1,6 @@
 """The one interface behind which every way of sharding stands, and the table of them."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,9 +81,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the engine; nothing of it may be used afterwards."""
         ...
-
-
-BuildEngine = Callable[[Parts], Engine]
 
 
 def build_engine(parts: Parts) -> Engine:

@@ -16,6 +16,7 @@ from officina.trainer.parallel.tensors import (
     Held,
     KeptBuffers,
     buffer_pieces,
+    evaluating,
     fill_buffers,
     materialize,
     persistent_buffers,
@@ -84,12 +85,8 @@ class TorchEngine:
 
     @torch.no_grad()
     def infer(self, compute: LossFn, batch: Batch) -> Tensor:
-        was_training = self.module.training
-        self.module.eval()
-        with self._autocast():
-            found = compute(self.module, batch.fields)
-        self.module.train(was_training)
-        return found.float()
+        with evaluating(self.module), self._autocast():
+            return compute(self.module, batch.fields).float()
 
     @torch.no_grad()
     def import_state(self, source: Source, *, optimizer_steps: int | None) -> None:

@@ -1,6 +1,7 @@
 """What every engine does with a module's tensors: make them real, name them, deal them out, fill the buffers."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -89,6 +90,19 @@ def buffer_pieces(buffers: Mapping[str, Tensor]) -> Iterator[Piece]:
     """The buffers as pieces: replicated everywhere, so for one rank to yield."""
     for name, buffer in buffers.items():
         yield Held(name, tuple(buffer.shape), 0, buffer.numel()).piece(PARAM, buffer)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within it the module is in evaluation mode; afterwards each part is as it was: a user may keep one in that mode."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(modes[0][1])  # for what a module's own `train` does
+        for child, mode in modes:
+            child.training = mode
 
 
 class KeptBuffers:

@@ -7,11 +7,14 @@ import gc
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Collection, Iterator
+from contextlib import redirect_stdout
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from officina.trainer.batch import Batch, LossFn, loss_of
 from officina.trainer.config import MuonConfig, RunConfig, ZeroConfig
@@ -23,6 +26,7 @@ from officina.trainer.parallel.precision import set_precision
 from officina.trainer.parallel.tensors import (
     KeptBuffers,
     buffer_pieces,
+    evaluating,
     fill_buffers,
     leaves_of,
     materialize,
@@ -75,8 +79,11 @@ class ZeroEngine:
         self._bare, self._kept, self._reached = module, KeptBuffers(module), False
         optimizer = new_adamw(run.optim, groups, dict(module.named_parameters()))
         self._lr = run.optim.lr
-        self.module, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+        with redirect_stdout(sys.stderr):  # it prints its memory, where the run's progress is shown
+            self.module, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+        if run.engine.stage == 3 and run.engine.recompute == "selective":
+            _hide_gathering(self.module.optimizer.parameter_offload)
         self._state = ZeroState(self.module, names, run.engine.stage)
         self._guard = NormGuard(self.module.optimizer)
 
@@ -108,12 +115,8 @@ class ZeroEngine:
 
     @torch.no_grad()
     def infer(self, compute: LossFn, batch: Batch) -> Tensor:
-        was_training = self.module.training
-        self.module.eval()
-        with self._autocast():
-            found = compute(self.module, batch.fields)
-        self.module.train(was_training)
-        return found.float()
+        with evaluating(self.module), self._autocast():
+            return compute(self.module, batch.fields).float()
 
     @torch.no_grad()
     def import_state(self, source: Source, *, optimizer_steps: int | None) -> None:
@@ -130,6 +133,22 @@ class ZeroEngine:
         self.module.destroy()
         self._guard = self._state = self.module = self._bare = self._kept = self._loss_fn = None
         forget_deepspeed()
+
+
+def _hide_gathering(offload) -> None:
+    """Keep what stage 3 does around each layer out of sight of selective recomputation.
+
+    That counts the operators of both passes and refuses when they differ, as they do where a parameter is gathered already.
+    """
+    def unseen(act):
+        def hidden(sub_module):
+            with _disable_current_modes():
+                act(sub_module)
+
+        return hidden
+
+    for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+        setattr(offload, name, unseen(getattr(offload, name)))
 
 
 class NormGuard:

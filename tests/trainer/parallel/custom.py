@@ -1,5 +1,8 @@
 """A model that is not the decoder: a convolution, frozen and tied parameters, persistent and other buffers, float inputs."""
 
+import io
+from contextlib import redirect_stdout
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +36,7 @@ class Net(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
         self.place = nn.Parameter(0.1 * torch.randn(1, 4, width), requires_grad=False)
+        self.fixed = nn.Dropout(0.5).eval()  # a part that its user keeps in evaluation mode
         layers = [Layer(width), Layer(width)]
         if kind == "across":
             layers[1].up.weight = layers[0].up.weight
@@ -51,7 +55,7 @@ class Net(nn.Module):
         if self.training:
             self.seen += 1
             self.replaced = self.replaced + 1  # another tensor each time
-        x = self.patches(x).flatten(2).transpose(1, 2) + self.place + self.ramp * self.scale[0]
+        x = self.fixed(self.patches(x)).flatten(2).transpose(1, 2) + self.place + self.ramp * self.scale[0]
         for layer in self.layers:
             x = layer(x)
         x = x.mean(1)
@@ -85,18 +89,19 @@ def batch_of(step: int) -> dict[str, Tensor]:
 
 
 def train(ranks, engine: str, precision: str = "fp32", first: int = 0, steps: int = STEPS, begin=None, kind: str = "",
-          infinite: int = -1) -> dict:
-    """Train the model; this rank's part of a Trace. infinite: step whose loss is, on the last rank, with a finite gradient."""
+          infinite: int = -1, evaluate: bool = False) -> dict:
+    """Train the model; this rank's part of a Trace. infinite: step whose loss is, on the last rank, with a finite gradient.
+    evaluate: after each step."""
     run = run_of(engine, kind)
     built = build_model(run)
     engine = build_engine(Parts(run, ranks, built.module, built.loss_fn, precision))
     try:
-        return _trace(engine, ranks, built, first, steps, begin, infinite)
+        return _trace(engine, ranks, built, first, steps, begin, infinite, evaluate)
     finally:
         engine.close()
 
 
-def _trace(engine, ranks, built, first: int, steps: int, begin, infinite: int) -> dict:
+def _trace(engine, ranks, built, first: int, steps: int, begin, infinite: int, evaluate: bool) -> dict:
     source, done = (built.source, None) if begin is None else (Values(begin, keep=("seen", "replaced", "scale")), first)
     engine.import_state(source, optimizer_steps=done)
     losses_, norms, applied = [], [], []
@@ -112,6 +117,8 @@ def _trace(engine, ranks, built, first: int, steps: int, begin, infinite: int) -
         outcome = engine.step(1.0)
         norms.append(outcome.grad_norm)
         applied.append(outcome.applied)
+        if evaluate:
+            engine.evaluate(Batch(part, 0))
     pieces = [(p.name, p.slot, p.shape, p.start, p.stop, p.values.detach().cpu().double().numpy())
               for p in engine.export_state()]
     # What the forward uses must be the same for everyone, also where it is a copy of what was exported.
@@ -119,6 +126,13 @@ def _trace(engine, ranks, built, first: int, steps: int, begin, infinite: int) -
     evals = [engine.evaluate(Batch(last, int(last["valid"].sum()))).item()]
     return {"losses": losses_, "norms": norms, "applied": applied, "pieces": pieces, "evals": evals,
             "optimizer_steps": engine.optimizer_steps}
+
+
+def printed(ranks, engine: str, precision: str) -> str:
+    """What a step writes to stdout."""
+    with redirect_stdout(io.StringIO()) as found:
+        train(ranks, engine, precision, steps=1)
+    return found.getvalue()
 
 
 def refuses(ranks, engine: str, kind: str, message: str) -> None:

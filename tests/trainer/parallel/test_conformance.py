@@ -131,7 +131,7 @@ def test_bf16_pure_keeps_everything_in_bf16_and_learns(pool, engine, ranks):
 
 
 @pytest.mark.parametrize(("engine", "ranks"), [
-    ("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2)])
+    ("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("zero3_persist", 2)])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_no_bit(pool, engine, ranks, recompute):
     case = Case(engine, steps=4)

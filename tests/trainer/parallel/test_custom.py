@@ -39,6 +39,12 @@ def test_resume_is_bitwise(pool, engine, ranks):
         assert np.array_equal(values, rest.state[key]), key
 
 
+@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp2", 2), ("zero1", 2)])
+def test_evaluation_between_the_steps_changes_no_bit(pool, engine, ranks):
+    plain, found = (join(pool.run(ranks, TRAIN, engine, steps=3, evaluate=between)) for between in (False, True))
+    assert found.losses == plain.losses and all(np.array_equal(found.state[key], plain.state[key]) for key in plain.state)
+
+
 @pytest.mark.parametrize(("engine", "ranks"), ALL)
 def test_an_infinite_loss_with_a_finite_gradient_leaves_no_trace(pool, engine, ranks):
     found, plain = (join(pool.run(ranks, TRAIN, engine, steps=3, infinite=at)) for at in (2, -1))
@@ -75,3 +81,7 @@ def test_bf16_by_autocast(pool, engine, ranks, precision):
     found, plain = join(pool.run(ranks, TRAIN, engine, precision)), reference()
     away = np.abs(np.subtract(found.losses, plain.losses))
     assert 0 < away.max() < 0.05
+
+
+def test_deepspeed_prints_nothing_beside_the_progress(pool):
+    assert pool.run(1, "tests.trainer.parallel.custom:printed", "zero1", "bf16") == [""]
