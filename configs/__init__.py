@@ -1,1 +1,1 @@
-"""Hydra groups and the one module that composes them."""
+"""Hydra groups and profiles of sites, and what reads the words of a person: runs, jobs, sweeps, defaults."""

@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +23,6 @@ from officina.trainer.quantities import Duration
 
 SUBMIT = "submit"
 """Key of the defaults in a person's or a centre's files."""
-_DOTTED = re.compile(r"(env\.extra)\.([A-Za-z_][A-Za-z0-9_]*)")
 
 
 @config
@@ -92,6 +91,8 @@ class JobConfig:
     env: EnvWords = field(default_factory=EnvWords)
 
 
+_OPTIONAL = tuple(part.name for part in fields(JobConfig) if part.default is None)
+_NULL = ("null", "Null", "NULL", "~")
 _SHARED = ("site",)
 """Words that the run takes too."""
 
@@ -114,34 +115,45 @@ def read_job(words: Sequence[str], environ: Mapping[str, str] = os.environ,
     """The job that the words describe, over the defaults of centre and person: job, faults, defaults with their files."""
     problems: list[Problem] = []
     values: dict = {}
-    defaults = []
+    defaults, files = [], {}
     for key, value, origin in _defaults(environ, problems):
-        _put(values, key, value)
+        _put(values, key, None if value in _NULL else value)
         defaults.append((f"{key}={as_text(value)}", origin))
+        files[key] = origin
     for text in words:
         key, _, raw = text.lstrip("+").partition("=")
         if text.startswith("~"):
             problems.append(Problem(key[1:], None, "a word of the job is left out, not taken away", f"leave {text} out"))
         else:
             _put(values, key, _read(key, raw))
+            files.pop(key, None)
     job, faults = _typed(values)
-    return job, problems + faults, defaults
+    for fault in faults:  # nobody typed what stands in a file
+        origin = next((file for key, file in files.items() if f"{fault.key}.".startswith(f"{key}.")), "")
+        problems.append(replace(fault, rule=f"{fault.rule} ({origin})") if origin else fault)
+    return job, problems, defaults
 
 
 def _put(values: dict, key: str, value: object) -> None:
+    """None is no value: what lies below is taken away."""
     *stem, leaf = key.split(".")
     here = values
     for part in stem:
         here = here.setdefault(part, {})
         if not isinstance(here, dict):
             return
-    here[leaf] = value
+    if value is None:
+        here.pop(leaf, None)
+    else:
+        here[leaf] = value
 
 
 def _read(key: str, raw: str) -> object:
     """Text of one word: lists and sets of names as `[a,b]` and `{A:b}`; everything else as it was typed."""
-    if raw.lower() in ("null", "none"):
+    if raw in _NULL or (raw.lower() == "none" and key in _OPTIONAL):  # cpu_bind=none, NCCL_NET_PLUGIN=none are values
         return None
+    if key.startswith("env.extra."):
+        return raw
     if raw[:1] == "[" and raw[-1:] == "]":
         return split_commas(raw[1:-1])
     if raw[:1] == "{" and raw[-1:] == "}":
@@ -249,16 +261,6 @@ def _problem(item: Mapping, key: str, value: object) -> Problem:
         return Problem(key, value, str(item["ctx"]["error"]), works)
     message = item["msg"]
     return Problem(key, value, f"{message[:1].lower()}{message[1:]}", works)
-
-
-def with_account(job: JobConfig, account: str) -> JobConfig:
-    """The job charged to `account`, unless it names one itself."""
-    return job if job.account or not account else replace(job, account=account)
-
-
-def site_word(job: JobConfig, composed: str) -> str:
-    """What was said about the site."""
-    return job.site or composed
 
 
 def expand(path: str) -> Path:

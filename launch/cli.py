@@ -57,6 +57,10 @@ _COMMANDS = {
     "bench": "the benchmark suite",
 }
 
+_MODULES = {"submit": "submit:submit", "plan": "plan_command:plan", "jobs": "job_commands:jobs", "logs": "job_commands:logs",
+            "cancel": "job_commands:cancel", "eval": "eval_commands:evaluate", "sites": "site_commands:sites"}
+"""Command -> where it is, if not in commands.py."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0 done; 2 the user can mend it (message on stderr); 75 to be continued; 76 no progress; 1 our bug."""
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return import_module("officina.trainer.generate").main(argv[1:])
         if argv[:1] == ["convert"]:
             return import_module("officina.trainer.convert").main(argv[1:])
-        args = _read(argv)
+        args = read_arguments(argv)
         module, function = args.command.split(":")
         status: int = getattr(import_module(module), function)(args)
         sys.stdout.flush()
@@ -92,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
 
 
-def _read(argv: Sequence[str]) -> argparse.Namespace:
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """What the words come to; leaves with usage and status 2 where they are none of a command."""
     parser = _parser(argv)
     if argv and not argv[0].startswith("-") and argv[0] not in _COMMANDS:
         near = difflib.get_close_matches(argv[0], _COMMANDS, 1)
@@ -100,7 +105,7 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     if rest:
         if not hasattr(args, "words") or any(word.startswith("-") for word in rest):
-            parser.error(f"{args.name} does not know {' '.join(rest)}; see officina {args.name} --help")
+            parser.error(f"{argv[0]} does not know {' '.join(rest)}; see officina {argv[0]} --help")
         args.words = [*args.words, *rest]  # words that stood after an option
     return args
 
@@ -116,19 +121,23 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, help_text in _COMMANDS.items():
         command = commands.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".",
                                       formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-        command.set_defaults(command=f"officina.launch.commands:{name}")
-        _ARGUMENTS[name](command, argv)
+        command.set_defaults(command=f"officina.launch.{_MODULES.get(name, f'commands:{name}')}")
+        if name in _ARGUMENTS:  # generate and convert read their own
+            _ARGUMENTS[name](command)
+        if argv[:1] == [name] == ["data"]:  # its options come from the module that does the work
+            import_module("officina.launch.data_commands").add_parsers(
+                command.add_subparsers(dest="data_command", metavar="COMMAND", required=True))
     return parser
 
 
-def _train(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _train(command: argparse.ArgumentParser) -> None:
     _words(command)
     _runs_dir(command)
     _force(command)
     command.epilog = _TRAIN_EXAMPLES
 
 
-def _check(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _check(command: argparse.ArgumentParser) -> None:
     _words(command)
     _runs_dir(command)
     _force(command)
@@ -145,7 +154,7 @@ examples:
 """
 
 
-def _resume(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _resume(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help="run directory, such as runs/demo")
     _words(command)
     _force(command)
@@ -159,7 +168,7 @@ examples:
 """
 
 
-def _submit(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _submit(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs=argparse.REMAINDER, metavar="WORD",
                          help="words of the run and of the job, or another command with its own words and options")
     command.add_argument("--dry-run", action="store_true", help="print script (stdout) and plan (stderr), write nothing")
@@ -168,7 +177,7 @@ def _submit(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     command.epilog = _SUBMIT_EXAMPLES
 
 
-def _jobs(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _jobs(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs="*", metavar="RUN", help="run directories (default: all in --runs-dir)")
     command.add_argument("--all", action="store_true", help="also jobs that have ended")
     _runs_dir(command)
@@ -179,7 +188,7 @@ examples:
 """
 
 
-def _logs(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _logs(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help="run directory")
     command.add_argument("-f", "--follow", action="store_true", help="go on until no job of the run waits or runs")
     command.add_argument("--rank", type=int, default=None, metavar="N", help="the log of rank N instead of the job's output")
@@ -191,7 +200,7 @@ examples:
 """
 
 
-def _cancel(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _cancel(command: argparse.ArgumentParser) -> None:
     command.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     command.epilog = """\
 examples:
@@ -199,7 +208,7 @@ examples:
 """
 
 
-def _plan(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs="*", metavar="WORD", help="words of the run, and of the job where a site is named")
     command.add_argument("--ranks", type=int, default=None, metavar="N", help="without a site: for N ranks (default: 1)")
     _runs_dir(command)
@@ -210,15 +219,7 @@ examples:
 """
 
 
-def _generate(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Its arguments are read by `officina.trainer.generate`, which brings torch in; `main` goes there directly."""
-
-
-def _convert(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Its arguments are read by `officina.trainer.convert`, as those of `generate`."""
-
-
-def _eval(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _eval(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help="run directory, such as runs/demo")
     command.add_argument("words", nargs="*", metavar="WORD",
                          help="step=N (default: the newest), tasks=NAME,NAME, or a key=value of the configuration")
@@ -235,7 +236,7 @@ examples:
 """
 
 
-def _data(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _data(command: argparse.ArgumentParser) -> None:
     command.epilog = """\
 examples:
   officina data build demo/data --vocab-size 2048
@@ -245,12 +246,9 @@ examples:
   officina data audit runs/demo
   officina data build --help
 """
-    if argv[:1] == ["data"]:  # its own options come from the module that does the work
-        import_module("officina.launch.data_commands").add_parsers(
-            command.add_subparsers(dest="data_command", metavar="COMMAND", required=True))
 
 
-def _report(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _report(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", metavar="RUN", help="run directory")
     command.epilog = """\
 examples:
@@ -258,7 +256,7 @@ examples:
 """
 
 
-def _sites(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _sites(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs="*", metavar="WORD", help="NAME (id, alias or file), probe [NAME], or new NAME")
     command.epilog = """\
 examples:
@@ -270,7 +268,7 @@ examples:
 """
 
 
-def _demo(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _demo(command: argparse.ArgumentParser) -> None:
     command.add_argument("--finetune", action="store_true",
                          help="adapt the demo's model to a task with LoRA, export it, load it in transformers")
     command.epilog = """\
@@ -280,7 +278,7 @@ examples:
 """
 
 
-def _bench(command: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def _bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs="*", metavar="NAME", help="benchmarks to run; none lists them, `all` runs all")
     command.add_argument("--out", metavar="DIR", help="folder for the records (default: benchmarks/results in a clone, else "
                          "bench-results)")
@@ -308,7 +306,7 @@ def _force(command: argparse.ArgumentParser) -> None:
 
 
 _ARGUMENTS = {"train": _train, "resume": _resume, "submit": _submit, "plan": _plan, "jobs": _jobs, "logs": _logs,
-              "cancel": _cancel, "check": _check, "generate": _generate, "convert": _convert, "eval": _eval, "data": _data,
+              "cancel": _cancel, "check": _check, "eval": _eval, "data": _data,
               "report": _report, "sites": _sites, "demo": _demo, "bench": _bench}
 
 if __name__ == "__main__":

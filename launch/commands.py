@@ -85,31 +85,6 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
     return status
 
 
-def submit(args: argparse.Namespace) -> int:
-    """A job on a cluster."""
-    return import_module("officina.launch.submit").submit(args)
-
-
-def plan(args: argparse.Namespace) -> int:
-    """What a run will take."""
-    return import_module("officina.launch.plan_command").plan(args)
-
-
-def jobs(args: argparse.Namespace) -> int:
-    """Jobs on a cluster."""
-    return import_module("officina.launch.job_commands").jobs(args)
-
-
-def logs(args: argparse.Namespace) -> int:
-    """What a job printed."""
-    return import_module("officina.launch.job_commands").logs(args)
-
-
-def cancel(args: argparse.Namespace) -> int:
-    """The end of a run's jobs."""
-    return import_module("officina.launch.job_commands").cancel(args)
-
-
 def check(args: argparse.Namespace) -> int:
     """Every problem at once, else a summary."""
     devices = visible_devices(os.environ)
@@ -154,11 +129,6 @@ def _explain(plan: Plan) -> None:
         print("\n".join(["conditions of use:", *gate.explained(findings)]) if findings else "conditions of use: none")
 
 
-def eval(args: argparse.Namespace) -> int:
-    """Held-out loss or benchmarks."""
-    return import_module("officina.launch.eval_commands").evaluate(args)
-
-
 def data(args: argparse.Namespace) -> int:
     """`args.run` is the function that the chosen data command set."""
     status: int = args.run(args)
@@ -168,11 +138,6 @@ def data(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """report.html and report.json."""
     return import_module("officina.launch.report").main(Path(args.run))
-
-
-def sites(args: argparse.Namespace) -> int:
-    """What is known of the systems."""
-    return import_module("officina.launch.site_commands").sites(args)
 
 
 def demo(args: argparse.Namespace) -> int:

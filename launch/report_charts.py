@@ -4,7 +4,6 @@ A chart works without script, scales with the page and takes its colours from th
 chart has at most COLUMNS points: a column's line is its mean, its band goes from its lowest to its highest value.
 """
 
-import bisect
 import json
 import math
 import statistics
@@ -266,9 +265,3 @@ def _band(xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], to
     there = "".join(f"{'L' if i else 'M'}{x:.1f} {b:.1f}" for i, (x, _, b) in enumerate(known))
     back = "".join(f"L{x:.1f} {a:.1f}" for x, a, _ in reversed(known))
     return f'<path class="band {style}" d="{there}{back}Z"/>'
-
-
-def nearest(xs: Sequence[float], x: float) -> int:
-    """Index of the value nearest to x in the rising xs."""
-    i = bisect.bisect_left(xs, x)
-    return min((j for j in (i - 1, i) if 0 <= j < len(xs)), key=lambda j: abs(xs[j] - x))

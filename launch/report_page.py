@@ -10,6 +10,7 @@ from officina.launch.report_charts import Chart, Mark, Series, Span, draw
 from officina.launch.report_facts import ACCURACIES, FINAL_STEPS, Facts, Life, pooled
 from officina.launch.report_style import CSS, LOGO, SCRIPT
 from officina.launch.report_words import clock, count, date, loss, number, seconds, shares, shown, size
+from officina.trainer.keys import flat
 from officina.trainer.metrics import RunMetrics, bits_per_byte
 
 WIDE, NARROW = (1036, 340), (480, 300)
@@ -336,7 +337,7 @@ def _config(f: Facts) -> str:
     groups: dict[str, dict[str, Any]] = {"run": {}}
     for key, value in f.config.items():
         if isinstance(value, Mapping) and value:
-            groups[key] = _flat(value, f"{key}.")
+            groups[key] = flat(value, f"{key}.")
         else:
             groups["run"][key] = value
     parts = []
@@ -362,7 +363,7 @@ def _environment(f: Facts) -> str:
             hosts = dict.fromkeys(str(r.get("host")) for r in value if isinstance(r, Mapping))
             value = {"count": len(value), "hosts": ", ".join(hosts)} if value else {}
         if isinstance(value, Mapping) and value:
-            parts.append(_details(group, _gist(group, value), _flat(value), lambda key: False))
+            parts.append(_details(group, _gist(group, value), flat(value), lambda key: False))
     plain = {k: v for k, v in f.environment.items() if not isinstance(v, (Mapping, list)) and v is not None}
     return _section("Environment", "Of the newest start.", _details("run", "", plain, lambda key: False) + "".join(parts))
 
@@ -388,14 +389,6 @@ def _details(title: str, note: str, values: Mapping[str, Any], marked: Callable[
         for key, v in values.items())
     return (f"<details><summary>{escape(title)}<span>{escape(note)}</span></summary>"
             f'<div class="keys mono">{rows}</div></details>')
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        found |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return found
 
 
 def _footer(f: Facts) -> str:

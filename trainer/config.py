@@ -115,6 +115,16 @@ class DecoderConfig:
         """Width of one head with the default filled in."""
         return self.head_dim or self.d_model // self.n_heads
 
+    @property
+    def windows(self) -> list[int]:
+        """Window of each layer in tokens, 0 = none."""
+        return [self.window if self.window_pattern[i % len(self.window_pattern)] else 0 for i in range(self.n_layers)]
+
+    @property
+    def roped(self) -> list[bool]:
+        """Does each layer use RoPE?"""
+        return [self.rope_pattern[i % len(self.rope_pattern)] for i in range(self.n_layers)]
+
 
 @config
 class CustomModelConfig:

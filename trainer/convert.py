@@ -29,7 +29,7 @@ from officina.trainer.errors import CheckpointError, OfficinaError
 from officina.trainer.generate import answer_ends, as_list, stop_ids
 from officina.trainer.hf import peft
 from officina.trainer.hf.base import BASE_DIR, SMALL_FILES, open_base
-from officina.trainer.hf.config_file import CONFIG_FILE, FAMILIES, family_for, load_raw, write_config
+from officina.trainer.hf.config_file import CONFIG_FILE, FAMILIES, describes, family_for, load_raw, write_config
 from officina.trainer.hf.family import Family
 from officina.trainer.hf.files import ToWrite, Writer
 from officina.trainer.hf.peft import peft_name
@@ -37,7 +37,6 @@ from officina.trainer.hf.source import DTYPES, FolderSource
 from officina.trainer.import_adapter import import_adapter, words_to_go_on
 from officina.trainer.initial import keep_base, keep_tokenizer, plain_weights, read_weights_record, weights_hash
 from officina.trainer.metrics import read_metrics
-from officina.trainer.model.build import build_transformer
 from officina.trainer.model.shapes import parameter_shapes
 from officina.trainer.model.targets import choose
 from officina.trainer.run_dir import Start, append_history, load_config, new_run_id, save_config
@@ -72,7 +71,7 @@ def import_model(folder: Path, run_dir: Path, words: Sequence[str] = ()) -> str:
         raise OfficinaError(f"{folder} is a run of officina already: officina generate {folder} PROMPT, or start from it: "
                             f"officina train init_from={folder} model=from_init")
     name = name_of_import(run_dir)
-    shapes = shapes_of(base.model)
+    shapes = parameter_shapes(base.model)
     source = FolderSource(base, shapes)
     run_dir.mkdir(parents=True, exist_ok=True)
     about, run_id = describe(), new_run_id()
@@ -122,11 +121,6 @@ def _parts(numel: int) -> Iterator[tuple[int, int]]:
     return ((start, min(numel, start + PART)) for start in range(0, numel, PART))
 
 
-def shapes_of(model: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter, in the module's order."""
-    return {name: tuple(p.shape) for name, p in build_transformer(model).named_parameters()}
-
-
 # ---- out -----------------------------------------------------------------------------------------------------------
 def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_bytes: int = 5 * 10**9) -> dict[str, Any]:
     """Write RUN, RUN@STEP or the directory of a checkpoint to `folder` in Hugging Face's form.
@@ -140,10 +134,10 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
     if not isinstance(run.model, DecoderConfig):
         raise OfficinaError("model.kind=custom: Hugging Face's form is for the built-in decoder. Your own module saves itself: "
                             "see docs/bring_your_own_model.md")
-    folder = _new_folder(folder)
     record, raw = read_weights_record(run_dir), _base_config(run_dir)
-    family = FAMILIES[raw["model_type"]] if raw else family_for(run.model)
-    shapes = shapes_of(run.model)
+    family = family_for(run.model, raw)
+    folder = _new_folder(folder)
+    shapes = parameter_shapes(run.model)
     common = _NAMES[dtype] if dtype else record.get("dtype") or _computed_in(run_dir)
     others = {} if dtype else record.get("other_dtypes", {})
     plan = [ToWrite(theirs, others.get(theirs, common), shape)
@@ -179,7 +173,7 @@ def export_adapter(text: str, folder: Path) -> dict[str, Any]:
     """Write the adapter of a run's checkpoint to `folder` in PEFT's form, in fp32.
 
     Returns `base` (its name), `init_from` (where it lies, if it is a folder), `hash` (of its weights), `nf4` (was it held in 4
-    bits?), `step` and `bytes`.
+    bits?), `changed` (is the run's model another than the base's config.json says?), `step` and `bytes`.
     """
     run_dir, step = _which(text)
     run = load_config(run_dir)
@@ -208,6 +202,7 @@ def export_adapter(text: str, folder: Path) -> dict[str, Any]:
     _write_json(folder / peft.CONFIG_FILE, config)  # last: without it the folder is no adapter
     return {"base": base, "init_from": run.init_from if raw and record.get("kind") == "folder" else "",
             "hash": record.get("hash"), "nf4": run.adapter.base == "nf4", "step": step,
+            "changed": bool(raw) and not describes(raw, run.model),
             "bytes": (folder / peft.WEIGHTS_FILE).stat().st_size}
 
 
@@ -350,6 +345,9 @@ def main(argv: Sequence[str]) -> int:
               + (f" (weights {told['hash']})" if told["hash"] else "") +
               f"\n  python -c \"from transformers import {classes}; from peft import PeftModel as P; "
               f"P.from_pretrained(M.from_pretrained({base}), '{args.to}')\"")
+        if told["changed"]:
+            print("  It was trained with other positions, windows or tokens than the base's config.json says, and an adapter "
+                  f"cannot say which. The merged model does: officina convert export {args.checkpoint} --to MERGED")
         if not told["init_from"]:
             print("  BASE is the folder of what the run started from; of a run: officina convert export RUN --to BASE")
         return 0

@@ -28,6 +28,15 @@ FREE = "*"
 """Stands for a name the user chose, in `data.sources.*.path`."""
 
 
+def flat(values: Mapping, prefix: str = "") -> dict[str, object]:
+    """`{"optim": {"lr": 1}}` -> `{"optim.lr": 1}`; an empty mapping stands for itself."""
+    found: dict[str, object] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        found |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
+
+
 @cache
 def fields_of(cls: type) -> dict[str, object]:
     """Field name -> annotation of a configuration dataclass."""

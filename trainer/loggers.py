@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from officina.trainer.config import RunConfig
+from officina.trainer.keys import flat
 from officina.trainer.metrics import EvalMetrics, StepMetrics, bits_per_byte
 
 MAX_WAITING = 10_000
@@ -222,8 +223,7 @@ class MLflow:
         if known:
             self._client.update_run(self._id, status="RUNNING")
         else:
-            flat = _flat(asdict(run))
-            params = [Param(key, str(value)[:500]) for key, value in flat.items()]
+            params = [Param(key, str(value)[:500]) for key, value in flat(asdict(run)).items()]
             for first in range(0, len(params), 100):  # MLflow takes at most 100 at a time
                 self._client.log_batch(self._id, params=params[first:first + 100])
         self._waiting: list[Any] = []
@@ -263,14 +263,3 @@ def _tracking_id(run_dir: Path, tracker: str, make: Callable[[], str] | None = N
         partial.write_text(json.dumps(ids))
         partial.replace(file)
     return ids.get(tracker)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optim": {"lr": 1}}` -> `{"optim.lr": 1}`."""
-    found = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found

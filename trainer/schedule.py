@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step. No torch: `officina plan` draws them on a login node."""
+"""Learning-rate schedules as pure functions of the step. No torch."""
 
 import math
 

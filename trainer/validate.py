@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from officina.trainer.data.policy import AREAS, purpose_word
 from officina.trainer.data.policy import country as known_country
 from officina.trainer.data.register import Going
 from officina.trainer.errors import DataError, Problem
+from officina.trainer.keys import flat
 from officina.trainer.model.targets import adapter_problems
 from officina.trainer.schema import dump_run
 
@@ -72,19 +73,11 @@ def missing_packages(run: RunConfig) -> list[Problem]:
 
 
 def _numbers(run: RunConfig) -> Iterator[Problem]:
-    def walk(values: Mapping, prefix: str) -> Iterator[tuple[str, float]]:
-        for name, value in values.items():
-            if isinstance(value, Mapping):
-                yield from walk(value, f"{prefix}{name}.")
-            elif isinstance(value, float) and not math.isfinite(value):
-                yield f"{prefix}{name}", value
-
-    defaults = dump_run(RunConfig())
-    for key, value in walk(dump_run(run), ""):
-        default = defaults
-        for part in key.split("."):
-            default = default.get(part) if isinstance(default, Mapping) else None
-        yield Problem(key, value, "must be a finite number", f"{key}={1.0 if default is None else default}")
+    defaults = flat(dump_run(RunConfig()))
+    for key, value in flat(dump_run(run)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            default = defaults.get(key)
+            yield Problem(key, value, "must be a finite number", f"{key}={1.0 if default is None else default}")
 
 
 def _run(run: RunConfig, devices: int | None) -> Iterator[Problem]:

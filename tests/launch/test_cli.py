@@ -68,7 +68,7 @@ def test_examples_in_the_help_can_be_read(line):
     words = shlex.split(line)[1:]
     if words[-1] == "--help":
         return
-    args = cli._read(words)
+    args = cli.read_arguments(words)
     run_words = [w for w in getattr(args, "words", []) if "=" in w and not w.startswith(("from=", "experiment=./"))]
     if args.name in ("train", "check") and "from=" not in line:
         from officina.configs.compose import compose_all
@@ -119,7 +119,7 @@ def test_a_name_has_a_length_for_a_folder_and_what_is_named_after_it(data_set, c
 
 
 def test_words_may_stand_after_an_option():
-    args = cli._read(["train", "steps=1", "--runs-dir", "x", "seed=2", "~name"])
+    args = cli.read_arguments(["train", "steps=1", "--runs-dir", "x", "seed=2", "~name"])
     assert (args.words, args.runs_dir) == (["steps=1", "seed=2", "~name"], "x")
 
 

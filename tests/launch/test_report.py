@@ -14,7 +14,7 @@ import pytest
 from data_sets import write_tokens
 
 from officina.launch.report import main, summary, write_report
-from officina.launch.report_charts import Chart, Mark, Series, _columns, _smooth, draw, nearest
+from officina.launch.report_charts import Chart, Mark, Series, _columns, _smooth, draw
 from officina.launch.report_facts import gather
 from officina.trainer.config import (
     BatchConfig,
@@ -422,10 +422,6 @@ def test_a_run_of_seconds_has_each_time_once_at_its_clock(tmp_path):
     clock = page[page.index("Wall clock over the steps"):]
     labels = re.findall(r'text-anchor="end">([^<]+)<', clock[:clock.index("</svg>")])
     assert labels == ["0", "500 ms", "1 s", "1.5 s", "step"]
-
-
-def test_nearest():
-    assert [nearest([1, 5, 9], x) for x in (-3, 3.1, 7.1, 99)] == [0, 1, 2, 2]
 
 
 def test_labels_are_escaped():

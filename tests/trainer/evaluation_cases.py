@@ -9,6 +9,15 @@ def evaluate(ranks, folder: str) -> int:
     return evaluate(Path(folder), ranks)
 
 
+def evaluate_without_forks(ranks, folder: str) -> int:
+    """Where the harness asks for processes of its own, it gets an error."""
+    import multiprocessing
+    from unittest import mock
+
+    with mock.patch.object(multiprocessing, "Pool", side_effect=AssertionError("forks of a rank")):
+        return evaluate(ranks, folder)
+
+
 def refusal(ranks, folder: str) -> str:
     """Why the evaluation is refused; empty if it is not."""
     from officina.trainer.errors import OfficinaError

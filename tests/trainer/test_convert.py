@@ -1,6 +1,7 @@
 """A model in and out again: the same files, the same tokens; and what is no model is refused by name."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,20 +12,21 @@ import torch
 
 pytest.importorskip("transformers")
 from data_sets import write_tokens
-from hf_models import CASES, save
+from hf_models import CASES, SMALL, as_v4, save
 from lives import begin, plain_run
 from safetensors.torch import load_file, save_file
 
 from officina.launch.cli import main
 from officina.trainer.card import _data_table
 from officina.trainer.checkpoint.read import open_checkpoint
-from officina.trainer.config import CheckpointConfig, DecoderConfig
+from officina.trainer.config import CheckpointConfig, DecoderConfig, RopeConfig
 from officina.trainer.convert import export_run, import_model
 from officina.trainer.errors import OfficinaError
 from officina.trainer.generate import generate, load
 from officina.trainer.hf.base import open_base
-from officina.trainer.hf.config_file import FAMILIES, family_for, read_config
-from officina.trainer.run_dir import load_config
+from officina.trainer.hf.config_file import FAMILIES, family_for, read_config, write_config
+from officina.trainer.hf.family import canonical
+from officina.trainer.run_dir import load_config, save_config
 
 
 def tensors(folder):
@@ -141,6 +143,46 @@ def test_each_family_is_found_again_and_odd_switches_are_named(tmp_path):
         family_for(DecoderConfig(**plain, mlp="xielu", norm_placement="sandwich"))
 
 
+CHANGED = {
+    "a window": dict(window=4, window_pattern=[True]), "windows in turn": dict(window=4, window_pattern=[True, False]),
+    "no window": dict(window=0), "another theta": dict(rope=RopeConfig(theta=123.0)), "more tokens": dict(vocab_size=160),
+    "yarn": dict(rope=RopeConfig(theta=500.0, scaling="yarn", factor=4.0, original_seq_len=32)),
+    "windows with a RoPE": dict(window=4, window_pattern=[True, False], local_rope=RopeConfig(theta=77.0, scaling="linear")),
+    "a cap": dict(logit_softcap=10.0)}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize("case", CASES)
+def test_what_changed_since_the_base_stands_in_the_configuration_or_is_refused(case, change):
+    import transformers
+
+    kind, options = CASES[case]
+    kind = f"{kind}Text" if kind == "Gemma3" else kind
+    config = json.loads(getattr(transformers, f"{kind}Config")(**{**SMALL, **options}).to_json_string())
+    for base in (config, as_v4(config)):
+        model = replace(read_config(base, has_head=True)[1], **CHANGED[change])
+        try:
+            family = family_for(model, base)
+        except OfficinaError as error:
+            assert re.search(r"no family .* cannot hold model\.\w+", str(error))
+            continue
+        written = write_config(model, family, base=base)
+        assert canonical(read_config(written, has_head=True)[1]) == canonical(model)
+        assert [written[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, 2, 0]
+
+
+def test_a_llama_that_was_given_a_window_is_exported_as_a_mistral(tmp_path):
+    """By --force a run may begin with another window than its base has, and Llama's keys have no window."""
+    folder, run_dir = tmp_path / "in", tmp_path / "run"
+    save("llama", folder)
+    import_model(folder, run_dir)
+    run = load_config(run_dir)
+    save_config(replace(run, model=replace(run.model, window=4)), run_dir)
+    assert export_run(str(run_dir), tmp_path / "out")["family"] == "MistralForCausalLM"
+    prompt = [5, 17, 3, 60, 42, 7, 7]
+    assert our_tokens(run_dir, prompt, 12) == their_tokens(tmp_path / "out", prompt, 12) != their_tokens(folder, prompt, 12)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
@@ -173,6 +215,7 @@ def folder(llama, tmp_path):
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2, "original_max_position_embeddings": 64,
                           "mscale": 0.7}}, "rope_parameters.mscale=0.7: is not known"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2, "surprise": 1}}, "surprise=1"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "stands beside rope_parameters, in whose place transformers"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map"),
     ({"model_type": "gemma3"}, "model_type=gemma3: is not among the families"),
@@ -243,7 +286,8 @@ def _index(folder, places):
     (_pickled, "is a pickle and may run code"),
     (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
     (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec"), "is no whole safetensors"),
-    (lambda f: _index(f, {"a": "model-2.safetensors"}), "model-2.safetensors is missing"),
+    (lambda f: _index(f, {"a": "model-2.safetensors"}), "has model.safetensors and model.safetensors.index.json, which names"),
+    (lambda f: _index(f, {"a": "model-2.safetensors", "b": "model.safetensors"}), "model-2.safetensors is missing"),
     (lambda f: _index(f, {"a": "model.safetensors"}), "says that a is in model.safetensors, and it is not there"),
     (lambda f: _index(f, {"a": "../x.safetensors"}), "which is not beside it"),
     (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
@@ -325,8 +369,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    from officina.trainer.convert import shapes_of
     from officina.trainer.hf.config_file import read_config
+    from officina.trainer.model.shapes import parameter_shapes as shapes_of
     family, model = read_config(config)
     plan = [ToWrite(family.their_name(name), "BF16", shape) for name, shape in shapes_of(model).items()]
     writer = Writer(folder, plan, 10**12)
@@ -343,8 +387,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 # ---- the commands, as a person uses them -----------------------------------------------------------------------------
 def test_transformers_says_offline_what_officina_generate_says(tmp_path, capsys, monkeypatch):
-    """A model with its tokenizer: imported, exported, loaded by the classes that anybody uses."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """A model whose tokenizer begins texts with a token: imported, exported, loaded by the classes that anybody uses."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -354,6 +398,8 @@ def test_transformers_says_offline_what_officina_generate_says(tmp_path, capsys,
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(["<pad>", "<s>", "</s>", *alphabet])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "chat_template": "{{ messages[0].content }}"}))
@@ -361,14 +407,17 @@ def test_transformers_says_offline_what_officina_generate_says(tmp_path, capsys,
     assert main(["convert", "import", str(folder), "--to", str(run_dir)]) == 0
     assert main(["convert", "export", str(run_dir), "--to", str(out)]) == 0
     capsys.readouterr()
+    assert main(["generate", str(run_dir), "<s>Grüezi", "--temperature", "0", "--max-new-tokens", "24"]) == 0
+    with_it = capsys.readouterr().out
     assert main(["generate", str(run_dir), "Grüezi", "--temperature", "0", "--max-new-tokens", "24"]) == 0
     said = capsys.readouterr().out
 
     theirs, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    ids = theirs("Grüezi", return_tensors="pt", add_special_tokens=False)
+    ids = theirs("Grüezi", return_tensors="pt")
+    assert ids["input_ids"][0, 0] == 1 and with_it == f"<s>{said}"  # once, also where the prompt has it already
     tokens = model.generate(**ids, max_new_tokens=24, do_sample=False)[0]
     # what follows the last whole character is held back here and shown as a question mark there
-    assert theirs.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}").startswith(said.rstrip("\n"))
+    assert theirs.decode(tokens, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}").startswith(said.rstrip("\n"))
     assert len(said) > len("Grüezi") + 3
     assert theirs.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi"
     assert model.generation_config.eos_token_id == 2

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +16,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from officina.trainer.checkpoint.read import open_checkpoint  # noqa: E402
-from officina.trainer.config import LoraConfig  # noqa: E402
+from officina.trainer.config import LoraConfig, RopeConfig  # noqa: E402
 from officina.trainer.convert import export_adapter, export_run, main  # noqa: E402
 from officina.trainer.errors import OfficinaError  # noqa: E402
 from officina.trainer.hf.base import open_base  # noqa: E402
@@ -26,6 +27,7 @@ from officina.trainer.model.build import build_model  # noqa: E402
 from officina.trainer.model.shapes import parameter_shapes  # noqa: E402
 from officina.trainer.model.targets import choose  # noqa: E402
 from officina.trainer.parallel.tensors import materialize  # noqa: E402
+from officina.trainer.run_dir import load_config, save_config  # noqa: E402
 from officina.trainer.state import PARAM  # noqa: E402
 
 LORA = LoraConfig(rank=4, alpha=12)
@@ -178,6 +180,12 @@ def test_the_command_says_how_to_load_it(trained, tmp_path, capsys):
     assert config["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     with pytest.raises(OfficinaError, match=r"never written over another"):
         export_adapter(str(run_dir), tmp_path / "a")
+    assert "other positions" not in said
+    run, moved = load_config(run_dir), shutil.copytree(run_dir, tmp_path / "moved")  # as --force lets a run begin
+    save_config(replace(run, model=replace(run.model, rope=RopeConfig(theta=77.0))), moved)
+    assert main(["export", str(moved), "--to", str(tmp_path / "b"), "--adapter"]) == 0
+    said = capsys.readouterr().out
+    assert "other positions, windows or tokens than the base's config.json says" in said and f"export {moved} --to" in said
 
 
 def test_a_run_without_adapter_has_none_to_export(tmp_path):

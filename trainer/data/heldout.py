@@ -25,11 +25,6 @@ class LabelFacts:
         self._table = token_bytes(stream.dataset.folder / TOKENIZER)
         self._scales: dict[tuple[int, int], float] = {}
 
-    @property
-    def knows_bytes(self) -> bool:
-        """Is there a tokenizer whose tokens spell text?"""
-        return self._table is not None
-
     def of_labels(self, rows: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the languages and UTF-8 bytes of `labels` (n, T), those of `rows` (n,): (n, T) int64 and (n, T) float64.
 

@@ -81,8 +81,7 @@ def canonical(model: DecoderConfig) -> DecoderConfig:
     """The same model in one spelling: derived values written out or left out, patterns over all layers. What only says how
     it is computed or how it began is at its default, so that equal models compare equal."""
     n, default = model.n_layers, DecoderConfig()
-    windowed = [bool(model.window) and model.window_pattern[i % len(model.window_pattern)] for i in range(n)]
-    ropes = [model.rope_pattern[i % len(model.rope_pattern)] for i in range(n)]
+    windowed, ropes = [bool(window) for window in model.windows], model.roped
     local = model.local_rope if any(windowed) and model.local_rope else None
     return replace(
         model, n_kv_heads=model.kv_heads, head_dim=model.head_size, window=model.window if any(windowed) else 0,

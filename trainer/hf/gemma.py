@@ -23,12 +23,11 @@ def _common(keys: Keys) -> Values:
 
 def _common_keys(model: DecoderConfig) -> Values:
     scale = model.head_size**-0.5 if model.attn_scale is None else model.attn_scale
-    flags = [bool(model.window) and model.window_pattern[i % len(model.window_pattern)] for i in range(model.n_layers)]
     return common_keys(model, _ACTIVATION, key="hidden_activation") | {
         "head_dim": model.head_size, "attention_bias": model.qkv_bias, "query_pre_attn_scalar": round(scale**-2),
         "attn_logit_softcapping": model.attn_softcap or None, "final_logit_softcapping": model.logit_softcap or None,
         "sliding_window": model.window or None,
-        "layer_types": ["sliding_attention" if flag else "full_attention" for flag in flags]}
+        "layer_types": ["sliding_attention" if window else "full_attention" for window in model.windows]}
 
 
 def _read2(keys: Keys) -> Values:

@@ -20,10 +20,10 @@ def _windows(keys: Keys, n_layers: int | None) -> Values:
 
 
 def _window_keys(model: DecoderConfig) -> Values:
-    pattern = [bool(model.window) and model.window_pattern[i % len(model.window_pattern)] for i in range(model.n_layers)]
+    pattern = [bool(window) for window in model.windows]
     first = pattern.index(True) if any(pattern) else model.n_layers
-    return {"use_sliding_window": any(pattern), "sliding_window": model.window or None, "max_window_layers": first} | (
-        {} if all(pattern[first:]) else {"layer_types": ["sliding_attention" if w else "full_attention" for w in pattern]})
+    return {"use_sliding_window": any(pattern), "sliding_window": model.window or None, "max_window_layers": first,
+            "layer_types": ["sliding_attention" if w else "full_attention" for w in pattern]}
 
 
 def _read2(keys: Keys) -> Values:

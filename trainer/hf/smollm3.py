@@ -27,13 +27,11 @@ def _read(keys: Keys) -> Values:
 
 
 def _write(model: DecoderConfig) -> Values:
-    layers = range(model.n_layers)
-    windowed = [bool(model.window) and model.window_pattern[i % len(model.window_pattern)] for i in layers]
     return common_keys(model, "silu") | {
         "attention_bias": model.qkv_bias, "mlp_bias": model.mlp_bias,
-        "no_rope_layers": [int(model.rope_pattern[i % len(model.rope_pattern)]) for i in layers],
-        "use_sliding_window": any(windowed), "sliding_window": model.window or None,
-        "layer_types": ["sliding_attention" if w else "full_attention" for w in windowed]}
+        "no_rope_layers": [int(rope) for rope in model.roped],
+        "use_sliding_window": any(model.windows), "sliding_window": model.window or None,
+        "layer_types": ["sliding_attention" if w else "full_attention" for w in model.windows]}
 
 
 SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM", _read, _write)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from officina.trainer.config import AdapterConfig, DecoderConfig, LoraConfig, NoAdapterConfig
 from officina.trainer.model.shapes import parameter_shapes
-from officina.trainer.model.targets import choose
+from officina.trainer.model.targets import choose, linear_layers
 
 _NONE = NoAdapterConfig()
 
@@ -28,17 +28,9 @@ class ParameterCounts:
 
 def parameter_count(config: DecoderConfig) -> ParameterCounts:
     """Exact number of parameters."""
-    d, q, kv = config.d_model, config.n_heads * config.head_size, config.kv_heads * config.head_size
-    matrices = _matrix_parameters(config)
-    biases = (q + 2 * kv) * config.qkv_bias + d * config.o_bias
-    biases += (_up_matrices(config) * config.d_ff + d) * config.mlp_bias
-    norms = d * (4 if config.norm_placement == "sandwich" else 2)
-    norms += {"none": 0, "head": 2 * config.head_size, "full": q + kv}[config.qk_norm]
-    alphas = 2 if config.mlp == "xielu" else 0
-    inner = config.n_layers * (matrices + biases + norms + alphas) + d
-    vocabulary = config.vocab_size * d
-    head = 0 if config.tie_embeddings else vocabulary
-    return ParameterCounts(inner + vocabulary + head, vocabulary, head, inner)
+    counts = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
+    total, embedding, head = sum(counts.values()), counts["embed.weight"], counts.get("head.weight", 0)
+    return ParameterCounts(total, embedding, head, total - embedding - head)
 
 
 def flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool, adapter: AdapterConfig = _NONE) -> float:
@@ -48,7 +40,7 @@ def flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool, adapte
     frozen matrix has no gradient of its own, so it costs 2 x forward (about 4 P + 2 P_trained); the inputs of the first block,
     whose gradient nobody needs, are counted with the rest.
     """
-    matmuls = 2 * (config.n_layers * _matrix_parameters(config) + config.vocab_size * config.d_model)
+    matmuls = 2 * (sum(map(math.prod, linear_layers(config).values())) + config.vocab_size * config.d_model)
     saved = 0
     if isinstance(adapter, LoraConfig):
         chosen = choose(config, adapter)
@@ -57,7 +49,7 @@ def flops_per_token(config: DecoderConfig, seq_len: int, *, causal: bool, adapte
                   if name not in chosen.whole and (name == head or (name.startswith("blocks.") and len(shape) == 2))}
         saved = 2 * sum(map(math.prod, frozen.values()))
         matmuls += 2 * sum(map(math.prod, chosen.adapter_shapes(adapter.rank).values()))
-    keys = sum(mean_keys(seq_len, _window(config, layer), causal=causal) for layer in range(config.n_layers))
+    keys = sum(mean_keys(seq_len, window, causal=causal) for window in config.windows)
     attention = 4 * config.n_heads * config.head_size * keys
     return 3 * (matmuls + attention) - saved
 
@@ -69,17 +61,3 @@ def mean_keys(seq_len: int, window: int, *, causal: bool) -> float:
         return float(window)
     growing = window * (window + 1) // 2  # the first `window` queries see 1, 2, ... keys
     return (growing + (seq_len - window) * window) / seq_len
-
-
-def _matrix_parameters(config: DecoderConfig) -> int:
-    """Parameters of one layer's matrices."""
-    q, kv = config.n_heads * config.head_size, config.kv_heads * config.head_size
-    return config.d_model * (2 * q + 2 * kv) + (_up_matrices(config) + 1) * config.d_model * config.d_ff
-
-
-def _up_matrices(config: DecoderConfig) -> int:
-    return 1 if config.mlp == "xielu" else 2
-
-
-def _window(config: DecoderConfig, layer: int) -> int:
-    return config.window if config.window_pattern[layer % len(config.window_pattern)] else 0

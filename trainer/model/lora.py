@@ -5,15 +5,12 @@ code: engines see parameters with and without a gradient.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from officina.trainer.config import DecoderConfig, LoraConfig
-from officina.trainer.errors import OfficinaError
 from officina.trainer.model.init import Fill, FillSource
 from officina.trainer.model.layers import Linear
 from officina.trainer.model.nf4 import pairs
@@ -34,13 +31,9 @@ class LoraLinear(Linear):
         self.lora_a = nn.Parameter(base.weight.new_empty(rank, n_in))
         self.lora_b = nn.Parameter(base.weight.new_empty(n_out, rank))
         self.scale, self.dropout = scale, dropout
-        self.enabled = True
-        """False computes what the frozen model does; see `adapters_off`."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        if not self.enabled:
-            return y
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         h = F.linear(dropped, self.lora_a.to(x.dtype))
         # One pass over y: it is added to while B h is computed.
@@ -60,28 +53,6 @@ def add_lora(module: nn.Module, model: DecoderConfig, adapter: LoraConfig) -> Ch
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in frozen)
     return chosen
-
-
-@contextmanager
-def adapters_off(module: nn.Module) -> Iterator[None]:
-    """Within it the module, under whatever engine, computes what it did before the first step: DPO's reference model.
-
-    Raises OfficinaError where that cannot be: modules trained in full have no copy of their first weights.
-    """
-    layers = [child for child in module.modules() if isinstance(child, LoraLinear)]
-    adapters = {id(p) for layer in layers for p in (layer.lora_a, layer.lora_b)}
-    whole = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in adapters]
-    if whole or not layers:
-        what = f"{whole[0]} is trained in full" if whole else "it has no adapters"
-        raise OfficinaError(f"the model without its adapters is not the one that training began with: {what}. "
-                            "Try: adapter.train=[]" if layers else f"nothing can be switched off: {what}. Try: adapter=lora")
-    for layer in layers:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enabled = True
 
 
 # ---- values --------------------------------------------------------------------------------------------------------

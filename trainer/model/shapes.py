@@ -27,19 +27,25 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 def _block(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     d, ff, head = config.d_model, config.d_ff, config.head_size
     q, kv, gated = config.n_heads * head, config.kv_heads * head, config.mlp != "xielu"
-    linears = [("attn.q", d, q, config.qkv_bias), ("attn.k", d, kv, config.qkv_bias), ("attn.v", d, kv, config.qkv_bias),
-               ("attn.o", q, d, config.o_bias), *([("mlp.gate", d, ff, config.mlp_bias)] if gated else []),
-               ("mlp.up", d, ff, config.mlp_bias), ("mlp.down", ff, d, config.mlp_bias)]
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, n_in, n_out, bias in linears:
+
+    def add(name: str, n_in: int, n_out: int, bias: bool) -> None:
         shapes[f"{name}.weight"] = (n_out, n_in)
         if bias:
             shapes[f"{name}.bias"] = (n_out,)
+
+    for name, n_in, n_out, bias in (("q", d, q, config.qkv_bias), ("k", d, kv, config.qkv_bias), ("v", d, kv, config.qkv_bias),
+                                    ("o", q, d, config.o_bias)):
+        add(f"attn.{name}", n_in, n_out, bias)
     if config.qk_norm != "none":
         shapes["attn.q_norm.weight"] = (head if config.qk_norm == "head" else q,)
         shapes["attn.k_norm.weight"] = (head if config.qk_norm == "head" else kv,)
-    if not gated:
+    if gated:
+        add("mlp.gate", d, ff, config.mlp_bias)
+    else:
         shapes |= {"mlp.alpha_p": (1,), "mlp.alpha_n": (1,)}
+    add("mlp.up", d, ff, config.mlp_bias)
+    add("mlp.down", ff, d, config.mlp_bias)
     norms = (("attn_norm", "mlp_norm") if config.norm_placement != "post" else ()) + (
         ("attn_post_norm", "mlp_post_norm") if config.norm_placement != "pre" else ())
     return shapes | {f"{norm}.weight": (d,) for norm in norms}

@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.head_size = head
         own_rope = rope_of_layer(config, layer)
         self.rope = None if own_rope is None else _ropes(config).index(own_rope)
-        self.window = window_of_layer(config, layer)
+        self.window = config.windows[layer]
         self.scale = head**-0.5 if config.attn_scale is None else config.attn_scale
         self.softcap = config.attn_softcap
         self.qk_norm, self.impl = config.qk_norm, config.kernels
@@ -116,8 +116,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config)
         self.head = None if config.tie_embeddings else Vocabulary(config)
-        layers = range(config.n_layers)
-        self._windows = {window_of_layer(config, layer) for layer in layers}
+        self._windows = set(config.windows)
         self._frequencies: dict[tuple[RopeConfig, torch.device], Tensor] = {}
 
     def forward(self, tokens_BT: Tensor, *, labels_BT: Tensor | None = None, documents_BT: Tensor | None = None,
@@ -155,7 +154,7 @@ class Transformer(nn.Module):
 
     def new_cache(self) -> KVCache:
         """An empty cache for decoding; layers with a window keep only what it still sees."""
-        return KVCache([LayerCache(window_of_layer(self.config, i)) for i in range(self.config.n_layers)])
+        return KVCache([LayerCache(window) for window in self.config.windows])
 
     def _share(self, tokens_BT: Tensor, documents_BT: Tensor | None, positions_BT: Tensor | None,
                cache: KVCache | None, dtype: torch.dtype) -> Shared:
@@ -184,16 +183,11 @@ class Transformer(nn.Module):
         return self._frequencies[rope, device]
 
 
-def window_of_layer(config: DecoderConfig, layer: int) -> int:
-    """Window of the layer in tokens, 0 = none."""
-    return config.window if config.window_pattern[layer % len(config.window_pattern)] else 0
-
-
 def rope_of_layer(config: DecoderConfig, layer: int) -> RopeConfig | None:
     """RoPE of the layer, None = no position embedding."""
-    if not config.rope_pattern[layer % len(config.rope_pattern)]:
+    if not config.roped[layer]:
         return None
-    local = config.local_rope if window_of_layer(config, layer) else None
+    local = config.local_rope if config.windows[layer] else None
     return local or config.rope
 
 

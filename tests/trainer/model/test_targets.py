@@ -27,7 +27,7 @@ def test_shapes_are_those_of_the_module_for_random_switches():
             mlp_bias=draw.random() < 0.5, qk_norm=draw.choice(["none", "head", "full"]),
             norm_placement=draw.choice(["pre", "post", "sandwich"]), tie_embeddings=draw.random() < 0.5)
         module = build_transformer(config)
-        assert parameter_shapes(config) == {name: tuple(p.shape) for name, p in module.named_parameters()}
+        assert list(parameter_shapes(config).items()) == [(name, tuple(p.shape)) for name, p in module.named_parameters()]
         assert sum(p.numel() for p in module.parameters()) == parameter_count(config).total
 
 
