@@ -167,6 +167,8 @@ def plan_lines(plan: JobPlan) -> list[tuple[str, str]]:
     lines.append(("hours", _hours_words(plan)))
     if cost := _cost_words(plan):
         lines.append(("cost", cost))
+    elif request.time_s:
+        lines.append(("time", f"at most {time_words(request.time_s)} a job"))
     lines.append(("jobs", _jobs_words(plan)))
     return lines
 

@@ -89,6 +89,8 @@ def query(job_ids: Sequence[str]) -> dict[str, QueueState]:
         raise _silent(shown)
     found = {}
     for line in shown.stdout.splitlines():
+        if line.startswith("CLUSTER: "):  # where SLURM_CLUSTERS names several
+            continue
         job_id, state, reason, left = line.split("|")
         left_s = seconds(left.strip()) if state == "RUNNING" else None
         found[job_id] = QueueState(state, "" if reason == "None" else reason, left_s)

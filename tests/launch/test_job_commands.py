@@ -165,6 +165,11 @@ def test_a_slurm_that_does_not_tell_its_name_has_not_ended_the_jobs(tmp_path, ca
         assert "Slurm does not answer: Unable to contact slurm controller" in capsys.readouterr().err
 
 
+def test_several_clusters_are_answered_with_a_line_for_each(tmp_path, capsys, monkeypatch):
+    programs(tmp_path / "bin", monkeypatch, scontrol="exit 0", squeue="echo 'CLUSTER: here'; echo '7|PENDING|Priority|1:00:00'")
+    assert main(["jobs", str(made_run(tmp_path / "run", job="7"))]) == 0 and "Priority" not in capsys.readouterr().err
+
+
 def test_logs_go_on_while_slurm_is_silent(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(job_commands, "_ASK_SLURM_S", 0.1)
     monkeypatch.setattr(job_commands, "_FOLLOW_S", 0.02)

@@ -178,7 +178,8 @@ def test_cost_of_a_part_of_a_node_and_of_a_chain():
     assert chain.text.count("--dependency=singleton") == 1
     lines = shown(*words("leonardo-booster", "nodes=4", "budget=1000"))
     assert "768 for 3" in lines["cost"] and lines["jobs"].startswith("3, each goes on")
-    assert "cost" not in shown(*words("vega-gpu", "nodes=1"))
+    lines = shown(*words("vega-gpu", "nodes=1"))
+    assert "cost" not in lines and lines["time"].startswith("at most ")
     lines = shown(*words("leonardo-booster", "nodes=4", "seed=1,2,3", "at_once=2"))
     assert "768 for 3" in lines["cost"] and lines["jobs"] == "3, one a run of the sweep, 2 at a time"
 
