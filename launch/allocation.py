@@ -102,13 +102,13 @@ def on_login_node(environ: Mapping[str, str], confs: tuple[str, ...] = _SLURM_CO
     return asked.returncode == 0
 
 
-def refuse_login_node(words: str = "officina train ...") -> LaunchError:
+def refuse_login_node() -> LaunchError:
     """The error for ranks that nobody asked for on a login node."""
     return LaunchError(
         f"{socket.gethostname()} is a login node of a Slurm cluster, and no ranks are started there unasked. Either submit:\n"
         "  officina submit site=NAME nodes=1 ...\n"
         "or take a node and start there:\n"
-        f"  salloc --nodes=1 --time=1:00:00 --gpus-per-node=1 --account=PROJECT {words}\n"
+        f"  salloc --nodes=1 --time=1:00:00 --gpus-per-node=1 --account=PROJECT officina train ...\n"
         "or, for a few CPU ranks on this very machine, say how many: ranks=2")
 
 

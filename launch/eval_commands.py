@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 import time
@@ -21,7 +20,7 @@ from officina.trainer.config import RunConfig
 from officina.trainer.errors import EXIT_DONE, CheckpointError, ConfigError, LaunchError, OfficinaError
 from officina.trainer.evaluation import Request, Results, read_request, read_results, write_request
 from officina.trainer.keys import as_text
-from officina.trainer.metrics import bits_per_byte
+from officina.trainer.metrics import bits_per_byte, perplexity
 from officina.trainer.rank_env import read_rank_env
 from officina.trainer.resume import changes, ruled_out
 from officina.trainer.run_dir import CONFIG, EVALS, REQUEST, RESULTS, config_text, load_config, save_config, unwritable
@@ -160,6 +159,5 @@ def _tell(run_dir: Path, results: Results, unit: str) -> None:
 def _numbers(found: dict) -> list[str]:
     loss = found["loss_nats"]
     bits = bits_per_byte(loss, found["tokens"], found.get("text_bytes")) if loss is not None else None
-    perplexity = math.exp(min(loss, 700)) if loss is not None else None
     return [f"{found['tokens']:,}", "–" if loss is None else f"{loss:.4f}", "–" if bits is None else f"{bits:.4f}",
-            "–" if perplexity is None else f"{perplexity:,.2f}"]
+            "–" if loss is None else f"{perplexity(loss):,.2f}"]

@@ -189,8 +189,7 @@ def mesh_words(run: RunConfig, world_size: int) -> str:
     engine = run.engine
     if isinstance(engine, HSDPConfig):
         return f"dp_replicate {world_size // engine.shard_size} x dp_shard {engine.shard_size} (hsdp)"
-    name = f"zero{engine.stage}" if engine.kind == "zero" else engine.kind
-    return f"{'dp_replicate' if engine.kind in ('ddp', 'single') else 'dp_shard'} {world_size} ({name})"
+    return f"{'dp_replicate' if engine.kind in ('ddp', 'single') else 'dp_shard'} {world_size} ({run.engine_name})"
 
 
 def _parts_words(memory: MemoryPlan) -> str:

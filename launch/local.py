@@ -301,11 +301,11 @@ def _step(words: list[str], environ: Mapping[str, str]) -> Iterator[subprocess.P
             _end_step(step)
 
 
-def _end_step(step: subprocess.Popen, patience_s: float = 30.0) -> None:
+def _end_step(step: subprocess.Popen) -> None:
     """srun kills its tasks on SIGTERM, and may then wait for nodes that do not answer."""
     step.terminate()
     try:
-        step.wait(patience_s)
+        step.wait(30.0)
     except subprocess.TimeoutExpired:
         step.kill()
         step.wait()

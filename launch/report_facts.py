@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from officina.trainer.config import DecoderConfig, RunConfig
 from officina.trainer.environment import ENVIRONMENT_FILE
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, DataError, OfficinaError
-from officina.trainer.metrics import Generation, RunMetrics, StepMetrics, bits_per_byte, read_metrics
+from officina.trainer.metrics import Generation, RunMetrics, StepMetrics, bits_per_byte, perplexity, read_metrics
 from officina.trainer.model.flops import parameter_count
 from officina.trainer.run_dir import LEDGER, committed_steps, load_config, read_history
 from officina.trainer.schema import dump_run
@@ -201,7 +201,7 @@ def gather(run_dir: Path) -> tuple[Facts, RunMetrics]:
         officina=environment.get("officina"), name=run.name,
         run_id=next((str(start["run_id"]) for start in history if start.get("run_id")), None),
         status=_status(metrics.generations, steps_done, run.steps), steps_planned=run.steps, steps_done=steps_done,
-        model=_model(run, metrics.generations), final_loss_nats=final, final_perplexity=_exp(final) if text else None,
+        model=_model(run, metrics.generations), final_loss_nats=final, final_perplexity=perplexity(final) if text else None,
         held_out=held_out, best_held_out=best, useful_tokens=metrics.tokens, wall_s=wall_s,
         items=items,
         tokens_per_s=_median(s.tokens_per_s for s in of_last_life),
@@ -294,7 +294,7 @@ def pooled(metrics: RunMetrics, *, text: bool) -> list[HeldOut]:
         by_step.setdefault(e.step, []).append(e)
     most = max((len(found) for found in by_step.values()), default=0)
     return [HeldOut(
-        source="all", step=step, loss_nats=loss, perplexity=_exp(loss) if text else None, tokens=tokens,
+        source="all", step=step, loss_nats=loss, perplexity=perplexity(loss) if text else None, tokens=tokens,
         bits_per_byte=bits_per_byte(loss, tokens, sum(e.text_bytes or math.nan for e in found)) if text_known else None)
         for step, found in by_step.items() if len(found) == most
         for tokens in [sum(e.tokens for e in found)] if tokens
@@ -307,7 +307,7 @@ def _held_out(metrics: RunMetrics, text: bool) -> tuple[list[HeldOut], HeldOut |
     if not together:
         return [], None
     each = [HeldOut(source=e.source, step=e.step, loss_nats=e.loss_nats, tokens=e.tokens,
-                    perplexity=_exp(e.loss_nats) if text else None, bits_per_byte=e.bits_per_byte, languages=e.languages,
+                    perplexity=perplexity(e.loss_nats) if text else None, bits_per_byte=e.bits_per_byte, languages=e.languages,
                     accuracies={name: value for name in ACCURACIES if (value := getattr(e, name)) is not None})
             for e in metrics.evals if e.step == together[-1].step]
     finite = [h for h in together if math.isfinite(h.loss_nats)]
@@ -433,10 +433,6 @@ def _json_file(file: Path, missing: list[str], shown: str | None = None) -> dict
             return found
         missing.append(f"{shown}: holds no JSON object")
     return {}
-
-
-def _exp(value: float | None) -> float | None:
-    return None if value is None else math.exp(value) if value < 700 else math.inf
 
 
 def _median(values: Iterable[float | None]) -> float | None:

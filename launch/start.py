@@ -249,7 +249,7 @@ def write_start(plan: Plan, world_size: int | None) -> None:
         append_history(plan.run_dir, Start(
             run_id=read_run_id(plan.origin.run_dir if plan.origin else plan.run_dir) or new_run_id(),
             action=plan.action, words=plan.words, step=plan.origin.step if plan.origin else 0,
-            world_size=world_size, engine=_engine_name(plan.run), commit=about["code"]["officina"]["commit"],
+            world_size=world_size, engine=plan.run.engine_name, commit=about["code"]["officina"]["commit"],
             diff=keep_diff(plan.run_dir, code_diff(modules)),
             versions={"officina": about["officina"], "python": about["python"], **about["packages"]},
             changes=[{"key": c.key, "old": c.old, "new": c.new} for c in plan.changes], forced=plan.forced,
@@ -268,10 +268,6 @@ def write_start(plan: Plan, world_size: int | None) -> None:
 def _origin_record(plan: Plan) -> dict[str, object]:
     return {"name": plan.origin.run.name, "run_id": read_run_id(plan.origin.run_dir),
             "step": plan.origin.step, "starts": len(read_history(plan.origin.run_dir))}
-
-
-def _engine_name(run: RunConfig) -> str:
-    return f"zero{run.engine.stage}" if run.engine.kind == "zero" else run.engine.kind
 
 
 def _lend_checkpoint(origin: Origin, run_dir: Path) -> None:
@@ -318,14 +314,13 @@ def _until(deadline: float, every_s: float = 0.1) -> Iterator[None]:
         yield
 
 
-def describe_run(run: RunConfig, world_size: int | None, position: int = 0) -> list[tuple[str, str]]:
+def describe_run(run: RunConfig, world_size: int, position: int = 0) -> list[tuple[str, str]]:
     """A run in a few lines: what a person wants to see before it starts. position: as for `still_to_come`."""
-    n = world_size or 1
     batch, rows = run.batch, run.batch.rows
-    micros, unit = batch.micro_steps(n), run.batch_unit
+    micros, unit = batch.micro_steps(world_size), run.batch_unit
     shape = f"{rows:,} rows x {batch.seq_len:,}, in " if unit == "tokens" else ""
     lines = [("run", f"{run.name}, seed {run.seed}"),
-             ("ranks", f"{world_size or 'as the launcher starts'}, engine {_engine_name(run)}, precision {run.precision}"),
+             ("ranks", f"{world_size}, engine {run.engine_name}, precision {run.precision}"),
              ("model", _model_line(run)),
              ("data", _data_line(run, position)),
              ("batch", f"{batch.global_tokens:,} {unit} a step = {shape}{micros} micro-batch{'es' * (micros > 1)} of up to "

@@ -208,7 +208,7 @@ def _ranks(request: Request, plan: Plan) -> list[Problem]:
 
 # ---- the script --------------------------------------------------------------------------------------------------------
 def _script(request: Request, plans: list[Plan], words: Sequence[str], environ: Mapping[str, str]) -> Script:
-    venv, python = _python(request, environ)
+    venv, python = _python(request)
     folders = [expand_path(str(plan.run_dir)) for plan in plans]
     data = [expand_path(source.path) for plan in plans for source in plan.run.data.sources.values()]
     own = [folders[0].parent, *data, *_begins(plans), *([Path(venv)] if venv else [])]
@@ -226,7 +226,7 @@ def _begins(plans: list[Plan]) -> Iterator[Path]:
             yield expand_path(str(open_base(text).path))
 
 
-def _python(request: Request, environ: Mapping[str, str]) -> tuple[str, str]:
+def _python(request: Request) -> tuple[str, str]:
     """(virtual environment, interpreter) where the ranks are: the one named, else the image's, else the one we run in."""
     if request.job.venv:
         venv = str(expand_path(request.job.venv))
@@ -248,7 +248,7 @@ def _prepare_command(what: str, job: JobConfig, problems: list[Problem], own: li
     args = read_arguments([what, *own]) if what not in ("generate", "convert") else None  # those two bring torch in
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join([what, *[w for w in own[:1] if not w.startswith("-")]]))
     folder = expand_path(str(_free(runs_dir, name)))
-    venv, python = _python(request, environ)
+    venv, python = _python(request)
     own_paths = [folder.parent, Path.cwd(), *([Path(venv)] if venv else [])]
     script = Script(request, name, folder, tuple(words), command=(what, *own), python=python, venv=venv, chdir=Path.cwd(),
                     binds=bind_folders(request, own_paths) if request.image_kind else ())
@@ -350,8 +350,8 @@ def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
             if not name.startswith(("SBATCH_", "SLURM_", "SRUN_")) or name == "SLURM_CONF"}
 
 
-def _sbatch(path: Path, *options: str) -> str:
-    done = _ask("sbatch", "--parsable", *options, os.fspath(path))
+def _sbatch(path: Path) -> str:
+    done = _ask("sbatch", "--parsable", os.fspath(path))
     if done.returncode:
         raise LaunchError(f"sbatch refused {path}: {done.stderr.strip()}\n"
                           "The profile may be older than the site's rules. Compare them: officina sites probe")

@@ -361,7 +361,7 @@ def _announce(job: Job, precision: str, parameters: int, trained: int, opened: O
     history = read_history(job.run_dir)
     causal, full = job.flops or (None, None)
     job.write(StartMetrics(
-        step=job.step, action=str(history[-1]["action"]) if history else "start", engine=engine_name(run),
+        step=job.step, action=str(history[-1]["action"]) if history else "start", engine=run.engine_name,
         world_size=ranks.world_size, device=device, precision=precision, parameters=parameters, trained_parameters=trained,
         flops_per_token_causal=causal, flops_per_token_full=full, peak_flops=job.peak_flops,
         checkpoint=opened and f"checkpoints/{opened.path.name}", problems=opened.passed_over if opened else ()))
@@ -372,14 +372,9 @@ def _announce(job: Job, precision: str, parameters: int, trained: int, opened: O
     if run.precision == "auto":
         why = " (this processor has no bf16 arithmetic)" if precision == "fp32" else " (the hardware has it)"
     part = f" ({trained / 1e6:,.1f}M of them trained)" if trained < parameters else ""
-    job.progress.say(f"{run.name}{from_step}: {parameters / 1e6:,.1f}M parameters{part}, {engine_name(run)} on "
+    job.progress.say(f"{run.name}{from_step}: {parameters / 1e6:,.1f}M parameters{part}, {run.engine_name} on "
                      f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} ({device}), {precision}{why}, "
                      f"{run.batch.rows * run.batch.seq_len:,} {run.batch_unit} a step")
-
-
-def engine_name(run: RunConfig) -> str:
-    """The engine as people call it, e.g. `zero2`."""
-    return run.engine.kind + (str(run.engine.stage) if run.engine.kind == "zero" else "")
 
 
 def _keep_tokenizer(job: Job) -> None:

@@ -4,7 +4,6 @@ What the records do not say is said to be missing; nothing is guessed.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.policy import policy_of
 from officina.trainer.errors import DataError
 from officina.trainer.initial import read_weights_record
-from officina.trainer.metrics import RunMetrics, read_metrics
+from officina.trainer.metrics import RunMetrics, perplexity, read_metrics
 from officina.trainer.model.flops import parameter_count
 from officina.trainer.run_dir import read_history, read_run_id
 
@@ -43,7 +42,7 @@ def model_card(run_dir: Path, run: RunConfig, export: Mapping[str, Any]) -> str:
     base = record.get("name")
     parts = [
         _front_matter(base, record.get("licence"), languages),
-        f"# {run.name}\n\n{_first_words(run, record, trained)}",
+        f"# {run.name}\n\n{_first_words(record, trained)}",
         "## Base\n\n" + (_base(record) if record else "None: trained from random weights."),
         "## Model\n\n" + _model(run, export),
         "## Use\n\n" + _use(export),
@@ -77,7 +76,7 @@ def _front_matter(base: str | None, licence: str | None, languages: list[str]) -
     return "\n".join(["---", *lines, "---"])
 
 
-def _first_words(run: RunConfig, record: Mapping[str, Any], trained: bool) -> str:
+def _first_words(record: Mapping[str, Any], trained: bool) -> str:
     if not record:
         return "A language model trained with officina."
     return f"{record['name']}, trained further with officina." if trained else f"{record['name']}, as it was imported."
@@ -171,7 +170,7 @@ def _evaluation(run: RunConfig, metrics: RunMetrics) -> str:
                 for name, r in last.items()]
         return "Preference pairs at the last evaluation of each source.\n\n" + _table(
             ("source", "step", "DPO loss", "chosen answer preferred", "pairs"), rows)
-    rows = [(name, f"{r.step:,}", f"{r.loss_nats:.4f}", f"{math.exp(min(r.loss_nats, 700)):.3f}", f"{r.tokens:,}")
+    rows = [(name, f"{r.step:,}", f"{r.loss_nats:.4f}", f"{perplexity(r.loss_nats):.3f}", f"{r.tokens:,}")
             for name, r in last.items()]
     return "Held-out loss at the last evaluation of each source.\n\n" + _table(
         ("source", "step", "loss (nats/token)", "perplexity", "tokens"), rows)

@@ -557,6 +557,11 @@ class RunConfig:
     site: SiteConfig = field(default_factory=SiteConfig)
 
     @property
+    def engine_name(self) -> str:
+        """The engine as people call it, e.g. `zero2`."""
+        return self.engine.kind + (str(self.engine.stage) if self.engine.kind == "zero" else "")
+
+    @property
     def batch_unit(self) -> str:
         """What batches count: `tokens`, or a custom model's `records`."""
         return "records" if isinstance(self.model, CustomModelConfig) else "tokens"

@@ -1,6 +1,7 @@
 """Errors a user can mend, and the exit statuses of every officina command."""
 
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 EXIT_DONE = 0
@@ -12,6 +13,11 @@ EXIT_CONTINUE = 75
 """Stopped in good order (signal, time limit) and to be continued: EX_TEMPFAIL."""
 EXIT_NO_PROGRESS = 76
 """The same failure again and again; starting the run once more would not help."""
+
+
+def listed(faults: Sequence[str], most: int = 8) -> str:
+    """A line each, and how many there are besides."""
+    return "\n  ".join([*faults[:most], *([f"... and {len(faults) - most} more"] if len(faults) > most else [])])
 
 
 class OfficinaError(Exception):

@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from officina.trainer.assemble import engine_name
 from officina.trainer.checkpoint.read import open_checkpoint
 from officina.trainer.config import NoAdapterConfig
 from officina.trainer.data.manifest import write_whole
@@ -45,7 +44,7 @@ def evaluate(folder: Path, ranks: Ranks) -> int:
             said = print if ranks.rank == 0 else lambda text: None
             found = [_told(each) for each in held_out(engine, run, ranks, request.step, said)]
         if ranks.rank == 0:
-            results = Results(step=request.step, run_id=read_run_id(run_dir) or "", engine=engine_name(run),
+            results = Results(step=request.step, run_id=read_run_id(run_dir) or "", engine=run.engine_name,
                               world_size=ranks.world_size, held_out=found, tasks=scores)
             write_whole(folder / RESULTS, (json.dumps(asdict(results), indent=1) + "\n").encode())
     finally:

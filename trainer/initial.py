@@ -21,7 +21,7 @@ from officina.trainer.checkpoint.verify import RankGroup, threads_here
 from officina.trainer.config import LoraConfig, RunConfig
 from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.policy import policy_of
-from officina.trainer.errors import CheckpointError, ConfigError, DataError, OfficinaError
+from officina.trainer.errors import CheckpointError, ConfigError, DataError, OfficinaError, listed
 from officina.trainer.hf.base import BASE_DIR, Base, card_licence, open_base
 from officina.trainer.hf.source import FolderSource
 from officina.trainer.hf.tokenizers import TOKENIZER_FILES, tokenizer_text
@@ -204,10 +204,9 @@ def check_frozen(base: Source, opened: OpenCheckpoint, found: Mapping[str, int],
     if wrong:
         source = base.source if isinstance(base, GrownSource) else base
         where = [f"{name} in {source.where(name)}" if hasattr(source, "where") else name for name in wrong]
-        more = f"\n  ... and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise CheckpointError(
             f"{opened.path} was trained beside other frozen weights than those that are there now. Different are:\n  "
-            + "\n  ".join(where[:8]) + more + f"\nName the folder or run that holds the very weights it started from: {remedy}")
+            + listed(where) + f"\nName the folder or run that holds the very weights it started from: {remedy}")
 
 
 def content_of(source: Source, shapes: Mapping[str, tuple[int, ...]], ranks: RankGroup) -> dict[str, int]:

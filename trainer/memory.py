@@ -192,8 +192,8 @@ def _offload_key(run: RunConfig) -> str:
     return ""
 
 
-def _shorten(text: str, length: int = 300) -> str:
-    return text if len(text) <= length else text[:length] + " ..."
+def _shorten(text: str) -> str:
+    return text if len(text) <= 300 else text[:300] + " ..."
 
 
 def _gib(n_bytes: int) -> str:

@@ -173,6 +173,11 @@ def bits_per_byte(loss_nats: float | None, tokens: float, text_bytes: float | No
     return loss_nats * tokens / math.log(2) / text_bytes if text_bytes and loss_nats is not None else None
 
 
+def perplexity(loss_nats: float | None) -> float | None:
+    """Of a mean loss per token; inf where no float holds it."""
+    return None if loss_nats is None else math.inf if loss_nats > 700 else math.exp(loss_nats)
+
+
 Record = StepMetrics | EvalMetrics | SaveMetrics | StartMetrics | StopMetrics
 _RECORDS = (StepMetrics, EvalMetrics, SaveMetrics, StartMetrics, StopMetrics)
 _KINDS: dict[str, type] = {kind.event: kind for kind in _RECORDS}

@@ -15,7 +15,7 @@ import torch
 from officina.trainer.checkpoint.layout import Key
 from officina.trainer.checkpoint.read import OpenCheckpoint
 from officina.trainer.checkpoint.verify import Alone, RankGroup
-from officina.trainer.errors import CheckpointError
+from officina.trainer.errors import CheckpointError, listed
 from officina.trainer.state import PARAM, Piece
 
 _BLOCK = 1 << 14
@@ -119,9 +119,8 @@ def verify_loaded(pieces: Callable[[], Iterator[Piece]], opened: OpenCheckpoint,
         which = ", ".join(map(" ".join, unknown[:4])) or "on another rank"
         faults.append(f"the engine holds what was not saved: {which}")
     if faults:
-        more = f"\n  ... and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise CheckpointError(f"after loading {opened.path} the engine's state is not the saved one:\n  " +
-                              "\n  ".join(faults[:8]) + more +
+                              listed(faults) +
                               "\nNot the files are at fault but the engine or memory. Try another engine: engine=fsdp2")
 
 

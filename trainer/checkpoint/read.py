@@ -32,7 +32,7 @@ from officina.trainer.checkpoint.verify import (
     threads_here,
     verify,
 )
-from officina.trainer.errors import CheckpointError
+from officina.trainer.errors import CheckpointError, listed
 
 __all__ = ["CheckpointInfo", "OpenCheckpoint", "latest_valid", "list_checkpoints", "open_checkpoint"]
 
@@ -85,8 +85,7 @@ class OpenCheckpoint:
                 file = data_name(entry.spans[0].rank) if entry.spans else "COMMIT"
                 faults.append(f"{name} {slot} is {list(entry.shape)} in {self.path / file} and {list(shape)} in the model")
         if faults:
-            more = f"\n  ... and {len(faults) - 8} more" if len(faults) > 8 else ""
-            raise CheckpointError(f"{self.path} is not of this model:\n  " + "\n  ".join(faults[:8]) + more +
+            raise CheckpointError(f"{self.path} is not of this model:\n  " + listed(faults) +
                                   "\nThe model's shape cannot change on a resume: use the run's own model settings.")
 
     def read(self, name: str, slot: str, start: int, stop: int) -> Tensor:

@@ -153,7 +153,7 @@ def build(folder: str | Path, options: BuildOptions,
             held_out, left_out = stats.get(VALIDATION, {}).get("documents", 0), stats["left_out"]
             raise DataError(f"{folder}: no document is left to train on ({held_out} held out, {left_out['empty']} empty, "
                             f"{left_out['undecodable']} undecodable). Name inputs with more text.")
-        provenance = _provenance(options, words, given is not None) | _chat_provenance(chat)
+        provenance = _provenance(options, given is not None) | _chat_provenance(chat)
         about = {"name": folder.resolve().name if options.inputs else sources[0].name}
         about |= {key: words[key] for key in ("description", "licence") if key in words} | options.about | {"sealed": sealed}
         about |= place_policy(folder, options.policy)
@@ -290,7 +290,7 @@ def _language_ids(scans: Sequence[Scan]) -> dict[str, int]:
 
 
 # ---- what is told ----------------------------------------------------------------------------------------------------
-def _provenance(options: BuildOptions, words: dict[str, str], given: bool) -> dict[str, Any]:
+def _provenance(options: BuildOptions, given: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"tool": "officina data build", "officina": metadata.version("officina"),
                              "tokenizers": metadata.version("tokenizers")}
     found |= {"include": list(options.include)} if options.inputs else {"python": platform.python_version()}

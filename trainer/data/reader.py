@@ -45,7 +45,7 @@ class RowReader:
         self.removals = {name: n for name, s in self.streams.items()
                          if (n := len(s.dataset.manifest.removals[:None if removals is None else removals.get(name, 0)]))}
         """Lists of removed documents that are heeded, by source; for the ledger."""
-        _same_tokenizer(run, self.streams)
+        _same_tokenizer(self.streams)
         rows = {name: SourceRows(s.dataset.manifest.fingerprint, self._rows_of(name, s))
                 for name, s in self.streams.items()}
         self.rows = {name: known.rows for name, known in rows.items()}
@@ -174,7 +174,7 @@ def open_source(run: RunConfig, name: str) -> Dataset:
     return dataset
 
 
-def _same_tokenizer(run: RunConfig, streams: dict[str, Stream]) -> None:
+def _same_tokenizer(streams: dict[str, Stream]) -> None:
     by_hash: dict[str, str] = {}
     for name, stream in streams.items():
         if stream.dataset.manifest.tokenizer:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from officina.trainer.config import DecoderConfig, LoraConfig
-from officina.trainer.errors import OfficinaError
+from officina.trainer.errors import OfficinaError, listed
 from officina.trainer.hf.base import ADAPTER_FILE
 from officina.trainer.hf.family import Family
 from officina.trainer.hf.files import ITEM_BYTES, Stored, read_header
@@ -124,9 +124,8 @@ def read_adapter(raw: Mapping[str, Any], tensors: Mapping[str, Stored], model: D
                for name, stored in tensors.items() if stored.dtype not in ITEM_BYTES]
     faults += [] if found else ["it holds no tensor of an adapter"]
     if faults:
-        more = f"\n  ... and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise OfficinaError(f"{Path(folder) / WEIGHTS_FILE} is not an adapter of this model:\n  " + "\n  ".join(faults[:8])
-                            + more + "\nName the model that it was trained on: --base FOLDER")
+        raise OfficinaError(f"{Path(folder) / WEIGHTS_FILE} is not an adapter of this model:\n  " + listed(faults) +
+                            "\nName the model that it was trained on: --base FOLDER")
     return adapter, {name: found[name] for name in wanted}
 
 

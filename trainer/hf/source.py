@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from officina.trainer.errors import OfficinaError
+from officina.trainer.errors import OfficinaError, listed
 from officina.trainer.hf.base import Base
 from officina.trainer.hf.files import ITEM_BYTES, Stored
 from officina.trainer.state import PARAM
@@ -45,9 +45,8 @@ class FolderSource:
                 faults.append("lm_head.weight differs from model.embed_tokens.weight, and tie_word_embeddings is true")
         faults += [f"{name} is known to no {base.family.model_type} model" for name in sorted(base.tensors.keys() - known)]
         if faults:
-            more = f"\n  ... and {len(faults) - 8} more" if len(faults) > 8 else ""
             raise OfficinaError(f"the weights in {base.path} are not those of its config.json as officina reads it:\n  " +
-                                "\n  ".join(faults[:8]) + more +
+                                listed(faults) +
                                 "\nTake config.json and *.safetensors of one and the same model")
         _check_constants(base)
 

@@ -31,18 +31,17 @@ class Held:
 
 
 def materialize(module: nn.Module, device: torch.device, *, dtype: torch.dtype | None = None,
-                frozen_dtype: torch.dtype | None = None, parameter_device: torch.device | None = None,
-                parameters: bool = True) -> None:
+                frozen_dtype: torch.dtype | None = None, parameter_device: torch.device | None = None) -> None:
     """Give the meta tensors of the module uninitialised memory in place, and move the real ones; ties stay ties.
 
     dtype: that of the floating-point parameters (buffers keep theirs). frozen_dtype: that of those without a gradient, if it
-    is another. parameter_device: where parameters go, if not to `device`. parameters: false leaves the parameters alone.
+    is another. parameter_device: where parameters go, if not to `device`.
     Raises OfficinaError for a non-persistent buffer without values: no checkpoint holds it and nothing could fill it.
     """
     made: dict[int, Tensor] = {}
     for path, child in module.named_modules():
         for name, parameter in child._parameters.items():
-            if parameter is None or not parameters:
+            if parameter is None:
                 continue
             if id(parameter) not in made:
                 to = dtype if parameter.requires_grad else frozen_dtype or dtype
