@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm import SlurmCluster, start_cluster
+from slurm import SlurmCluster, need_slurm, start_cluster
 
 from officina.launch import supervise
 from officina.launch.job_record import JobRecord, append_job
@@ -245,6 +245,7 @@ PartitionName=high Nodes=ALL MaxTime=60 PriorityTier=2
 
 def test_preempted_job_saves_within_its_grace_time_and_comes_back(data, tmp_path, whole):
     """SIGTERM to the ranks alone, and the job still runs: without a chain and without --requeue it must not end there."""
+    need_slurm()
     begin(tmp_path / "run", plain_run(data, steps=STEPS, engine=FSDP2Config()))
     with start_cluster(_PREEMPTING, name="preempting") as cluster:
         jobs = Jobs(cluster, tmp_path / "run")

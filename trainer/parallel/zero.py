@@ -245,7 +245,7 @@ def deepspeed_settings(run: RunConfig, precision: str, device: torch.device) -> 
 def load_deepspeed(device: torch.device, local_rank: int):
     """Import DeepSpeed for this device and let it take over the process group there is. Returns the package."""
     if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "1"}  # else stage 3 starts numactl in every micro-batch
     os.environ["LOCAL_RANK"] = str(local_rank if device.index is None else device.index)
     try:
         import deepspeed

@@ -1,7 +1,9 @@
 """A model that is not the decoder: a convolution, frozen and tied parameters, persistent and other buffers, float inputs."""
 
 import io
+import subprocess
 from contextlib import redirect_stdout
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -133,6 +135,13 @@ def printed(ranks, engine: str, precision: str) -> str:
     with redirect_stdout(io.StringIO()) as found:
         train(ranks, engine, precision, steps=1)
     return found.getvalue()
+
+
+def started(ranks, engine: str, program: str) -> int:
+    """How often the program is started while training."""
+    with mock.patch.object(subprocess, "Popen", side_effect=FileNotFoundError) as found:
+        train(ranks, engine, steps=1)
+    return sum(program in str(call.args[0]) for call in found.call_args_list)
 
 
 def refuses(ranks, engine: str, kind: str, message: str) -> None:

@@ -83,5 +83,10 @@ def test_bf16_by_autocast(pool, engine, ranks, precision):
     assert 0 < away.max() < 0.05
 
 
+def test_stage_3_starts_no_numactl(pool):
+    """On a CPU DeepSpeed counts NUMA nodes by numactl, in every micro-batch; a PATH with a locked folder ended the run."""
+    assert pool.run(2, "tests.trainer.parallel.custom:started", "zero3", "numactl") == [0, 0]
+
+
 def test_deepspeed_prints_nothing_beside_the_progress(pool):
     assert pool.run(1, "tests.trainer.parallel.custom:printed", "zero1", "bf16") == [""]
