@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -234,6 +235,24 @@ def test_prompts_begin_as_those_of_transformers(tmp_path) -> None:
         assert model.tok_encode(text) == theirs(text.removeprefix("<s>"))["input_ids"][:-1]
         assert model.tok_encode(text, add_special_tokens=False) == theirs(text, add_special_tokens=False)["input_ids"]
     assert model.prefix_token_id == bos != model.eot_token_id
+
+
+@pytest.mark.parametrize("until", ["<end>", ["", "<end>"], ["never", "<end>"]])
+def test_a_text_stops_at_a_special_token(tmp_path, until) -> None:
+    pytest.importorskip("lm_eval", reason="needs officina[eval]")
+    from tokenizers import Tokenizer
+
+    from officina.trainer.data.tokenizer import train_tokenizer
+    from officina.trainer.harness import RunModel
+
+    tokenizer = Tokenizer.from_str(train_tokenizer([[" ".join(WORDS.values())]], 300, ""))
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = iter(tokenizer.encode("talo<end>metsä").ids)
+    engine = SimpleNamespace(infer=lambda compute, batch: torch.nn.functional.one_hot(torch.tensor(next(tokens)), 400).float())
+    alone = SimpleNamespace(device=torch.device("cpu"), sum=list)
+    model = RunModel(engine, plain_run(tmp_path, model=DECODER), alone, tmp_path)
+    assert model._continued("yö", {"until": until, "max_gen_toks": 7}) == "talo"
 
 
 def test_a_task_that_is_not_known_or_not_here_is_refused(pool, trained: Path, tasks: Path) -> None:
