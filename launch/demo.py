@@ -1,6 +1,5 @@
 """`officina demo`: the whole way of a run, as the commands a person would type."""
 
-import importlib.util
 import shlex
 import shutil
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from officina.trainer.environment import lacking
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, LaunchError
 from officina.trainer.metrics import read_metrics
 from officina.trainer.run_dir import METRICS, claim, read_run_id
@@ -18,8 +18,6 @@ from officina.trainer.run_dir import METRICS, claim, read_run_id
 FOLDER = Path("demo")
 RUN = FOLDER / "first-run"
 PROMPT = "def read_lines(path):"
-MADE = FOLDER / ".first-run"
-"""Holds the id of the run that the demo made."""
 STOP_AFTER_STEPS = 320
 """Half of the experiment's steps."""
 
@@ -33,10 +31,9 @@ def main() -> int:
         run_step(console, title, run, *words, stop_after=stop_after)
 
     make_way(run)
-    zero = importlib.util.find_spec("deepspeed") is not None
+    zero = not (lack := lacking("deepspeed"))
     if not zero:
-        console.print("DeepSpeed is not installed (pip install 'officina[deepspeed]'): step 3 takes DDP instead.",
-                      markup=False)
+        console.print(f"ZeRO-2 {lack} (pip install 'officina[deepspeed]'): step 3 takes DDP instead.", markup=False)
 
     if (data / "dataset.json").exists():
         console.print(f"{data} is there already: not built again.")
@@ -53,11 +50,16 @@ def main() -> int:
     return EXIT_DONE
 
 
+def made(run: Path) -> Path:
+    """The file that holds the id of the run if a demo made it."""
+    return run.with_name(f".{run.name}")
+
+
 def make_way(run: Path) -> None:
     """Remove the run of an earlier demo. LaunchError where it is somebody's own, or still trains."""
     if not run.exists():
         return
-    if not MADE.exists() or MADE.read_text() != read_run_id(run):
+    if not made(run).exists() or made(run).read_text() != read_run_id(run):
         raise LaunchError(f"{run} is there already and not known to be of an earlier demo; this one begins anew. Look at it: "
                           f"officina report {run}. Or, if you want to, remove it: rm -r {run}")
     with claim(run):
@@ -69,20 +71,22 @@ def run_step(console: Console, title: str, run: Path, *words: str, stop_after: i
     console.rule(f"[bold]{title}", align="left")
     console.print(f"$ officina {shlex.join(words)}", style="dim", markup=False, soft_wrap=True)  # to be pasted
     with subprocess.Popen([sys.executable, "-m", "officina.launch.cli", *words]) as command:
-        if stop_after:
-            _stop_after(stop_after, run, command)
+        if words[0] == "train":
+            _watch(run, command, stop_after)
     status, expect = command.returncode, EXIT_CONTINUE if stop_after else EXIT_DONE
     if status != expect:
         raise LaunchError(f"the demo's command `officina {words[0]}` ended with status {status}, expected {expect}; "
                           f"its log is under {run}/logs")
 
 
-def _stop_after(steps: int, run_dir: Path, command: subprocess.Popen) -> None:
-    """SIGTERM to the command once its run has done so many steps."""
+def _watch(run: Path, command: subprocess.Popen, stop_after: int) -> None:
+    """Note the run as the demo's once it is there; SIGTERM to the command once it has done so many steps, if any."""
     while command.poll() is None:
-        if (run_dir / METRICS).exists():
-            MADE.write_text(read_run_id(run_dir) or "")
-            if (done := read_metrics(run_dir).steps) and done[-1].step >= steps:
+        if (run / METRICS).exists():
+            made(run).write_text(read_run_id(run) or "")
+            if not stop_after:
+                return
+            if (done := read_metrics(run).steps) and done[-1].step >= stop_after:
                 command.send_signal(signal.SIGTERM)
                 return
         time.sleep(0.2)

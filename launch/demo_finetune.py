@@ -8,7 +8,7 @@ import time
 
 from rich.console import Console
 
-from officina.launch.demo import FOLDER, RUN, run_step
+from officina.launch.demo import FOLDER, RUN, make_way, run_step
 from officina.launch.demo import main as pretrain
 from officina.launch.demo_samples import DOCSTRING, SIGNATURE, write_samples
 from officina.trainer.errors import EXIT_DONE, LaunchError
@@ -36,7 +36,8 @@ def main() -> int:
     if not committed_steps(RUN):
         console.print(f"{RUN} is not there yet: the demo comes first.")
         pretrain()
-    for folder in (data, tuned, exported):
+    make_way(tuned)
+    for folder in (data, exported):
         shutil.rmtree(folder, ignore_errors=True)
 
     console.rule("[bold]1. Samples from the standard library: docstring to signature, function to docstring", align="left")

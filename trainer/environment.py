@@ -12,10 +12,12 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
 
 ENVIRONMENT_FILE = "environment.json"
 MAX_DIFF_BYTES = 2 * 2**20
@@ -63,6 +65,18 @@ def describe(*, launcher: str = "none", threads: int | None = None, device: Mapp
         "image": _image(),
         "ranks": [dict(rank) for rank in ranks],
     }
+
+
+def lacking(extra: str) -> str:
+    """What `pip install 'officina[extra]'` would mend, in words: a package that is missing, or another version than
+    pyproject.toml allows; empty if nothing."""
+    for wanted in map(Requirement, requires("officina") or ()):
+        if wanted.marker and wanted.marker.evaluate({"extra": extra}) and not wanted.marker.evaluate({"extra": ""}):
+            if (found := _version(wanted.name)) is None:
+                return f"needs the package {wanted.name}, which is not installed here"
+            if not wanted.specifier.contains(found, prereleases=True):
+                return f"needs {wanted.name}{wanted.specifier}, and {found} is installed here"
+    return ""
 
 
 def code_diff(modules: Sequence[str] = ()) -> str:

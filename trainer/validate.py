@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from officina.trainer.config import (
@@ -28,6 +27,7 @@ from officina.trainer.data.order import sources_in_use
 from officina.trainer.data.policy import AREAS, purpose_word
 from officina.trainer.data.policy import country as known_country
 from officina.trainer.data.register import Going
+from officina.trainer.environment import lacking
 from officina.trainer.errors import DataError, Problem
 from officina.trainer.keys import flat
 from officina.trainer.model.targets import adapter_problems
@@ -59,13 +59,13 @@ def problems(run: RunConfig, world_size: int | None = None, *, devices: int | No
 
 
 def missing_packages(run: RunConfig) -> list[Problem]:
-    """Optional packages that the run needs and this machine's Python does not have; asked where ranks start."""
+    """Optional packages that the run needs and this machine's Python lacks, or has in a version that will not do; asked
+    where ranks start."""
     wanted = [("engine", run.engine.kind, isinstance(run.engine, ZeroConfig), "deepspeed", "engine=fsdp2"),
               ("logging.wandb", True, run.logging.wandb, "wandb", "logging.wandb=false"),
               ("logging.mlflow", True, run.logging.mlflow, "mlflow", "logging.mlflow=false")]
-    found = [Problem(key, value, f"needs the package {package}, which is not installed here "
-                     f"(pip install 'officina[{package}]')", remedy)
-             for key, value, needed, package, remedy in wanted if needed and find_spec(package) is None]
+    found = [Problem(key, value, f"{lack} (pip install 'officina[{extra}]')", remedy)
+             for key, value, needed, extra, remedy in wanted if needed and (lack := lacking(extra))]
     if run.engine.compile and run.device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         found.append(Problem("engine.compile", True, "needs a C++ compiler on the CPU, and there is no g++ here",
                              "engine.compile=false"))
@@ -340,9 +340,8 @@ def _data_sets(run: RunConfig, position: int) -> Iterator[Problem]:
             continue
         key = f"data.sources.{name}.path"
         if not os.path.isfile(Path(source.path) / MANIFEST):  # also of a path that is too long for any
-            new = f" --vocab-size {run.model.vocab_size}" if kind == "tokens" and not run.init_from else ""
             yield Problem(key, source.path, f"is no data set: there is no {MANIFEST} in it, seen from "
-                          "the folder of this command", f"officina data build {source.path}{new}")
+                          "the folder of this command", _how_to_make(run, key, source.path))
             continue
         try:
             manifest = open_dataset(source.path).manifest
@@ -376,6 +375,16 @@ def _data_sets(run: RunConfig, position: int) -> Iterator[Problem]:
         yield Problem(f"data.sources.{other}.path", paths[1], f"and data.sources.{one}.path={paths[0]}: each was tokenised "
                       "with another tokenizer than the other, and a token means one thing in a run",
                       f"officina data build NEW --tokenizer {paths[0]}/tokenizer.json for {other}, or the other way round")
+
+
+def _how_to_make(run: RunConfig, key: str, path: str) -> str:
+    if (whole := os.path.expanduser(path)) != path:
+        return f"{key}={whole}, since a shell leaves ~ behind = as it is"
+    if isinstance(run.model, CustomModelConfig):
+        return f'write_records("{path}", ...), see docs/bring_your_own_model.md'
+    if run.init_from:
+        return f"officina data build {path} --tokenizer {run.init_from}"
+    return f"officina data build {path} --vocab-size {run.model.vocab_size}"
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

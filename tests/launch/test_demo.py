@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from officina.launch import demo, demo_samples
+from officina.launch import demo, demo_finetune, demo_samples
 from officina.launch.demo_samples import DOCSTRING, SIGNATURE, samples_of, write_samples
 from officina.trainer.data.sources import standard_library
 from officina.trainer.errors import LaunchError
@@ -39,16 +39,16 @@ class Reader:
 '''
 
 
-@pytest.mark.parametrize(("found", "engine"), [(None, "engine=ddp"), (object(), "engine=zero2")])
-def test_without_deepspeed_the_demo_goes_on_under_ddp_and_says_so(found, engine, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize(("lack", "engine"), [("needs deepspeed", "engine=ddp"), ("", "engine=zero2")])
+def test_without_deepspeed_the_demo_goes_on_under_ddp_and_says_so(lack, engine, monkeypatch, tmp_path, capsys):
     ran = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: found)
+    monkeypatch.setattr(demo, "lacking", lambda extra: lack)
     monkeypatch.setattr(demo, "run_step", lambda console, title, run, *words, **_: ran.append((title, words)))
     assert demo.main() == 0
     [(title, _)] = [(title, words) for title, words in ran if engine in words]
-    assert ("DDP" if found is None else "DeepSpeed ZeRO-2") in title
-    assert ("pip install 'officina[deepspeed]'" in capsys.readouterr().out) is (found is None)
+    assert ("DDP" if lack else "DeepSpeed ZeRO-2") in title
+    assert ("pip install 'officina[deepspeed]'" in capsys.readouterr().out) is bool(lack)
 
 
 def test_a_run_that_is_there_is_left_alone(monkeypatch, tmp_path):
@@ -62,10 +62,28 @@ def test_a_run_that_is_there_is_left_alone(monkeypatch, tmp_path):
     assert mine.exists()
 
 
+def test_a_fine_tuned_run_is_left_alone_too_unless_a_demo_made_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_finetune, "committed_steps", lambda run: [1])
+    monkeypatch.setattr(demo_finetune, "run_step", lambda *words, **_: sys.exit("it went on"))
+    tuned = demo.FOLDER / "finetuned"
+    begin(tuned, plain_run(tmp_path))
+    with pytest.raises(LaunchError, match="demo/finetuned is there already.* rm -r demo/finetuned"):
+        demo_finetune.main()
+    training = subprocess.Popen(["sleep", "60"])  # stands for `officina train`
+    (tuned / "metrics.jsonl").touch()
+    demo._watch(tuned, training, 0)
+    training.kill()
+    training.wait()
+    with pytest.raises(SystemExit, match="it went on"):
+        demo_finetune.main()
+    assert not tuned.exists()
+
+
 def test_the_run_of_an_earlier_demo_makes_way_unless_it_trains(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     begin(demo.RUN, plain_run(tmp_path))
-    demo.MADE.write_text(read_run_id(demo.RUN))
+    demo.made(demo.RUN).write_text(read_run_id(demo.RUN))
     holder = subprocess.Popen([sys.executable, "-c", f"""
 from officina.trainer.run_dir import claim
 with claim("{demo.RUN}"):

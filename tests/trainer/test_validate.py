@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shlex
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -401,7 +402,13 @@ def test_data_that_is_not_built_is_built_with_the_models_vocabulary():
     [problem] = judge(["experiment=demo", "data.sources.python.path=nowhere"])
     assert problem.remedy == "officina data build nowhere --vocab-size 2048"
     [problem] = judge(["experiment=demo", "data.sources.python.path=nowhere", "init_from=MODEL"])
-    assert problem.remedy == "officina data build nowhere", "with the tokenizer of that model"
+    assert problem.remedy == "officina data build nowhere --tokenizer MODEL"
+    [problem] = judge(["experiment=demo", "data.sources.python.path=~/nowhere"])
+    assert problem.remedy.startswith(f"data.sources.python.path={Path.home()}/nowhere")
+    found = judge(["model=custom", "model.factory=a:b", "model.loss=a:c", "model.decoder=a:d", "batch.seq_len=1",
+                   "data.sources.x.path=nowhere"])
+    assert [p.remedy for p in found if p.key == "data.sources.x.path"] == [
+        'write_records("nowhere", ...), see docs/bring_your_own_model.md']
 
 
 @pytest.mark.parametrize(("ranks", "devices", "remedy"), [(8, 4, "ranks=4"), (2, 0, "device=cpu")])
@@ -421,10 +428,12 @@ def test_no_number_of_ranks_is_refused_without_reason(data):
                                                 (["logging=mlflow"], "mlflow")])
 def test_missing_packages_are_named(monkeypatch, words, package):
     run = compose_all(words).run
-    monkeypatch.setattr("officina.trainer.validate.find_spec", lambda name: None)
+    monkeypatch.setattr("officina.trainer.environment._version", lambda name: None)
     [problem] = missing_packages(run)
     assert package in problem.rule and f"officina[{package}]" in problem.rule and "=" in problem.remedy
-    monkeypatch.setattr("officina.trainer.validate.find_spec", lambda name: object())
+    monkeypatch.setattr("officina.trainer.environment._version", lambda name: "0.1")
+    assert re.search(rf"needs {package}\S*>=[0-9.]+\S*, and 0\.1 is installed here", missing_packages(run)[0].rule)
+    monkeypatch.undo()
     assert missing_packages(run) == []
 
 

@@ -1,5 +1,7 @@
 """Parameters, gradients and moments sharded by rows: torch's `fully_shard`, over all ranks (fsdp2) or in groups (hsdp)."""
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ def build(parts: Parts) -> "FSDP2Engine":
     """
     check_shardable(parts.module, find_blocks(parts.module, parts.run), parts.run, by_block=True)
     parts.ranks.ensure_group()
+    # torch 2.13, of the decoder's loss: nothing writes into it.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPTransformer\) returned a view", UserWarning)
     return FSDP2Engine(parts)
 
 

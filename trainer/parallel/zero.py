@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from officina.trainer.batch import Batch, LossFn, loss_of
 from officina.trainer.config import MuonConfig, RunConfig, ZeroConfig
+from officina.trainer.environment import lacking
 from officina.trainer.errors import ConfigError, OfficinaError, Problem
 from officina.trainer.optim import group_parameters, new_adamw
 from officina.trainer.parallel.blocks import check_shardable, find_blocks, prepare_blocks
@@ -107,6 +108,8 @@ class ZeroEngine:
         norm = seen.norm if seen.norm is not None else self.module.get_global_grad_norm()
         applied = self.module.was_step_applied()
         self.optimizer_steps += applied
+        if not applied:  # DeepSpeed took small parameters apart, and only after an update puts them together again
+            self._state.gather_small()
         self._kept.settle(applied)
         return StepOutcome(float(norm), applied)
 
@@ -247,12 +250,11 @@ def load_deepspeed(device: torch.device, local_rank: int):
     if device.type == "cpu":
         os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "1"}  # else stage 3 starts numactl in every micro-batch
     os.environ["LOCAL_RANK"] = str(local_rank if device.index is None else device.index)
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise OfficinaError("engine=zero needs DeepSpeed, which is not installed here. Try: pip install "
-                            "'officina[deepspeed]', or engine=fsdp2") from error
+    if lack := lacking("deepspeed"):  # of earlier ones some add up micro-batches wrongly, without an error
+        raise OfficinaError(f"engine=zero {lack}. Try: pip install 'officina[deepspeed]', or engine=fsdp2")
+    import deepspeed
     from deepspeed.utils import logger
+
     logger.setLevel(logging.WARNING)
     # torch 2.13's new names for what DeepSpeed calls at every step: a line per call and rank otherwise.
     warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
@@ -276,5 +278,5 @@ def forget_deepspeed() -> None:
     Init.param_id = 0
     counter = DeepSpeedZeRoOffload._register_deepspeed_module
     getattr(counter, "__wrapped__", counter).__defaults__[0][0] = 0
-    groups._release_process_group_references(group=None)
+    groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = groups.mesh_device = None
     deepspeed.comm.comm.cdb = None

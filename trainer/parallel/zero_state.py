@@ -121,5 +121,9 @@ class ZeroState:
         z._partition_all_parameters()  # as DeepSpeed's step does: a gather leaves out what is gathered already
         for group in range(len(z.fp16_groups)):
             z._reassign_or_swap_out_partitioned_parameters(group)
-        if z.persistent_parameters:
-            z.persistent_parameters[0].all_gather(z.persistent_parameters)
+        self.gather_small()
+
+    def gather_small(self) -> None:
+        """Make the weights whole that stage 3 keeps gathered."""
+        if self._stage == 3 and self._optimizer.persistent_parameters:
+            self._optimizer.persistent_parameters[0].all_gather(self._optimizer.persistent_parameters)

@@ -5,6 +5,7 @@ what an engine computes on its ranks.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -354,6 +355,14 @@ def _train(ranks, case: Case, engine, now: list[int]) -> dict:
 def _numbers(piece: Piece) -> np.ndarray:
     assert piece.values.dtype == torch.float32, f"{piece.name}/{piece.slot} left as {piece.values.dtype}"
     return piece.values.detach().cpu().double().numpy()
+
+
+def warned(ranks, case: Case) -> list[str]:
+    """What is warned of while it trains."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        train(ranks, case)
+    return [str(each.message) for each in found]
 
 
 def join(parts: Sequence[dict]) -> Trace:

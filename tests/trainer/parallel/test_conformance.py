@@ -152,7 +152,7 @@ def test_compiled_blocks_conform(pool, engine, ranks, recompute):
 
 
 POISONED = [("single", 1), ("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("zero1", 2), ("zero2", 2), ("zero3", 2),
-            ("zero3_offload", 2)]
+            ("zero3_persist", 2), ("zero3_offload", 2)]
 
 
 @pytest.mark.parametrize(("engine", "ranks"), POISONED)
@@ -173,6 +173,10 @@ def test_a_step_is_left_out_in_bf16_too(pool, engine, ranks):
     found = trace(pool, ranks, case)
     assert found.applied == [True, True, False, True, False, True]
     assert 1e-3 < found.norms[4] < 1e3
+
+
+def test_fsdp2_writes_no_warning_into_the_log_of_each_rank(pool):
+    assert pool.run(2, "tests.trainer.parallel.cases:warned", Case("fsdp2", steps=1)) == [[], []]
 
 
 # ---- the comparison itself -----------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The pieces that engines are made of, and what they refuse."""
 
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -157,9 +156,10 @@ def test_hsdp_that_does_not_divide(pool):
     pool.run(3, "tests.trainer.parallel.test_engine_parts:hsdp_of_three")
 
 
-def test_zero_without_deepspeed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(OfficinaError, match=r"engine=zero needs DeepSpeed, .* pip install 'officina\[deepspeed\]'"):
+@pytest.mark.parametrize("found", [None, "0.19.3"])
+def test_zero_without_deepspeed_or_with_one_that_sums_wrongly(found, monkeypatch):
+    monkeypatch.setattr("officina.trainer.environment._version", lambda name: found)
+    with pytest.raises(OfficinaError, match=r"engine=zero needs .*deepspeed.* pip install 'officina\[deepspeed\]'"):
         engine_of(engine=ZeroConfig())
 
 
