@@ -105,7 +105,7 @@ def describe(args: argparse.Namespace) -> int:
 
     said = {name: getattr(args, name) for name in describing.CHANGEABLE if getattr(args, name, None) is not None}
     if args.policy:
-        said["policy"] = describing.read_policy_file(args.policy)
+        said["policy"] = describing.read_policy_file(args.policy, describing.policy_before(args.folder))
     if said:
         describing.change(args.folder, **said)
     dataset, screen = open_dataset(args.folder), console()
@@ -176,11 +176,10 @@ def export(args: argparse.Namespace) -> int:
         from officina.trainer.data.manifest import open_dataset
         from officina.trainer.data.policy import POLICY
 
-        said = open_dataset(args.folder).manifest
-        policy = f"officina data describe {path} --policy {Path(args.folder) / POLICY}" if said.policy_sha256 else ""
-        print("These files hold no licence and no conditions of use. As a data set again: "
-              f"officina data index {path} --tokenizer {args.folder} --licence '{said.licence or 'SPDX'}'"
-              f"{'; ' if policy else ''}{policy}")
+        licence, said = open_dataset(args.folder).manifest.licence, path / POLICY
+        beside = f" {said} beside them does, and holds for them when they are indexed." if said.exists() else ""
+        print(f"These files hold no licence and no conditions of use.{beside} As a data set again: "
+              f"officina data index {path} --tokenizer {args.folder} --licence '{licence or 'SPDX'}'")
     return EXIT_DONE
 
 
@@ -224,13 +223,13 @@ def _tell(found: "Summary") -> None:
     when = f", {found.first} to {found.last}, {found.duration_s:,.0f} s of work" if found.first else ""
     screen.print(f"{found.run}: {found.total:,} {found.unit} in {found.steps:,} steps ({found.starts} "
                  f"start{'s' * (found.starts != 1)}{when})")
-    shown = table("source", "licence", found.unit, "share", "passes")
+    shown, total = table("source", "licence", found.unit, "share", "passes"), found.total or 1  # all may have been removed
     for name, used in found.sources.items():
-        shown.add_row(f"{name} ({used.dataset})", used.licence, f"{used.tokens:,}", f"{used.tokens / found.total:.2%}",
+        shown.add_row(f"{name} ({used.dataset})", used.licence, f"{used.tokens:,}", f"{used.tokens / total:.2%}",
                       f"{used.passes:.3f}")
         if len(used.by_source) > 1:
             for inner, tokens in used.by_source.items():
-                shown.add_row(f"  {inner}", "", f"{tokens:,}", f"{tokens / found.total:.2%}", "")
+                shown.add_row(f"  {inner}", "", f"{tokens:,}", f"{tokens / total:.2%}", "")
     screen.print(shown)
     for name, used in found.sources.items():
         if used.lost:
@@ -240,7 +239,7 @@ def _tell(found: "Summary") -> None:
         shown = table("source", found.unit, "share")
         shown.columns[0].header = title
         for name, tokens in counts.items():
-            shown.add_row(name, f"{tokens:,}", f"{tokens / found.total:.2%}")
+            shown.add_row(name, f"{tokens:,}", f"{tokens / total:.2%}")
         screen.print(shown)
     screen.print("Attribution:")
     for text in found.attribution:

@@ -11,7 +11,7 @@ from typing import Any
 
 from officina.trainer.config import RunConfig
 from officina.trainer.data.manifest import open_dataset
-from officina.trainer.data.policy import policy_of
+from officina.trainer.data.policy import Policy, policy_of
 from officina.trainer.errors import DataError
 from officina.trainer.initial import read_weights_record
 from officina.trainer.metrics import RunMetrics, perplexity, read_metrics
@@ -39,9 +39,8 @@ def model_card(run_dir: Path, run: RunConfig, export: Mapping[str, Any]) -> str:
     trained = bool(metrics.steps)
     data = _data(run)
     languages = sorted({code for _, facts in data for code in facts.get("languages", [])})
-    base = record.get("name")
     parts = [
-        _front_matter(base, record.get("licence"), languages),
+        _front_matter(record, trained, languages),
         f"# {run.name}\n\n{_first_words(record, trained)}",
         "## Base\n\n" + (_base(record) if record else "None: trained from random weights."),
         "## Model\n\n" + _model(run, export),
@@ -68,11 +67,13 @@ def _use(export: Mapping[str, Any]) -> str:
     return _USE.replace("{prompt}", _CHAT if export["chat"] else _TEXT)
 
 
-def _front_matter(base: str | None, licence: str | None, languages: list[str]) -> str:
+def _front_matter(record: Mapping[str, Any], trained: bool, languages: list[str]) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
-    lines += [f"base_model: {json.dumps(base)}"] if base else []
-    lines += [f"license: {json.dumps(licence)}"] if licence else []
-    lines += ["language:", *(f"- {json.dumps(code)}" for code in languages)] if languages else []
+    lines += [f"base_model: {json.dumps(record['name'])}"] if record.get("name") else []
+    if record.get("licence") and not trained:  # weights that were trained have none until somebody gives them one
+        lines.append(f"license: {json.dumps(record['licence'])}")
+    codes = sorted({code.partition("_")[0] for code in languages})  # hubs take ISO 639 alone, without the script
+    lines += ["language:", *(f"- {json.dumps(code)}" for code in codes)] if codes else []
     return "\n".join(["---", *lines, "---"])
 
 
@@ -109,11 +110,21 @@ def _data(run: RunConfig) -> list[tuple[str, dict[str, Any]]]:
             manifest, policy = dataset.manifest, policy_of(dataset)
             facts |= {"title": f"{manifest.name} {manifest.version}", "licence": policy.licences,
                       "languages": list(manifest.languages), "creators": list(manifest.creators), "url": manifest.url,
-                      "personal_data": policy.personal_data}
+                      "personal_data": policy.personal_data, "conditions": _conditions(policy)}
         except DataError:
             facts["title"] = "not at hand when this was written"
         found.append((name, facts))
     return found
+
+
+def _conditions(policy: Policy) -> list[str]:
+    """What a publisher of weights has to know of a data set beside its licence."""
+    release = {"no": "weights trained on it must not be released",
+               "weights-ask": "weights trained on it may be released by agreement with the provider alone"}
+    personal = {"present": "holds personal data", "pseudonymised": "holds pseudonymised personal data"}
+    told = [release.get(policy.export), personal.get(policy.personal_data), "sensitive" if policy.sensitive else "",
+            f"attribution: {policy.attribution}" if policy.attribution else ""]
+    return [text for text in told if text]
 
 
 def _data_table(data: list[tuple[str, dict[str, Any]]], read: Mapping[str, int]) -> str:
@@ -139,8 +150,9 @@ def _licence(record: Mapping[str, Any], data: list[tuple[str, dict[str, Any]]]) 
         else:
             lines.append(f"- {record['name']}: a run whose data are not in the records; look them up")
         record = record.get("base")
-    lines += [f"- {name}: {facts.get('licence') or 'not stated'}" for name, facts in data]
-    return "\n".join([*lines, "- these weights: to be decided by who publishes them, within the licences above"])
+    for name, facts in data:
+        lines.append("; ".join([f"- {name}: {facts.get('licence') or 'not stated'}", *facts.get("conditions", [])]))
+    return "\n".join([*lines, "- these weights: to be decided by who publishes them, within what is said above"])
 
 
 def _compute(run_dir: Path, run: RunConfig, metrics: RunMetrics) -> str:
@@ -151,7 +163,7 @@ def _compute(run_dir: Path, run: RunConfig, metrics: RunMetrics) -> str:
     rows = [("optimizer steps", f"{metrics.steps[-1].step:,}"), (items, f"{metrics.tokens:,}"),
             ("tokens processed, no padding", f"{processed:,}"), ("time in steps", f"{seconds / 3600:.2f} h"),
             ("ranks", ", ".join(sorted({f"{s.world_size} x {s.device}" for s in starts}))),
-            ("device hours", f"{seconds / 3600 * max(s.world_size for s in starts):.2f}"),
+            ("device hours", f"{_device_seconds(metrics) / 3600:.2f}"),
             ("engine, precision", ", ".join(sorted({f"{s.engine}, {s.precision}" for s in starts})))]
     if origin := next((start.get("origin") for start in read_history(run_dir)), None):
         rows.append(("counted from", f"step {origin['step']:,}, where it left the run {origin['name']}"))
@@ -159,6 +171,15 @@ def _compute(run_dir: Path, run: RunConfig, metrics: RunMetrics) -> str:
     if per_token:
         rows.append(("training FLOPs (architecture, attention causal, no recomputation)", f"{per_token * processed:.2e}"))
     return _table(("", ""), rows)
+
+
+def _device_seconds(metrics: RunMetrics) -> float:
+    """Time in steps, each by the ranks that made it: a run may go on with fewer or more."""
+    total, starts = 0.0, [generation.start for generation in metrics.generations]
+    for i, start in enumerate(starts):
+        stop = min((later.step for later in starts[i + 1:]), default=metrics.steps[-1].step)
+        total += start.world_size * sum(step.step_time_s for step in metrics.steps if start.step < step.step <= stop)
+    return total
 
 
 def _evaluation(run: RunConfig, metrics: RunMetrics) -> str:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.describe import change
 from officina.trainer.data.ledger import Ledger
 from officina.trainer.data.loader import Loader
-from officina.trainer.data.policy import Policy
+from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.policy import Policy, policy_of
 from officina.trainer.data.shard_writer import write_records
 from officina.trainer.data.shards import HEADER_BYTES
 from officina.trainer.errors import DataError
@@ -174,6 +176,24 @@ def test_names_and_texts_that_look_like_markup_stand_as_they_are(tmp_path: Path)
         assert words[0] != "inspect" or ("[/red] some words [bold]" in out and ":smile:" in out)
 
 
+def test_the_card_tells_who_publishes_what_the_conditions_say(tmp_path: Path) -> None:
+    """Before, of data whose weights must not be released it said that the publisher decides within the licences."""
+    write_tokens(tmp_path / "set", {"train": [40, 30]}, licence="CC-BY-4.0", sensitive=True)
+    train(make_run({"s": (tmp_path / "set", 1)}, rows=2), tmp_path / "run")
+    change(tmp_path / "set", policy=Policy(export="no", attribution="ACME Lab", personal_data="present"))
+    told = "- s: CC-BY-4.0; weights trained on it must not be released; holds personal data; sensitive; attribution: ACME Lab\n"
+    assert told in card._licence({}, card._data(load_config(tmp_path / "run")))
+    change(tmp_path / "set", policy=Policy(export="weights-ask"))
+    assert "by agreement with the provider alone" in card._licence({}, card._data(load_config(tmp_path / "run")))
+
+
+def test_weights_that_were_trained_do_not_carry_the_licence_of_their_base() -> None:
+    """The card says that it is to be decided; what hubs read said the base's."""
+    base = {"name": "base", "licence": "apache-2.0"}
+    assert 'license: "apache-2.0"' in card._front_matter(base, False, [])
+    assert 'base_model: "base"' in (matter := card._front_matter(base, True, ["fin_Latn"])) and "license:" not in matter
+
+
 def test_a_licence_of_the_policy_is_one(tmp_path: Path) -> None:
     write_tokens(tmp_path / "set", {"train": [40, 30]})
     train(make_run({"s": (tmp_path / "set", 1)}, rows=2), tmp_path / "run")
@@ -273,6 +293,20 @@ def test_stage_remove_export_index(corpus: Path, tmp_path: Path) -> None:
     status, out, err = officina("index", tmp_path / "meg", "--tokenizer", tmp_path / "fast" / "tokenizer.json",
                                 "--validation", "valid*", "--licence", "CC-BY-4.0")
     assert (status, err) == (0, "") and "fingerprint" in out and officina("verify", tmp_path / "meg")[0] == 0
+
+
+@pytest.mark.parametrize("said", [["--sensitive"], ["--personal-data", "present"], ["--policy", "policy.json"]])
+def test_megatrons_files_that_come_back_keep_their_conditions(texts: Path, tmp_path: Path, said: list[str]) -> None:
+    """By the command that the export prints. Before, what dataset.json alone says was lost: texts were shown."""
+    (tmp_path / "policy.json").write_text('{"sensitive": true, "not_after": "2020-01-01"}')
+    status, _, err = officina("build", "set", texts, "--vocab-size", "300", "--validation", "0", "--licence", "MIT", *said,
+                              cwd=tmp_path)
+    assert status == 0, err
+    status, out, _ = officina("export", "set", "--to", "megatron", "--out", "meg", cwd=tmp_path)
+    status, _, err = officina(*shlex.split(out.partition("again: officina data ")[2]), cwd=tmp_path)
+    assert status == 0, err
+    before, after = (policy_of(open_dataset(tmp_path / name)) for name in ("set", "meg"))
+    assert replace(after, dataset=before.dataset) == before and not after.shows_text
 
 
 @pytest.mark.parametrize(("words", "blocked", "told"), [

@@ -16,6 +16,8 @@ from data_sets import make_run
 from officina.configs.compose import compose
 from officina.launch import data_use_commands
 from officina.launch.cli import main
+from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.policy import Policy, policy_of
 from officina.trainer.data.reader import RowReader
 from officina.trainer.run_dir import save_config
 
@@ -132,6 +134,47 @@ def test_summary(place: Path) -> None:
     assert status == 0 and json.loads(out)["items"][0]["tokens"] == tokens
     status, _, err = officina("data", "summary", "runs/demo", "--receipt", "no/such/place", cwd=place)
     assert status == 2 and "Name a file that you may write" in err
+
+
+def test_the_summary_of_what_was_all_removed(place: Path) -> None:
+    """Shares of nothing are none; the attribution has the licence, also of the policy alone."""
+    shutil.copytree(place / "maps", place / "gone")
+    (place / "policy.json").write_text('{"licence": ["CC-BY-SA-4.0"]}')
+    assert officina("data", "describe", "gone", "--policy", "policy.json", cwd=place)[0] == 0
+    shards = ("shards/train-00000.dls", "shards/validation-00000.dls")
+    (place / "ids").write_text("".join(f"{shard}:{i}\n" for shard in shards for i in range(20)))
+    assert officina("data", "remove", "gone", "ids", cwd=place)[0] == 0
+    run_dir = place / "runs" / "none"
+    run_dir.mkdir(parents=True)
+    run = make_run({"a": (place / "gone", 1)}, rows=2, seq_len=8)
+    save_config(run, run_dir / "config.yaml")
+    (run_dir / "ledger.jsonl").write_text('{"start":0,"removals":{"a":1}}\n' + json.dumps(
+        {"step": 1, "first_sample": 0, "stop_sample": 2, "digest": 0, "skipped": [], "source_rows": {"a": 2}}) + "\n")
+    status, out, err = officina("data", "summary", "runs/none", cwd=place)
+    assert status == 0, err
+    assert "0 tokens in 1 steps" in out and "0.00%" in out and "maps (CC-BY-4.0 AND CC-BY-SA-4.0)" in out
+
+
+def test_a_new_offer_does_not_take_back_what_odrl_cannot_say(place: Path) -> None:
+    """A provider renews conditions by an offer: before, `sensitive`, personal data and licence of policy.json went with it."""
+    until = {"leftOperand": "dateTime", "operator": "lteq", "rightOperand": "2027-12-31"}
+    offer = {"@type": "Offer", "permission": [{"action": "use", "constraint": [until]}]}
+    fields = {"sensitive": True, "personal_data": "present", "licence": ["CC-BY-NC-4.0"], "competition_pool": "p",
+              "attribution": "ACME", "not_after": "2026-01-01", "export": "no"}
+
+    def described(document: dict) -> Policy:
+        (place / "policy.json").write_text(json.dumps(document))
+        assert officina("data", "describe", "maps", "--policy", "policy.json", cwd=place)[0] == 0
+        return policy_of(open_dataset(place / "maps"))
+
+    before, after = described(fields), described(offer)
+    assert after.sensitive and after.licences == "CC-BY-4.0 AND CC-BY-NC-4.0"
+    for name in ("personal_data", "competition_pool", "attribution"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert (after.not_after, after.export) == ("2027-12-31", "weights-ok")  # what ODRL says is the offer's alone
+    after = described({"odrl": offer, "sensitive": False, "max_runs": 1})
+    assert (after.sensitive, after.max_runs, after.personal_data) == (False, 1, "present")
+    assert described(fields) == before
 
 
 def test_the_examples_run_as_they_stand(place: Path) -> None:

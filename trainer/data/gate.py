@@ -16,6 +16,7 @@ from officina.trainer.data.manifest import Dataset, open_dataset
 from officina.trainer.data.order import sources_in_use
 from officina.trainer.data.policy import ACTIONS, AREAS, Policy, begins, countries, ends, policy_of
 from officina.trainer.data.register import Going, Tally, is_limited, over_maximum, tally
+from officina.trainer.data.seal import KEY_GIVEN, is_key
 from officina.trainer.errors import DataError, Problem
 
 _BROADER = {"academic-research": "research", "scientific-research": "research", "public-research": "research",
@@ -71,6 +72,9 @@ def _judged(run: RunConfig, name: str, dataset: Dataset, going: Going, now: date
 
 def use_problems(run: RunConfig, going: Going | None = None, now: datetime | None = None) -> list[Problem]:
     """What stands against the run's use of its data, for `officina.trainer.validate`."""
+    if given := [name for name, source in run.data.sources.items() if is_key(source.key)]:
+        return [Problem(f"data.sources.{name}.key", None, KEY_GIVEN, f"data.sources.{name}.key=FILE, with the key in the file")
+                for name in given]
     try:
         findings = judge_run(run, going, now)
     except DataError as error:

@@ -12,6 +12,8 @@ OWN = "urn:officina:"
 """Our few operands and actions that ODRL has no word for: officina:tokens, officina:epochs, officina:release-weights."""
 _IGNORED = {"@id", "@type", "@context", "uid", "type", "target", "assigner", "profile", "conflict", "description"}
 _WORDS_FOR_PEOPLE = ("dc:", "dct:", "dcterms:", "rdfs:", "schema:")
+_CONDITIONS = frozenset("license licence rights accessRights conditionsOfAccess usageInfo valid available expires".split())
+"""Their words for what may be done with the data, and until when."""
 
 
 def local(name: str) -> str:
@@ -24,7 +26,7 @@ def local(name: str) -> str:
 
 def says_nothing(name: str) -> bool:
     """Is this a key that constrains nothing, such as an identifier or a title?"""
-    return name in _IGNORED or name.startswith(_WORDS_FOR_PEOPLE)
+    return name in _IGNORED or (name.startswith(_WORDS_FOR_PEOPLE) and name.partition(":")[2] not in _CONDITIONS)
 
 
 def keys_of(node: Any) -> set[str]:

@@ -137,6 +137,16 @@ def read_ledger(run_dir: str | Path) -> tuple[list[Entry], int]:
     return [steps[step] for step in sorted(steps)], starts
 
 
+def heeded(run_dir: str | Path) -> dict[str, int]:
+    """Lists of removed documents that the run's newest start heeds, by source."""
+    last: dict[str, int] = {}
+    with suppress(FileNotFoundError), open(Path(run_dir) / LEDGER, "rb") as file:
+        for line in file:
+            if line.startswith(b'{"start":') and line.endswith(b"\n"):
+                last = json.loads(line).get("removals", {})
+    return last
+
+
 # ---- audit -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class SourceUse:

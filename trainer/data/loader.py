@@ -138,6 +138,11 @@ class Loader:
         return dict(self._reader.fingerprints)
 
     @property
+    def removals(self) -> dict[str, int]:
+        """Lists of removed documents that are heeded, by source."""
+        return self._reader.removals
+
+    @property
     def blocks(self) -> dict[str, int]:
         """Blocks of every source that gives rows, each with a checksum."""
         return {name: stream.blocks for name, stream in self._reader.streams.items()}

@@ -12,10 +12,12 @@
 Nothing in it depends on the path, host, user or time of the build: the same input gives the same bytes.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,7 +101,8 @@ class Step:
 class Removal:
     """A list of documents that were removed on request: their tokens give no loss, the order stays."""
 
-    path: str
+    path: Annotated[str, Field(pattern=r"^removed/[0-9]+\.jsonl$")]
+    """It is copied by this name: it must not lead out of the folder."""
     sha256: Sha256
     documents: Natural
     tokens: Natural
@@ -206,19 +209,29 @@ def open_dataset(folder: str | Path) -> Dataset:
     if found != manifest.fingerprint:
         raise DataError(f"{path}: fingerprint {manifest.fingerprint}, but its content gives {found}. "
                         "Somebody edited the manifest: restore it from a copy or build the data set again.")
+    if {name: asdict(totals) for name, totals in manifest.splits.items()} != (sums := _totals(shards)):
+        raise DataError(f"{path}: splits are not the sums over {SHARDS}, which are {json.dumps(sums)}. "
+                        "Somebody edited the manifest: restore it from a copy or build the data set again.")
     return Dataset(folder, manifest, shards)
+
+
+def _totals(shards: list[ShardEntry]) -> dict[str, dict[str, int]]:
+    """Sums over each split's shards."""
+    found = {shard.split: dict.fromkeys(("shards", "documents", "tokens", "bytes"), 0) for shard in shards}
+    for shard in shards:
+        of_split = found[shard.split]
+        of_split["shards"] += 1
+        of_split["documents"] += shard.documents
+        of_split["tokens"] += shard.tokens
+        of_split["bytes"] += shard.bytes
+    return found
 
 
 def write_manifest(folder: Path, shards: list[ShardEntry], stats: dict[str, Any], *, kind: str, dtype: str,
                    tokenizer: TokenizerInfo | None = None, **about: Any) -> Manifest:
     """Write stats.json, shards.jsonl and, last, dataset.json; `about` are further fields of `Manifest`."""
     listing = "".join(json.dumps(_line(s), separators=(",", ":")) + "\n" for s in shards).encode()
-    splits = {}
-    for name in dict.fromkeys(s.split for s in shards):
-        of_split = [s for s in shards if s.split == name]
-        splits[name] = {"shards": len(of_split)} | {
-            key: sum(getattr(s, key) for s in of_split) for key in ("documents", "tokens", "bytes")}
-    values = {**about, "kind": kind, "dtype": dtype, "splits": splits,
+    values = {**about, "kind": kind, "dtype": dtype, "splits": _totals(shards),
               "tokenizer": asdict(tokenizer) if tokenizer else None,
               "shards_sha256": hashlib.sha256(listing).hexdigest(),
               "fingerprint": fingerprint(kind, dtype, tokenizer.sha256 if tokenizer else None, shards)}
@@ -241,6 +254,31 @@ def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
 def _line(entry: ShardEntry) -> dict[str, Any]:
     """Its line of shards.jsonl; the usual kind goes without saying."""
     return {key: value for key, value in asdict(entry).items() if (key, value) != ("kind", "dls")}
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Be the one who writes to the data set in `folder`: a record lock, which a dead process loses. Raises OSError."""
+    work = folder / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "claim", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not os.fstat(file.fileno()).st_nlink  # who held it has removed it: another may have made a new one
+        except (BlockingIOError, PermissionError):
+            taken = True
+        except OSError:
+            taken = False  # a file system without locks
+        if taken:
+            raise DataError(f"{folder} is being built or changed by another process. Wait for it, then give the same command "
+                            "again.")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if os.listdir(work) == ["claim"]:
+                    os.unlink(work / "claim")
+                    work.rmdir()
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -275,7 +313,7 @@ def _parse(where: object, content: bytes, adapter: TypeAdapter, path: Path) -> A
         return adapter.validate_python(json.loads(content))
     except ValidationError as exc:
         raise DataError(f"{where}: {_faults(exc)}. Restore {path.name} from a copy or build the data set again.") from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise DataError(f"{where}: not JSON ({exc}). Restore {path.name} from a copy or build the data set again.") from exc
 
 

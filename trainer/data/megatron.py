@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from officina.trainer.data.croissant import write_croissant
+from officina.trainer.data.describe import read_policy_file
 from officina.trainer.data.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -27,6 +28,7 @@ from officina.trainer.data.manifest import (
     write_manifest,
     write_whole,
 )
+from officina.trainer.data.policy import POLICY, place_policy, policy_of, write_policy
 from officina.trainer.data.remote import open_whole
 from officina.trainer.data.removal import removed_documents
 from officina.trainer.data.shard_writer import ShardWriter
@@ -47,8 +49,9 @@ def index_folder(folder: str | Path, tokenizer: str | Path, *, eos: str = "", va
                  progress: Progress = lambda done_bytes: None, **about: Any) -> Manifest:
     """Make a folder with pairs of .bin and .idx a data set, without copying a token.
 
-    validation: patterns of the names of files that are held out. about: further fields of dataset.json. Raises DataError
-    if the folder holds a data set already, or files that are none of Megatron's or do not fit the tokenizer.
+    validation: patterns of the names of files that are held out. about: further fields of dataset.json. A policy.json that
+    lies there holds for it. Raises DataError if the folder holds a data set already, or files that are none of Megatron's
+    or do not fit the tokenizer.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
@@ -58,6 +61,7 @@ def index_folder(folder: str | Path, tokenizer: str | Path, *, eos: str = "", va
     if not paths:
         raise DataError(f"{folder}: has no X.bin with an X.idx beside it. Name the folder that Megatron's preprocess_data.py "
                         "wrote to.")
+    policy = read_policy_file(folder / POLICY) if (folder / POLICY).exists() else None
     text = given_tokenizer(Path(tokenizer))
     info, entries, done, dtypes = tokenizer_info(text, eos), [], 0, {}
     for number, path in enumerate(paths):
@@ -78,7 +82,7 @@ def index_folder(folder: str | Path, tokenizer: str | Path, *, eos: str = "", va
              for split in sorted({e.split for e in entries})}
     provenance = {"tool": "officina data index", "officina": metadata.version("officina"),
                   "format": "Megatron-LM .bin and .idx"}
-    about = {"name": folder.resolve().name} | about
+    about = {"name": folder.resolve().name} | (place_policy(folder, policy) if policy else {}) | about
     manifest = write_manifest(folder, entries, stats, kind="tokens", dtype=next(iter(dtypes)), tokenizer=info,
                               sources=[path.relative_to(folder).with_suffix("").as_posix() for path in paths],
                               provenance=provenance, **about)
@@ -144,9 +148,15 @@ def read_index(path: Path) -> tuple[str, np.ndarray]:
 
 # ---- export ----------------------------------------------------------------------------------------------------------
 def write_megatron(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write every split to OUT (default: DATASET/megatron), see `export_megatron`; returns OUT."""
-    out = Path(out) if out else Path(folder) / "megatron"
+    """Write every split to OUT (default: DATASET/megatron), see `export_megatron`; returns OUT.
+
+    Conditions of use that are more than a licence stand in OUT/policy.json, which holds for them when they are indexed again.
+    """
+    dataset, out = open_whole(folder), Path(out) if out else Path(folder) / "megatron"
+    policy = policy_of(dataset)
     export_megatron(folder, out)
+    if dataset.manifest.policy_sha256 or policy.sensitive or policy.personal_data != "none":
+        write_policy(out, policy)
     return out
 
 

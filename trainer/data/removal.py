@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from officina.trainer.data.documents import document_id
-from officina.trainer.data.manifest import Dataset, Removal, ShardEntry, rewrite_manifest, write_whole
+from officina.trainer.data.manifest import MANIFEST, Dataset, Removal, ShardEntry, claimed, rewrite_manifest, write_whole
 from officina.trainer.data.remote import open_whole
 from officina.trainer.data.shards import Shard
 from officina.trainer.errors import DataError
@@ -41,9 +41,18 @@ class RemovalReport:
 
 def remove(folder: str | Path, names: Iterable[str]) -> RemovalReport:
     """Remove documents from the data set: by their ids, as the inputs gave them or as 32 hexadecimal digits, or by
-    SHARD:NUMBER as `officina data inspect` shows them. Raises DataError if none of them is found."""
-    dataset = open_whole(folder)
+    SHARD:NUMBER as `officina data inspect` shows them. Raises DataError if none of them is found.
+
+    A list that lies there and that dataset.json does not name, since it was killed before it or is an older copy, is heeded
+    again from then on."""
     wanted = [name.strip() for name in names if name.strip()]
+    dataset = open_whole(folder)
+    with claimed(dataset.folder):
+        return _remove(_with_all_lists(open_whole(folder)), wanted)
+
+
+def _remove(dataset: Dataset, wanted: list[str]) -> RemovalReport:
+    folder = dataset.folder
     found, missing = _find(dataset, wanted)
     gone = removed_documents(dataset)
     before = tokens = 0
@@ -65,19 +74,52 @@ def remove(folder: str | Path, names: Iterable[str]) -> RemovalReport:
     if documents:
         content = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
         path = f"{FOLDER}/{len(dataset.manifest.removals) + 1:05d}.jsonl"
-        (dataset.folder / FOLDER).mkdir(exist_ok=True)
-        write_whole(dataset.folder / path, content)
+        (folder / FOLDER).mkdir(exist_ok=True)
+        write_whole(folder / path, content)
         entry = Removal(path=path, sha256=hashlib.sha256(content).hexdigest(), documents=documents, tokens=tokens)
-        rewrite_manifest(dataset.folder, replace(dataset.manifest, removals=[*dataset.manifest.removals, entry]))
+        rewrite_manifest(folder, replace(dataset.manifest, removals=[*dataset.manifest.removals, entry]))
     return RemovalReport(documents, tokens, before, missing)
+
+
+def _unnamed(dataset: Dataset) -> list[str]:
+    """The lists that lie there and that dataset.json does not name."""
+    named = {removal.path for removal in dataset.manifest.removals}
+    there = sorted(f"{FOLDER}/{path.name}" for path in (dataset.folder / FOLDER).glob("*.jsonl"))
+    return [path for path in there if path not in named]
+
+
+def check_all_named(dataset: Dataset) -> None:
+    """Raise DataError if a list lies there that dataset.json does not name: its documents would be trained on again."""
+    if unnamed := _unnamed(dataset):
+        raise DataError(f"{dataset.folder}: {', '.join(unnamed)} names documents that were removed on request, but {MANIFEST} "
+                        "does not name the list: the request was cut off, or the file is an older one. Give the last request "
+                        f"again, and all lists are heeded: officina data remove {dataset.folder} IDS")
+
+
+def _with_all_lists(dataset: Dataset) -> Dataset:
+    """The data set with all lists that lie there, named in its dataset.json."""
+    added, shards = [], {entry.path: entry for entry in dataset.shards}
+    for path in _unnamed(dataset):
+        content, documents, tokens = (dataset.folder / path).read_bytes(), 0, 0
+        for line in map(json.loads, content.splitlines()):
+            shard = Shard(dataset.folder / line["shard"], shards[line["shard"]])
+            documents += len(line["documents"])
+            tokens += int(np.sum(np.diff(shard.ends, prepend=0)[line["documents"]]))
+        added.append(Removal(path=path, sha256=hashlib.sha256(content).hexdigest(), documents=documents, tokens=tokens))
+    if added:
+        dataset = replace(dataset, manifest=replace(dataset.manifest, removals=[*dataset.manifest.removals, *added]))
+        rewrite_manifest(dataset.folder, dataset.manifest)
+    return dataset
 
 
 def removed_documents(dataset: Dataset, lists: int | None = None) -> dict[str, np.ndarray]:
     """Shard path -> (n,) int64 numbers of its removed documents, sorted; by all lists or by the first `lists`.
 
-    Raises DataError for a list that is missing or changed.
+    Raises DataError for a list that is missing or changed, or that dataset.json does not name.
     """
     removals = dataset.manifest.removals
+    if lists is None:
+        check_all_named(dataset)
     if lists is not None and lists > len(removals):
         raise DataError(f"{dataset.folder}: has {len(removals)} lists of removed documents, but the run read it with {lists}. "
                         "Restore dataset.json and the folder removed/ from a copy.")

@@ -15,6 +15,7 @@ A key is 64 hexadecimal digits or 32 bytes, in a file that its owner alone may r
 import base64
 import hmac
 import os
+import re
 import shlex
 import stat
 import subprocess
@@ -29,6 +30,7 @@ from officina.trainer.errors import DataError
 KEY_BYTES, MARK_BYTES = 32, 28
 COMMAND = "command:"
 _COMMAND_TIMEOUT_S = 60.0
+_KEY = re.compile(r"[0-9A-Fa-f]{64}|[A-Za-z0-9+/]{43}=")
 
 
 class Seal:
@@ -121,11 +123,21 @@ def no_key(path: Path) -> str:
             "officina data inspect and verify: --key FILE.")
 
 
+KEY_GIVEN = "is a key itself, which would be kept where everybody can read it: in configuration, logs and the shell's history"
+
+
+def is_key(word: str) -> bool:
+    """Is it a key itself, where the file or command that gives one belongs?"""
+    return bool(_KEY.fullmatch(word.strip()))
+
+
 def read_seal(word: str, wanted_id: str = "", what: str = "--key", run: Callable[..., Any] = subprocess.run) -> Seal:
     """The seal of a key file's path or of `command:PROGRAM ARGS`. wanted_id: the data set's, to tell a wrong key at once.
 
     Raises DataError, which never holds anything of the key.
     """
+    if is_key(word):
+        raise DataError(f"{what}: {KEY_GIVEN}. Try: {what} FILE, with the key in the file")
     by_command = word.startswith(COMMAND)
     content = (_from_command(word.removeprefix(COMMAND), what, run) if by_command
                else _from_file(Path(word).expanduser(), what))
@@ -154,7 +166,11 @@ def _from_file(path: Path, what: str) -> bytes:
 
 
 def _from_command(command: str, what: str, run: Callable[..., Any]) -> bytes:
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as exc:
+        raise DataError(f"{what}: {command}: {str(exc).lower()}. Write the command as in a shell: "
+                        "'command:PROGRAM ARGS'") from None
     try:
         done = run(words, capture_output=True, timeout=_COMMAND_TIMEOUT_S, stdin=subprocess.DEVNULL, check=False)
     except (OSError, IndexError, subprocess.TimeoutExpired) as exc:

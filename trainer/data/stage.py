@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from officina.trainer.data.chat import CHAT_TEMPLATE
 from officina.trainer.data.croissant import CROISSANT
 from officina.trainer.data.integrity import ORIGIN
 from officina.trainer.data.manifest import (
     MANIFEST,
     SHARDS,
+    STATS,
     TOKENIZER,
     Dataset,
     Manifest,
+    claimed,
     open_dataset,
     rewrite_manifest,
     sync_folder,
@@ -30,11 +33,14 @@ from officina.trainer.data.packing import FOLDER as PLANS
 from officina.trainer.data.policy import POLICY
 from officina.trainer.data.remote import PIECES, REMOTE
 from officina.trainer.data.removal import FOLDER as REMOVED
+from officina.trainer.data.removal import check_all_named
 from officina.trainer.data.shards import INDEX_SUFFIX, Shard, index_of
 from officina.trainer.errors import DataError
 
 _CHUNK_BYTES = 8 << 20
-_SUFFIXES = (".json", ".jsonl", ".jsonld", ".jinja")
+BESIDE = (STATS, CROISSANT, MLDCAT, CHAT_TEMPLATE, POLICY)
+"""Files that belong to a data set and that no hash in its manifest need cover. What else lies there is not ours to copy: it
+may be the text that was sealed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,41 +65,45 @@ def stage(folder: str | Path, out: str | Path, budget_bytes: int | None = None,
     Raises DataError before the first byte if it exceeds `budget_bytes` or the room there is; and, naming each, if files
     are not what the manifest says: then none of them is left in `out`.
     """
-    dataset, out = open_dataset(folder), Path(out)
+    said, dataset, out = _content(Path(folder) / MANIFEST), open_dataset(folder), Path(out)
     own, original = check_target(dataset, folder, out), is_original(out)
     own_words = other_words(dataset, own, out)
+    check_all_named(dataset)
     files = [(name, sha256) for name, sha256 in _files(dataset) if name not in own_words]
     total = sum((dataset.folder / name).stat().st_size for name, _ in files if (dataset.folder / name).exists())
     there = sum(size for name, _ in files if (out / name).exists()
                 and (size := (out / name).stat().st_size) == (dataset.folder / name).stat().st_size)
     room(dataset.folder, out, total, there, budget_bytes)
-    done = copied = kept = 0
-    faults = []
-    for name, sha256 in files:
-        source, target = dataset.folder / name, out / name
-        size = source.stat().st_size if source.exists() else 0
-        base = done
-        if sha256 and target.exists() and target.stat().st_size == size and hash_of(target) == sha256:
-            kept += size
-        elif fault := _index_fault(dataset, name) or _copy(source, target, sha256,
-                                                           lambda here, base=base: progress(base + here, total)):
-            faults.append(fault)
-        else:
-            copied += size
-        done += size
-        progress(done, total)
-    if faults:
-        raise DataError(f"{folder} cannot be staged:\n" + "\n".join(f"  - {fault}" for fault in faults) +
-                        f"\nRepair it from another copy: officina data stage COPY {folder}. What is whole stays in {out}, and "
-                        "the same command goes on.")
-    with disk_told(out):
-        if not original:
-            write_whole(out / ORIGIN, json.dumps({"origin": str(dataset.folder.resolve())}).encode())
-        if own is None:
-            write_whole(out / MANIFEST, (dataset.folder / MANIFEST).read_bytes())
-        else:
-            take_removals(out, own, dataset)
-        forget_store(out)
+    with claimed(out):
+        done = copied = kept = 0
+        faults = []
+        for name, sha256 in files:
+            source, target = dataset.folder / name, out / name
+            size = source.stat().st_size if source.exists() else 0
+            base = done
+            if sha256 and target.exists() and target.stat().st_size == size and hash_of(target) == sha256:
+                kept += size
+            elif fault := _index_fault(dataset, name) or _copy(source, target, sha256,
+                                                               lambda here, base=base: progress(base + here, total)):
+                faults.append(fault)
+            else:
+                copied += size
+            done += size
+            progress(done, total)
+        if faults:
+            raise DataError(f"{folder} cannot be staged:\n" + "\n".join(f"  - {fault}" for fault in faults) +
+                            f"\nRepair it from another copy: officina data stage COPY {folder}. What is whole stays in {out}, "
+                            "and the same command goes on.")
+        if _content(dataset.folder / MANIFEST) != said:
+            raise DataError(f"{folder}: its {MANIFEST} was changed while it was copied. Give the same command again.")
+        with disk_told(out):
+            if not original:
+                write_whole(out / ORIGIN, json.dumps({"origin": str(dataset.folder.resolve())}).encode())
+            if own is None:
+                write_whole(out / MANIFEST, said)
+            else:
+                take_removals(out, own, dataset)
+            forget_store(out)
     return StageReport(len(files) + (own is None), copied, kept, own_words)
 
 
@@ -167,9 +177,9 @@ def _files(dataset: Dataset) -> Iterator[tuple[str, str | None]]:
     known |= {POLICY: manifest.policy_sha256} if manifest.policy_sha256 else {}
     if manifest.tokenizer:
         known[TOKENIZER] = manifest.tokenizer.sha256
-    for path in sorted(dataset.folder.iterdir()):
-        if path.is_file() and path.name not in (*known, MANIFEST, ORIGIN, REMOTE) and path.suffix in _SUFFIXES:
-            yield path.name, None
+    for name in BESIDE:
+        if name not in known and (dataset.folder / name).is_file():
+            yield name, None
     for path in sorted((dataset.folder / PLANS).glob("*.plan")):  # each holds its own checksum
         yield f"{PLANS}/{path.name}", None
     yield from known.items()

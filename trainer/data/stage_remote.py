@@ -8,21 +8,22 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
-from officina.trainer.data.chat import CHAT_TEMPLATE
 from officina.trainer.data.integrity import ORIGIN
 from officina.trainer.data.manifest import (
     MANIFEST,
     SHARDS,
-    STATS,
     TOKENIZER,
     Dataset,
+    claimed,
     open_dataset,
     sync_folder,
     write_whole,
 )
+from officina.trainer.data.policy import POLICY
 from officina.trainer.data.remote import LEAST_BUDGET_BYTES, REMOTE, Remote, Store
 from officina.trainer.data.shards import index_of
 from officina.trainer.data.stage import (
+    BESIDE,
     StageReport,
     check_target,
     disk_told,
@@ -36,7 +37,7 @@ from officina.trainer.data.stage import (
 from officina.trainer.errors import DataError
 
 _PART_BYTES = 64 << 20
-_SMALL = (SHARDS, STATS, TOKENIZER, CHAT_TEMPLATE, "policy.json", "croissant.json", "mldcat.jsonld")
+_SMALL = (SHARDS, TOKENIZER, *BESIDE)
 
 
 def stage_from_store(url: str, out: str | Path, budget_bytes: int | None = None, *, on_demand: bool = False,
@@ -57,40 +58,42 @@ def stage_from_store(url: str, out: str | Path, budget_bytes: int | None = None,
             _check_on_demand(dataset, store, budget_bytes)
         there = sum(entry.bytes for entry in dataset.shards if _is_there(out / entry.path, entry.bytes))
         room(store.url, out, total, there, budget_bytes if not on_demand else None)
-        copied = kept = done = 0
-        faults = []
-        for entry in () if on_demand else dataset.shards:
-            if _is_there(out / entry.path, entry.bytes) and hash_of(out / entry.path) == entry.sha256:
-                kept += entry.bytes
-            elif fault := _fetch(store, entry.path, entry.bytes, entry.sha256, out / entry.path,
-                                 lambda here, done=done: progress(done + here, total)):
-                faults.append(fault)
-            else:
-                copied += entry.bytes
-            done += entry.bytes
-            progress(done, total)
-        if faults:
-            raise DataError(f"{store.url} cannot be staged:\n" + "\n".join(f"  - {fault}" for fault in faults) +
-                            f"\nRestore these files in the store; what is whole stays in {out}, and the same command goes on.")
-        with disk_told(out):
-            if on_demand:
-                whole = sum(entry.bytes for entry in dataset.shards)
-                remote = Remote(store.url, budget_bytes or whole * 10 // 9 + 1)  # nine tenths of it are filled
-            elif not original:
-                write_whole(out / ORIGIN, json.dumps({"origin": store.url}).encode())
-            for name in (*(name for name in small if name != MANIFEST), MANIFEST):
-                if name == MANIFEST and on_demand:
-                    write_whole(out / REMOTE, (json.dumps(asdict(remote), indent=1) + "\n").encode())
-                if name in own_words or (name == MANIFEST and own is not None):
-                    continue
-                content = (Path(scratch) / name).read_bytes()
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
-                write_whole(out / name, content)
-                copied += len(content)
-            if own is not None:
-                take_removals(out, own, dataset)
-            if not on_demand:
-                forget_store(out)
+        with claimed(out):
+            copied = kept = done = 0
+            faults = []
+            for entry in () if on_demand else dataset.shards:
+                if _is_there(out / entry.path, entry.bytes) and hash_of(out / entry.path) == entry.sha256:
+                    kept += entry.bytes
+                elif fault := _fetch(store, entry.path, entry.bytes, entry.sha256, out / entry.path,
+                                     lambda here, done=done: progress(done + here, total)):
+                    faults.append(fault)
+                else:
+                    copied += entry.bytes
+                done += entry.bytes
+                progress(done, total)
+            if faults:
+                raise DataError(f"{store.url} cannot be staged:\n" + "\n".join(f"  - {fault}" for fault in faults) +
+                                f"\nRestore these files in the store; what is whole stays in {out}, and the same command "
+                                "goes on.")
+            with disk_told(out):
+                if on_demand:
+                    whole = sum(entry.bytes for entry in dataset.shards)
+                    remote = Remote(store.url, budget_bytes or whole * 10 // 9 + 1)  # nine tenths of it are filled
+                elif not original:
+                    write_whole(out / ORIGIN, json.dumps({"origin": store.url}).encode())
+                for name in (*(name for name in small if name != MANIFEST), MANIFEST):
+                    if name == MANIFEST and on_demand:
+                        write_whole(out / REMOTE, (json.dumps(asdict(remote), indent=1) + "\n").encode())
+                    if name in own_words or (name == MANIFEST and own is not None):
+                        continue
+                    content = (Path(scratch) / name).read_bytes()
+                    (out / name).parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(out / name, content)
+                    copied += len(content)
+                if own is not None:
+                    take_removals(out, own, dataset)
+                if not on_demand:
+                    forget_store(out)
     return StageReport(len(small) + (0 if on_demand else len(dataset.shards)), copied, kept, own_words)
 
 
@@ -115,9 +118,11 @@ def _fetch_small(store: Store, folder: Path) -> Dataset:
             (folder / name).write_bytes(store.read(name))
         except FileNotFoundError as exc:
             raise DataError(f"{store.url}/{name}: is not there, but belongs to the data set. Restore it in the store.") from exc
-    wanted = dataset.manifest.tokenizer
-    if wanted and ((path := folder / TOKENIZER).exists() is False or hash_of(path) != wanted.sha256):
-        raise DataError(f"{store.url}/{TOKENIZER}: is not the one that {MANIFEST} names. Restore it in the store.")
+    named = {TOKENIZER: dataset.manifest.tokenizer.sha256 if dataset.manifest.tokenizer else None,
+             POLICY: dataset.manifest.policy_sha256} | {removal.path: removal.sha256 for removal in dataset.manifest.removals}
+    for name, wanted in named.items():
+        if wanted and (not (folder / name).exists() or hash_of(folder / name) != wanted):
+            raise DataError(f"{store.url}/{name}: is not the one that {MANIFEST} names. Restore it in the store.")
     return dataset
 
 

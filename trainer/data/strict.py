@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from officina.trainer.data.croissant import CONFORMS_TO, CROISSANT, licence_url
+from officina.trainer.data.croissant import CONFORMS_TO, CROISSANT, describe, licence_url
 from officina.trainer.data.jsonld import as_list, local
 from officina.trainer.data.manifest import Dataset
 from officina.trainer.data.odrl import is_odrl, read_odrl
@@ -19,6 +19,8 @@ from officina.trainer.errors import DataError
 
 MOST_FILES = 20
 """FileObjects of a croissant.json: shards stand in a FileSet."""
+STATED = ("name", "version", "description", "creator", "url", "datePublished", "inLanguage", "prov:wasDerivedFrom")
+"""What a croissant.json says and dataset.json alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +67,19 @@ def _croissant_faults(dataset: Dataset, policy: Policy | None) -> list[str]:
         document = json.loads(path.read_bytes())
     except OSError:
         return [f"{path}: missing. {again}"]
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         return [f"{path}: not JSON ({exc}). {again}"]
     if not isinstance(document, dict):
         return [f"{path}: holds no object. {again}"]
     told = []
     if CONFORMS_TO[0] not in as_list(document.get("conformsTo")):
         told.append(f"conformsTo={document.get('conformsTo')!r} does not name {CONFORMS_TO[0]}")
-    expected = {"name": dataset.manifest.name, "version": dataset.manifest.version}
-    told += [f"{key}={document.get(key)!r}, but dataset.json says {value!r}" for key, value in expected.items()
-             if document.get(key) != value]
+    expected = describe(dataset, policy or Policy())
+    told += [f"{key}={document.get(key)!r}, but dataset.json says {expected.get(key)!r}" for key in STATED
+             if document.get(key) != expected.get(key)]
     if policy is not None:
+        if document.get(key := "rai:personalSensitiveInformation") != expected[key]:
+            told.append(f"{key}={document.get(key)!r}, but the conditions of use say {expected[key]!r}")
         wanted = {licence_url(name) for name in policy.licence}
         if set(map(str, as_list(document.get("license")))) != wanted:
             told.append(f"license={document.get('license')!r}, but the conditions of use say {sorted(wanted)!r}")

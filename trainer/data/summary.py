@@ -282,12 +282,12 @@ def _consumed(stream: Stream, parts: list[_Counts], of: int) -> Consumed:
     return Consumed(
         f"{manifest.name} {manifest.version}", manifest.fingerprint, manifest.policy_sha256,
         policy.licences or NOT_STATED, policy.personal_data, rows, tokens, rows / of, list(manifest.creators),
-        policy.attribution or _attribution(manifest), sum(part.lost for part in parts), by_source, by_language)
+        policy.attribution or _attribution(manifest, policy.licences), sum(part.lost for part in parts), by_source, by_language)
 
 
-def _attribution(manifest: Manifest) -> str:
+def _attribution(manifest: Manifest, licences: str) -> str:
     who = ", ".join(manifest.creators)
-    parts = [manifest.name, f"by {who}" if who else "", f"({manifest.licence})" if manifest.licence else "", manifest.url]
+    parts = [manifest.name, f"by {who}" if who else "", f"({licences})" if licences else "", manifest.url]
     return " ".join(part for part in parts if part)
 
 

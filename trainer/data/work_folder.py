@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from officina.trainer.data import manifest
 from officina.trainer.data.chat import CHAT_TEMPLATE
 from officina.trainer.data.manifest import MANIFEST, WORK, ShardEntry, sync_folder, write_whole
 from officina.trainer.data.packing import FOLDER as PLANS
@@ -25,20 +25,12 @@ PLAN = "plan.json"
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Be the one build in `folder`: a record lock, which a dead process loses."""
-    try:
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
-        file = open(folder / WORK / "claim", "a+")
-    except OSError as exc:
-        raise DataError(f"{folder}: cannot be made ({exc.strerror}). Name a folder that you may write.") from exc
-    with file:
+    """Be the one build in `folder`, which is made."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise DataError(f"{folder} is being built by another process. Wait for it, or build into another "
-                            "folder.") from None
-        except OSError:
-            pass  # a file system without locks
+            stack.enter_context(manifest.claimed(folder))
+        except OSError as exc:
+            raise DataError(f"{folder}: cannot be made ({exc.strerror}). Name a folder that you may write.") from exc
         yield
 
 

@@ -115,6 +115,10 @@ FAULTS = [
     ("a list", lambda f: (f / CROISSANT).write_text("[]"), "holds no object"),
     ("other version", rewritten(conformsTo="http://mlcommons.org/croissant/1.0"), "does not name http://mlcommons.org/croissant/1.1"),
     ("no name", rewritten(name=""), "name='', but dataset.json says"),
+    ("personal data denied", rewritten(**{"rai:personalSensitiveInformation": ["None."]}), "but the conditions of use say"),
+    ("other languages", rewritten(inLanguage=["xyz"]), "inLanguage=['xyz'], but dataset.json says"),
+    ("other creator", rewritten(creator=None), "creator=None, but dataset.json says"),
+    ("deep", lambda f: (f / CROISSANT).write_text("[" * 100_000), "not JSON (maximum recursion depth"),
     ("licence gone", rewritten(license=None), "license=None, but the conditions"),
     ("other licence", rewritten(license="https://spdx.org/licenses/MIT.html"), "but the conditions of use say"),
     ("no usage", rewritten(usageInfo=None), "usageInfo=None is no odrl:Offer"),
@@ -240,6 +244,8 @@ def test_an_unwritten_rule_is_told(tmp_path: Path) -> None:
     ('{"not_after": "31.12.2027"}', "write 2027-12-31, or 2027-12-31T12:00:00Z in UTC"),
     ('{"not_after": "2027-02-30"}', "not_after='2027-02-30'"),
     ('{"territory": ["Europe"]}', "'Europe' is no ISO 3166-1 alpha-2 code and none of EU, EEA, EFTA"),
+    ("[" * 100_000, "not JSON (maximum recursion depth"),
+    ('{"permission": ' + "[" * 900 + "]" * 900 + "}", "nested too deeply"),
     ('{"max_runs": -1}', "max_runs=-1"), ('{"actions": ["fly"]}', "actions.0='fly'"), ('{"max_epochs": "many"}', "max_epochs")])
 def test_policy_files_that_are_none(tmp_path: Path, content: str | None, told: str) -> None:
     if content is not None:
@@ -319,6 +325,24 @@ def test_what_is_said_can_change_but_not_what_is_there(folder: Path) -> None:
         change(folder, version="one")
     with pytest.raises(DataError, match="is no data set"):
         change(folder.parent)
+    for name, value, told in (("published", "01.02.2026", "date. Try: --published 2026-11-23"),
+                              ("published", "2026-02-30", "date"), ("collected", "2025-13", "date. Try: --collected 2025-06"),
+                              ("collected", "25", "date"), ("url", "a.org/b", "address"),
+                              ("url", "our wiki", "address. Try: --url https://example.org/data")):
+        with pytest.raises(DataError, match=f"--{name} {value}: is no {told}"):
+            change(folder, **{name: value})
+    with pytest.raises(DataError, match="--creator: is empty"):
+        change(folder, creators=["Lab", " "])
+    for value in ("2025", "2025-12", "2024-02-29", ""):
+        assert change(folder, collected=value, url="", creators=[]).collected == value
+
+
+@pytest.mark.parametrize("key", ["dct:license", "dct:accessRights", "schema:expires", "dcterms:valid"])
+def test_conditions_in_the_words_of_catalogues_refuse(key: str) -> None:
+    offer = {"@type": "Offer", "permission": [{"action": "use"}], "dct:title": "An offer"}
+    assert read_odrl(offer).unknown == ()
+    assert read_odrl(offer | {key: "x"}).unknown == (f'{key}: "x"',)
+    assert read_odrl(offer | {"permission": [{"action": "use", key: "x"}]}).unknown == (f'{key}: "x"',)
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -286,7 +286,7 @@ def test_one_build_at_a_time(corpus: Path, tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "out" / ".build" / "claim"], stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(DataError, match=r"is being built by another process"):
+        with pytest.raises(DataError, match=r"is being built or changed by another process"):
             build(tmp_path / "out", BuildOptions(inputs=[corpus], **OPTIONS))
         holder.communicate()
     build(tmp_path / "out", BuildOptions(inputs=[corpus], **OPTIONS))

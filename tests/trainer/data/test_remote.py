@@ -19,6 +19,7 @@ from officina.trainer.data.integrity import ORIGIN
 from officina.trainer.data.loader import Loader
 from officina.trainer.data.manifest import MANIFEST, open_dataset
 from officina.trainer.data.megatron import export_megatron
+from officina.trainer.data.policy import Policy
 from officina.trainer.data.remote import PIECES, REMOTE, TRIES, Pieces, Remote
 from officina.trainer.data.removal import remove
 from officina.trainer.data.shards import GRANULE_BYTES, HEADER_BYTES
@@ -241,7 +242,22 @@ def test_removed_documents_of_a_set_in_a_store_are_not_read(served: Served, corp
         stage_from_store(served.url.replace("corpus", "asked"), tmp_path / "again")
 
 
-@only_http
+def test_conditions_and_lists_of_a_store_are_those_that_its_manifest_names(corpus: Path, tmp_path: Path) -> None:
+    """A copy that was called whole refused every use."""
+    with over_http(shutil.copytree(corpus, tmp_path / "store")) as store:
+        change(tmp_path / "store", policy=Policy(purpose=("research",)))
+        remove(tmp_path / "store", ["shards/train-00000.dls:3"])
+        for name in ("policy.json", "removed/00001.jsonl"):
+            sound_content = (tmp_path / "store" / name).read_bytes()
+            (tmp_path / "store" / name).write_bytes(sound_content + b"\n")
+            for on_demand in (False, True):
+                with pytest.raises(DataError, match=rf"{store.url}/{name}: is not the one that dataset\.json names"):
+                    stage_from_store(store.url, tmp_path / "here", on_demand=on_demand)
+            (tmp_path / "store" / name).write_bytes(sound_content)
+        stage_from_store(store.url, tmp_path / "here")
+        assert verify(tmp_path / "here").faults == []
+
+
 def test_what_is_mended_from_a_store_goes_on_saying_what_it_says(served: Served, corpus: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(corpus, tmp_path / "own"))
     change(own, licence="CC-BY-NC-4.0")

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from officina.trainer.batch import IGNORE
+from officina.trainer.data import removal
 from officina.trainer.data.ledger import Ledger, audit, read_ledger
 from officina.trainer.data.loader import Loader, StepData, validation_rows
 from officina.trainer.data.manifest import open_dataset, write_manifest
 from officina.trainer.data.megatron import export_megatron
 from officina.trainer.data.removal import remove, removed_documents
 from officina.trainer.data.shard_writer import SplitWriter, write_records
+from officina.trainer.data.stage import stage
 from officina.trainer.data.verify import verify
 from officina.trainer.errors import DataError
 from officina.trainer.run_dir import save_config
@@ -200,6 +204,48 @@ def test_a_lost_or_changed_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"removed/00001\.jsonl: is missing or changed.*would be trained on"):
         steps(tmp_path, 1)
     assert "removed/00001.jsonl: is missing or changed" in verify(tmp_path).faults[0]
+
+
+@pytest.mark.parametrize("second", ["remove", "change"])
+def test_who_changes_a_data_set_does_so_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second: str) -> None:
+    """No request is lost that was said to be done, whatever else was written at the same moment."""
+    write(tmp_path, [3] * 20)
+    script = {"remove": "from officina.trainer.data.removal import remove; remove(sys.argv[1], [(2).to_bytes(16).hex()])",
+              "change": "from officina.trainer.data.describe import change; change(sys.argv[1], licence='MIT')"}[second]
+    script = f"import sys; {script}"
+    other: list[subprocess.CompletedProcess] = []
+
+    def meanwhile(*args: object) -> object:
+        other.append(subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False))
+        return find(*args)
+
+    find = removal._find
+    monkeypatch.setattr(removal, "_find", meanwhile)
+    assert remove(tmp_path, [(1).to_bytes(16).hex()]).documents == 2
+    assert other[0].returncode and "is being built or changed by another process. Wait for it" in other[0].stderr
+    monkeypatch.undo()
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True)
+    manifest = open_dataset(tmp_path).manifest
+    assert sum(each.documents for each in manifest.removals) == (4 if second == "remove" else 2)
+    assert manifest.licence == ("" if second == "remove" else "MIT") and not (tmp_path / ".build").exists()
+
+
+@pytest.mark.parametrize("request_again", [0, 3])
+def test_a_list_that_the_manifest_does_not_name_is_not_forgotten(tmp_path: Path, request_again: int) -> None:
+    """After a kill before dataset.json, or where an older copy of it was put back."""
+    write(tmp_path / "d", [30] * 5)
+    before = (tmp_path / "d" / "dataset.json").read_bytes()
+    remove(tmp_path / "d", [i.to_bytes(16).hex() for i in (0, 2)])
+    named = open_dataset(tmp_path / "d").manifest.removals
+    (tmp_path / "d" / "dataset.json").write_bytes(before)
+    for use in (lambda: steps(tmp_path / "d", 1), lambda: stage(tmp_path / "d", tmp_path / "copy")):
+        with pytest.raises(DataError, match=r"removed/00001\.jsonl names documents .* older one.* officina data remove"):
+            use()
+    assert "names documents that were removed" in verify(tmp_path / "d").faults[0]
+    report = remove(tmp_path / "d", [request_again.to_bytes(16).hex()])
+    removals = open_dataset(tmp_path / "d").manifest.removals
+    assert removals[:1] == named and (report.documents, report.before) == ((0, 2) if request_again == 0 else (2, 0))
+    assert len(removals) == (1 if request_again == 0 else 2) and verify(tmp_path / "d").faults == []
 
 
 def test_a_split_that_is_added_brings_no_record_back(tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ def test_keys_are_read_from_files_and_commands_and_never_told(key: Path, tmp_pat
             (KEY[::-1].hex(), str(key), rf"but the data set is sealed with {wanted}\. Name the other key"),
             ("", str(tmp_path / "none"), r"cannot be read \(No such file"),
             ("", "command:false", "ended with exit status 1"), ("", "command:/no/such", r"gives no key \(FileNotFoundError\)"),
-            ("", "command:", "gives no key"), (secret, f"command:cat {key}", "is no key")):
+            ("", "command:", "gives no key"), (secret, f"command:cat {key}", "is no key"),
+            ("", "command:vault 'x", "vault 'x: no closing quotation. Write the command as in a shell")):
         key.write_text(content)
         with pytest.raises(DataError, match=message) as raised:
             read_seal(word, wanted)
@@ -128,6 +129,22 @@ def test_keys_are_read_from_files_and_commands_and_never_told(key: Path, tmp_pat
     key.chmod(0o640)
     with pytest.raises(DataError, match=rf"others may read the key \(mode 0640\)\. Try: chmod 600 {key}"):
         read_seal(str(key))
+
+
+def test_a_key_in_the_place_of_its_file_is_kept_and_told_nowhere(pair, tmp_path: Path, capfd) -> None:
+    """Before config.yaml is written."""
+    import base64
+
+    _, sealed = pair
+    for word in (KEY.hex(), base64.b64encode(KEY).decode()):
+        with pytest.raises(DataError, match="--key: is a key itself, which would be kept .* Try: --key FILE") as raised:
+            read_seal(word)
+        assert word not in str(raised.value)
+        words = [f"data.sources.a.path={sealed}", f"data.sources.a.key={word}", "model=tiny", "device=cpu", "ranks=1"]
+        assert main(["train", *words, f"--runs-dir={tmp_path / 'runs'}"]) == 2
+        told = capfd.readouterr().err
+        assert "data.sources.a.key: is a key itself" in told and word not in told
+        assert not any(path.is_file() for path in (tmp_path / "runs").rglob("*"))
 
 
 @pytest.fixture()

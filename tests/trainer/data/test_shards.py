@@ -187,6 +187,8 @@ def test_fingerprint_follows_the_content_alone(tmp_path: Path) -> None:
     ({"version": "1"}, "version='1'"), ({"personal_data": "some"}, "personal_data"),
     ({"splits": {"train": {"shards": -1, "documents": 1, "tokens": 1, "bytes": 1}}}, "splits.train.shards=-1"),
     ({"fingerprint": "0" * 64}, "Somebody edited the manifest"),
+    ({"splits": {"train": {"shards": 1, "documents": 1, "tokens": 1, "bytes": 1}}}, "splits are not the sums over shards"),
+    ({"removals": [{"path": "../others.jsonl", "sha256": "0" * 64, "documents": 1, "tokens": 1}]}, "removals.0.path="),
     ({"shards_sha256": "0" * 64}, "do not belong together"),
     ({"kind": "records"}, "Somebody edited")])
 def test_an_edited_manifest_is_refused(large: Path, change: dict, told: str) -> None:
@@ -205,6 +207,9 @@ def test_damaged_lists_are_refused(large: Path) -> None:
         values["shards_sha256"] = hashlib.sha256(content).hexdigest()
         (large / "dataset.json").write_text(json.dumps(values))
 
+    with_lines(lines + b"[" * 100_000)
+    with pytest.raises(DataError, match=r"shards\.jsonl line 3: not JSON \(maximum recursion depth"):
+        open_dataset(large)
     with_lines(lines + b"{half")
     with pytest.raises(DataError, match=r"shards\.jsonl line 3: not JSON"):
         open_dataset(large)

@@ -16,7 +16,7 @@ from officina.trainer.data.croissant import write_croissant
 from officina.trainer.data.describe import change
 from officina.trainer.data.integrity import ORIGIN
 from officina.trainer.data.manifest import open_dataset
-from officina.trainer.data.policy import Policy
+from officina.trainer.data.policy import Policy, policy_of
 from officina.trainer.data.remote import PIECES, REMOTE
 from officina.trainer.data.removal import remove
 from officina.trainer.data.stage import stage
@@ -169,6 +169,46 @@ def test_another_data_set_is_not_overwritten(dataset: Path, tmp_path: Path) -> N
     write_tokens(tmp_path / "other", {"train": [5]})
     with pytest.raises(DataError, match=r"holds another data set. Name an empty folder"):
         stage(dataset, tmp_path / "other")
+
+
+def test_what_is_no_part_of_the_data_set_is_not_copied(dataset: Path, tmp_path: Path) -> None:
+    """The inputs of a sealed set may lie in its folder, and went with every copy in plain text."""
+    before = content(dataset)
+    (dataset / "notes.jsonl").write_text('{"text": "what was sealed"}')
+    (dataset / "ids.json").write_text("[]")
+    stage(dataset, tmp_path / "fast")
+    assert content(tmp_path / "fast") == before
+    (dataset / "policy.json").write_text("{}")  # not bound: it refuses every use, of a copy too
+    stage(dataset, tmp_path / "again")
+    with pytest.raises(DataError, match=r"again/policy\.json: dataset\.json does not name this policy"):
+        policy_of(open_dataset(tmp_path / "again"))
+
+
+def test_one_process_stages_at_a_time(dataset: Path, tmp_path: Path) -> None:
+    """The tasks of a node begin at the same moment: two that wrote the same file called a copy whole that was not."""
+    script = "import sys; from officina.trainer.data.stage import stage; stage(sys.argv[1], sys.argv[2])"
+    told: list[str] = []
+
+    def second(done: int, total: int) -> None:
+        if not told:
+            told.append(subprocess.run([sys.executable, "-c", script, dataset, tmp_path / "fast"], capture_output=True,
+                                       text=True, check=False).stderr)
+
+    stage(dataset, tmp_path / "fast", progress=second)
+    assert f"{tmp_path / 'fast'} is being built or changed by another process. Wait for it" in told[0]
+    assert content(tmp_path / "fast") == content(dataset) and not (tmp_path / "fast" / ".build").exists()
+
+
+def test_what_is_said_while_it_is_copied_is_not_passed_over(dataset: Path, tmp_path: Path) -> None:
+    def changed(done: int, total: int) -> None:
+        if len(open_dataset(dataset).manifest.removals) == 1:
+            remove(dataset, ["shards/train-00000.dls:1"])
+
+    with pytest.raises(DataError, match=r"dataset\.json was changed while it was copied\. Give the same command again"):
+        stage(dataset, tmp_path / "fast", progress=changed)
+    assert not (tmp_path / "fast" / "dataset.json").exists()
+    stage(dataset, tmp_path / "fast", progress=changed)
+    assert len(open_dataset(tmp_path / "fast").manifest.removals) == 2 and verify(tmp_path / "fast").faults == []
 
 
 def test_a_kill_leaves_no_data_set_and_the_copy_goes_on(tmp_path: Path) -> None:
