@@ -81,4 +81,6 @@ def make_data(directory: str, n_train: int = 2048, n_validation: int = 256) -> N
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     make_data(sys.argv[1])

@@ -90,13 +90,14 @@ def draw(chart: Chart, width: int, height: int) -> str:
     x_low = min(c[0][0] for _, c in kept)
     x_high = max(c[0][-1] for _, c in kept)
     if chart.x_log:
-        x_low = max(x_low, 1.0)
-    x_high = x_high if x_high > x_low else x_low + 1
+        x_low, x_high = max(x_low, 1.0), max(x_high, 1.0)
+    if x_high == x_low:
+        x_low = x_high / 2 if chart.x_log else x_high - 1  # a single step lies where its start leads to
     low, high = _limits(kept, chart)
     to_x = _scale(x_low, x_high, LEFT, width - RIGHT, chart.x_log)
     to_y = _scale(low, high, height - BOTTOM, top, chart.y_log)
     clip = f"clip-{zlib.crc32(repr((chart.label, width, chart.x_log)).encode()):x}"
-    parts = [f'<clipPath id="{clip}"><rect x="{LEFT - 1}" y="{top - 2}" width="{width - RIGHT - LEFT + 6}" '
+    parts = [f'<clipPath id="{clip}"><rect x="{LEFT - 5}" y="{top - 2}" width="{width - RIGHT - LEFT + 10}" '
              f'height="{height - BOTTOM - top + 4}"/></clipPath>']
     about = 5 if height > 250 else 4
     for value in _round_powers(low, high, about) if chart.y_log else _round_values(
@@ -135,9 +136,8 @@ def draw(chart: Chart, width: int, height: int) -> str:
             parts.append(f'<path class="fill {series.style}" d="{_area(points, height - BOTTOM)}"/>')
         thin = " thin" * series.thin
         parts.append(f'<path class="line {series.style}{thin}" d="{_path(points)}"/>')
-        if series.dots:
-            parts += [f'<circle class="dot {series.style}{thin}" cx="{x:.1f}" cy="{y:.1f}" '
-                      f'r="{2 if series.thin else 3}"/>' for x, y in points if math.isfinite(y)]
+        parts += [f'<circle class="dot {series.style}{thin}" cx="{x:.1f}" cy="{y:.1f}" r="{2 if series.thin else 3}"/>'
+                  for x, y in (points if series.dots else _alone(points)) if math.isfinite(y)]
         hover.append({"n": series.name, "c": series.style, "x": [_short(x) for x in xs],
                       "y": [_short(y) for y in means], "t": [chart.number(y) for y in means]})
     parts.append("</g>")
@@ -250,6 +250,12 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
         words.append(f"{'L' if pen_down else 'M'}{x:.1f} {y:.1f}")
         pen_down = True
     return "".join(words)
+
+
+def _alone(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no line leads to or from."""
+    known = [False, *(math.isfinite(y) for _, y in points), False]
+    return [point for i, point in enumerate(points) if not known[i] and not known[i + 2]]
 
 
 def _area(points: Sequence[tuple[float, float]], foot: float) -> str:

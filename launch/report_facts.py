@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -105,7 +105,9 @@ class Source:
     rows: int | None
     """Rows read, from the ledger; none if there is no ledger."""
     tokens: int | None
-    """Rows x seq_len."""
+    """Rows x seq_len, padding included."""
+    packed: bool = False
+    """Rows hold whole documents and padding: how many a pass has, `officina data audit` knows."""
     dataset: str | None = None
     """Name and version by its manifest; none if the manifest is not where the configuration says."""
     licence: str | None = None
@@ -193,7 +195,7 @@ def gather(run_dir: Path) -> tuple[Facts, RunMetrics]:
     wall_s = sum(life.wall_s for life in lives)
     items = "records" if not isinstance(run.model, DecoderConfig) else "pairs" if run.objective.kind == "dpo" else "tokens"
     text = items == "tokens"
-    held_out, best = _held_out(metrics, text)
+    held_out, best = _held_out(metrics, run, text)
     final = _final_loss(metrics.steps)
     sources = _sources(run, run_dir, missing)
     step_time_s = math.fsum(s.step_time_s for s in metrics.steps)
@@ -287,11 +289,12 @@ def _final_loss(steps: Sequence[StepMetrics]) -> float | None:
     return math.fsum(s.loss_nats * s.tokens for s in last) / tokens if tokens else None
 
 
-def pooled(metrics: RunMetrics, *, text: bool) -> list[HeldOut]:
-    """Held-out loss of all sources together at each step where every source was evaluated."""
+def pooled(metrics: RunMetrics, sources: Collection[str], *, text: bool) -> list[HeldOut]:
+    """Held-out loss of these sources together at each step where all of them were evaluated that ever were."""
     by_step: dict[int, list] = {}
     for e in metrics.evals:
-        by_step.setdefault(e.step, []).append(e)
+        if e.source in sources and e.tokens:  # where all its documents were removed there are none
+            by_step.setdefault(e.step, []).append(e)
     most = max((len(found) for found in by_step.values()), default=0)
     return [HeldOut(
         source="all", step=step, loss_nats=loss, perplexity=perplexity(loss) if text else None, tokens=tokens,
@@ -302,14 +305,20 @@ def pooled(metrics: RunMetrics, *, text: bool) -> list[HeldOut]:
         for loss in [math.fsum(e.loss_nats * e.tokens for e in found) / tokens]]
 
 
-def _held_out(metrics: RunMetrics, text: bool) -> tuple[list[HeldOut], HeldOut | None]:
-    together = pooled(metrics, text=text)
+def _held_out(metrics: RunMetrics, run: RunConfig, text: bool) -> tuple[list[HeldOut], HeldOut | None]:
+    """Of the sources that the run still reads: those that left its mixture are evaluated no more."""
+    from officina.trainer.data.order import sources_in_use  # brings numpy
+
+    sources = set(sources_in_use(run.data))
+    if not any(e.source in sources for e in metrics.evals):
+        sources = {e.source for e in metrics.evals}
+    together = pooled(metrics, sources, text=text)
     if not together:
         return [], None
     each = [HeldOut(source=e.source, step=e.step, loss_nats=e.loss_nats, tokens=e.tokens,
                     perplexity=perplexity(e.loss_nats) if text else None, bits_per_byte=e.bits_per_byte, languages=e.languages,
                     accuracies={name: value for name in ACCURACIES if (value := getattr(e, name)) is not None})
-            for e in metrics.evals if e.step == together[-1].step]
+            for e in metrics.evals if e.step == together[-1].step and e.source in sources]
     finite = [h for h in together if math.isfinite(h.loss_nats)]
     best = min(finite, key=lambda h: h.loss_nats) if finite else None
     return (together[-1:] if len(each) > 1 else []) + each, best
@@ -335,8 +344,10 @@ def _sources(run: RunConfig, run_dir: Path, missing: list[str]) -> list[Source]:
         read = None if rows is None else rows.get(name, 0)
         split = manifest.get("splits", {}).get(run.data.split, {})
         policy = _policy(source.path, f"data set of {name}", missing) if manifest else None
+        packed = run.data.packing == "best_fit" or (run.data.packing == "auto" and bool(manifest.get("samples")))
         found.append(Source(
-            name=name, weight=source.weight, rows=read, tokens=None if read is None else read * run.batch.seq_len,
+            name=name, weight=source.weight, rows=read, packed=packed,
+            tokens=None if read is None else read * run.batch.seq_len,
             dataset=f"{manifest['name']} {manifest.get('version', '')}".strip() if "name" in manifest else None,
             licence=(policy.licences if policy else manifest.get("licence")) or None, fingerprint=manifest.get("fingerprint"),
             available_tokens=split.get("tokens"), shows_text=policy.shows_text if policy else None))

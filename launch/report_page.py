@@ -118,14 +118,15 @@ def _loss(f: Facts, m: RunMetrics) -> str:
     series = [Series(name="training", x=[s.step for s in steps], y=[s.loss_nats for s in steps], style="a",
                      smooth=max(5, min(len(steps), 400) // 30))]
     names = list(dict.fromkeys(e.source for e in m.evals))
-    if len(names) > 1:
-        together = pooled(m, text=f.items == "tokens")
+    several = len(f.held_out) > 1
+    if several:
+        together = pooled(m, {h.source for h in f.held_out}, text=f.items == "tokens")
         series.append(Series(name="held-out, all", x=[h.step for h in together], y=[h.loss_nats for h in together],
                              style="b", dots=True))
-    for name, style in zip(names, "bcde" if len(names) == 1 else "cde", strict=False):
+    for name, style in zip(names, "cde" if several else "bcde", strict=False):
         of = [e for e in m.evals if e.source == name]
         series.append(Series(name=f"held-out {name}", x=[e.step for e in of], y=[e.loss_nats for e in of],
-                             style=style, dots=True, thin=len(names) > 1))
+                             style=style, dots=True, thin=several))
     events = ([(e["step"], f"step {e['step']:,} left out: gradient norm {e['grad_norm']}") for e in f.left_out]
               + [(e["step"], f"step {e['step']:,}: spike") for e in f.spikes])
     chart = dict(label="Loss over the steps", series=series, number=loss, tick=number, ticks=events, marks=_marks(f),
@@ -239,7 +240,8 @@ def _lives(f: Facts) -> str:
         return ""
     rows = []
     for life in f.lives:
-        asked = "".join(f'<span class="chip mono">{escape(word)}</span>' for word in life.words if "=" in word)
+        asked = "".join(f'<span class="chip mono">{escape(word)}</span>' for word in life.words
+                        if "=" in word and (not life.changes or word.startswith("from=")))  # the others are changes
         changed = "".join(
             f'<div class="mono"><span class="muted">{escape(str(c.get("key")))}</span> '
             f'<span class="old">{escape(shown(c.get("old")))}</span> {escape(shown(c.get("new")))}</div>'
@@ -252,7 +254,7 @@ def _lives(f: Facts) -> str:
                 f'<div class="muted">{life.undone_steps} done again</div>' if life.undone_steps else ""),
             f'<span class="nowrap">{escape(where(life))}</span>'
             f'<div class="muted">{escape(life.device)}, {escape(life.precision)}</div>',
-            (changed or asked or '<span class="muted">nothing changed</span>') + problems,
+            (asked + changed or '<span class="muted">nothing changed</span>') + problems,
             clock(life.wall_s), f'<span class="nowrap">{ended}</span>'])
     return _section("Life of the run", "Every start of the ranks, what was asked for or changed, and how it ended.",
                     _table(["Start", "#Steps", "Ranks", "Asked for", "#Wall time", "End"], rows))
@@ -267,8 +269,8 @@ def _checkpoints(f: Facts) -> str:
              size(c.bytes), seconds(c.stall_s), seconds(c.durable_s),
              "–" if c.problem or c.durable_s <= 0 else f"{size(c.bytes / c.durable_s)}/s",
              f'<span class="{colour[c.state]}">{c.state}</span>'] for c in f.checkpoints]
-    kept = sum(c.state == "kept" for c in f.checkpoints)
-    return _section("Checkpoints", f"{kept} kept of {len(rows)} written. Training stood still for the stall only.",
+    kept, written = sum(c.state == "kept" for c in f.checkpoints), sum(c.state != "failed" for c in f.checkpoints)
+    return _section("Checkpoints", f"{kept} kept of {written} written. Training stood still for the stall only.",
                     _table(["#Step", "Directory", "#Size", "#Stall", "#Durable after", "#Rate", "State"], rows))
 
 
@@ -309,7 +311,7 @@ def _data(f: Facts) -> str:
     rows = []
     for s in f.sources:
         share = (s.rows or 0) / total if total else None
-        epochs = s.tokens / s.available_tokens if s.tokens is not None and s.available_tokens else None
+        epochs = s.tokens / s.available_tokens if s.tokens is not None and s.available_tokens and not s.packed else None
         bar = f'<div class="share"><i style="width:{share:.1%}"></i></div>' if share is not None else ""
         rows.append([
             f"<b>{escape(s.name)}</b>" + (f'<div class="muted">{escape(s.dataset)}</div>' if s.dataset else ""),
@@ -317,13 +319,17 @@ def _data(f: Facts) -> str:
             "–" if epochs is None else f"{epochs:.2f}",
             loss(held[s.name].loss_nats) if s.name in held else "–", escape(s.licence or "not stated"),
             f'<span class="mono muted">{escape((s.fingerprint or "")[:12])}</span>' or "–"])
-    tables = _table(["Source", "#Tokens read", "#Share", "#Epochs", "#Held-out loss", "Licence", "Fingerprint"], rows)
+    unit = "Records" if f.items == "records" else "Tokens"
+    tables = _table(["Source", f"#{unit} read", "#Share", "#Epochs", "#Held-out loss", "Licence", "Fingerprint"], rows)
     by_language = [[escape(h.source), escape(name), count(of["tokens"]), loss(of["loss_nats"]),
                     "–" if (bits := bits_per_byte(of["loss_nats"], of["tokens"], of["text_bytes"])) is None else f"{bits:.3f}"]
                    for h in f.held_out for name, of in sorted(h.languages.items(), key=lambda item: -item[1]["tokens"])]
     if by_language:
         tables += _table(["Source", "Language", "#Tokens held out", "#Loss", "#Bits per byte"], by_language)
-    return _section("Data", "What each source gave (rows × row length, by the ledger), and under which terms.", tables)
+    lead = "What each source gave (rows × row length, by the ledger), and under which terms."
+    if any(s.packed for s in f.sources):
+        lead += " Packed rows have padding: officina data audit tells their epochs."
+    return _section("Data", lead, tables)
 
 
 def _sample(f: Facts) -> str:

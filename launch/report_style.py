@@ -139,8 +139,9 @@ footer{margin-top:52px;color:var(--faint);font-size:12.5px;line-height:1.65;max-
 .tiles{grid-template-columns:1fr 1fr}.tile:nth-child(n+3){border-top:1px solid var(--line)}
 .wide{display:none!important}.narrow{display:block}
 figure{padding:14px 12px 8px}figcaption{flex-wrap:wrap}.switch{display:none}}
-@media print{body{background:#fff}.card,.tiles{box-shadow:none;break-inside:avoid}details>*{display:block}
-.switch{display:none}}
+@media print{body{background:#fff}.card,.tiles{box-shadow:none;break-inside:avoid}.card:has(details){break-inside:auto}
+h2,.lead,summary{break-after:avoid}details::details-content{content-visibility:visible}.switch{display:none}
+.scroll{overflow:visible}table{font-size:11px}th,td{padding:6px 8px}.nowrap,.num{white-space:normal}}
 """
 
 SCRIPT = """

@@ -14,8 +14,8 @@ def number(value: float | str | None) -> str:
         return "–"
     if isinstance(value, str) or not math.isfinite(value):
         return str(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.4g}" if abs(value) < 10 else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:.4g}" if abs(value) < 10 else f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
     return f"{value:.2e}"
 
 
@@ -29,7 +29,7 @@ def count(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
+        if abs(value) >= 0.9995 * factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value:.3g}"
 
@@ -43,7 +43,7 @@ def size(value: float) -> str:
     """`1.5 GiB`."""
     for factor, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= factor:
-            return f"{value / factor:.3g} {unit}"
+            return f"{value / factor:.{3 if value < 999.5 * factor else 4}g} {unit}"
     return f"{value:.0f} B"
 
 

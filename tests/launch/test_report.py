@@ -16,6 +16,7 @@ from data_sets import write_tokens
 from officina.launch.report import main, summary, write_report
 from officina.launch.report_charts import Chart, Mark, Series, _columns, _smooth, draw
 from officina.launch.report_facts import gather
+from officina.launch.report_words import count, number, size
 from officina.trainer.config import (
     BatchConfig,
     CustomModelConfig,
@@ -24,9 +25,9 @@ from officina.trainer.config import (
     ObjectiveConfig,
     RunConfig,
     SourceConfig,
+    TimelineStage,
 )
 from officina.trainer.data.describe import change
-from officina.trainer.data.manifest import open_dataset, rewrite_manifest
 from officina.trainer.data.policy import Policy
 from officina.trainer.environment import describe, rank_facts, write_environment
 from officina.trainer.errors import OfficinaError
@@ -38,7 +39,7 @@ from officina.trainer.metrics import (
     StepMetrics,
     StopMetrics,
 )
-from officina.trainer.run_dir import Start, append_history, save_config
+from officina.trainer.run_dir import Start, append_history, load_config, save_config
 
 SAMPLE = '''class Queue:
     def __init__(self, maxsize=0):
@@ -58,10 +59,7 @@ def make_run(folder: Path, *, steps: int = 600, gpu: bool = False, personal: boo
     run_dir, noise = folder / "first-run", random.Random(0)
     run_dir.mkdir(parents=True)
     for name, about in (("stdlib", {"personal_data": "present" if personal else "none"}), ("docs", {})):
-        write_tokens(folder / f"python-{name}", {"train": [9]}, licence="PSF-2.0", **about)
-        manifest = open_dataset(folder / f"python-{name}").manifest
-        many = {"train": replace(manifest.splits["train"], tokens=9_000_000)}
-        rewrite_manifest(folder / f"python-{name}", replace(manifest, splits=many))
+        write_tokens(folder / f"python-{name}", {"train": [60 * 16 * 256]}, licence="PSF-2.0", **about)
     run = RunConfig(
         name="first-run", steps=steps,
         model=DecoderConfig(vocab_size=4096, n_layers=6, d_model=256, n_heads=8, n_kv_heads=2),
@@ -269,6 +267,47 @@ def test_the_policy_says_too_what_may_be_shown_and_under_which_licence(tmp_path)
     assert "class Queue" not in page and "data set of docs: conditions of use cannot be read (DataError)" in page
 
 
+def test_held_out_losses_are_those_of_the_sources_that_are_still_read(tmp_path):
+    run_dir = make_run(tmp_path, steps=60)
+    run = load_config(run_dir)
+    left = [TimelineStage(from_sample=0, weights={"stdlib": 3.0, "docs": 1.0}),
+            TimelineStage(from_sample=60 * 64, weights={"stdlib": 3.0})]
+    save_config(replace(run, steps=62, data=replace(run.data, timeline=left)), run_dir / "config.yaml")
+    with MetricsWriter(run_dir) as writer:
+        writer.write(StartMetrics(step=60, action="resume", engine="ddp", world_size=1, device="cpu", precision="bf16"))
+        for n, found in ((61, 9.0), (62, 9.5)):
+            writer.write(StepMetrics(step=n, tokens=10, loss_nats=1.0, grad_norm=1.0, lr=1.0, step_time_s=0.1, data_wait_s=0.0,
+                                     tokens_per_s=100.0))
+            writer.write(EvalMetrics(step=n, source="stdlib", loss_nats=found, tokens=10))
+    text = " ".join(Page(write_report(run_dir).read_text()).text)
+    facts, metrics = gather(run_dir)
+    assert [(h.source, h.step, h.loss_nats) for h in facts.held_out] == [("stdlib", 62, 9.5)] and "Held-out loss 9.500" in text
+    best = min((e for e in metrics.evals if e.source == "stdlib"), key=lambda e: e.loss_nats)
+    assert (facts.best_held_out.step, facts.best_held_out.loss_nats) == (best.step, best.loss_nats)
+    save_config(replace(run, data=replace(run.data, sources={"new": SourceConfig(path="new")})), run_dir / "config.yaml")
+    facts, _ = gather(run_dir)  # what is read now was never evaluated
+    assert [h.source for h in facts.held_out] == ["all", "docs", "stdlib"] and facts.held_out[0].step == 60
+
+
+@pytest.mark.parametrize(("packing", "epochs"), [("cut", "1.00"), ("best_fit", "–")])
+def test_epochs_are_told_where_rows_hold_no_padding(tmp_path, packing, epochs):
+    run_dir = make_run(tmp_path, steps=60)
+    run = load_config(run_dir)
+    save_config(replace(run, data=replace(run.data, packing=packing)), run_dir / "config.yaml")
+    text = " ".join(" ".join(Page(write_report(run_dir).read_text()).text).split())
+    assert re.search(f"246 k 25.0% {epochs} ", text), text
+    assert ("officina data audit tells their epochs" in text) == (packing == "best_fit")
+    assert "2 kept of 5 written" in text, "a save that failed was not written"
+
+
+@pytest.mark.parametrize(("words", "value", "told"), [
+    (number, 9.99949, "9.999"), (number, 15_000.0, "15,000"), (number, 99_999.6, "100,000"), (number, 2.5e6, "2.50e+06"),
+    (number, 999.7, "1,000"), (number, 123.4, "123"), (count, 999_700, "1 M"), (count, 999.6, "1 k"), (count, 998_000, "998 k"),
+    (size, 1016 * 2**20, "1016 MiB"), (size, 1.5 * 2**30, "1.5 GiB"), (size, 1023.9, "1024 B")])
+def test_numbers_just_below_the_next_unit_have_no_exponent(words, value, told):
+    assert words(value) == told
+
+
 @pytest.mark.parametrize(("kind", "told"), [("next_token", "300 of them/s carry loss"), ("dpo", "300 pairs/s carry loss")])
 def test_speed_counts_all_tokens_and_what_is_trained_is_told(tmp_path, kind, told):
     save_config(RunConfig(objective=ObjectiveConfig(kind=kind)), tmp_path / "config.yaml")
@@ -322,7 +361,8 @@ def test_a_run_that_diverged_from_its_first_step_has_a_report(tmp_path):
 
 def test_a_custom_model_counts_records_and_has_no_perplexity(tmp_path):
     model = CustomModelConfig(factory="mymodels.vit:build", loss="mymodels.vit:loss", decoder="mymodels.vit:decode")
-    save_config(RunConfig(model=model, batch=BatchConfig(global_tokens=32, seq_len=1)), tmp_path / "config.yaml")
+    save_config(RunConfig(model=model, batch=BatchConfig(global_tokens=32, seq_len=1),
+                          data=DataConfig(sources={"tiles": SourceConfig(path="tiles")})), tmp_path / "config.yaml")
     with MetricsWriter(tmp_path) as writer:
         writer.write(StartMetrics(step=0, action="start", engine="ddp", world_size=2, device="cpu", precision="fp32",
                                   parameters=1_000))
@@ -330,7 +370,7 @@ def test_a_custom_model_counts_records_and_has_no_perplexity(tmp_path):
                                  data_wait_s=0.0, tokens_per_s=320.0))
     text = " ".join(Page(write_report(tmp_path).read_text()).text)
     assert "Records" in text and "records/s" in text and "nats" not in text and "perplexity" not in text
-    assert "Loss per record" in text
+    assert "Loss per record" in text and "Tokens" not in text
     assert "mymodels.vit:build" in text
 
 
@@ -373,6 +413,25 @@ def test_a_column_keeps_the_extremes_of_a_long_series():
     heights = {round(float(y)) for y in re.findall(r"[ML][\d.]+ (-?[\d.]+)", band)}
     assert len(heights) >= 2, "the one high value stands out of the band"
     assert "nan" not in svg
+
+
+@pytest.mark.parametrize("x_log", [False, True])
+@pytest.mark.parametrize(("x", "y", "dots"), [
+    ([1], [2.0], 1), ([7, 8, 9, 10], [3.0, math.nan, 2.0, 1.0], 1), ([1, 2], [3.0, 2.0], 0)])
+def test_a_point_that_no_line_reaches_is_drawn(x, y, dots, x_log):
+    chart = draw(Chart(label="a", series=[Series(name="a", x=x, y=y)], number=str, x_log=x_log), 490, 200)
+    assert chart.count("<circle") == dots
+    low, high, *_ = json.loads(re.search("data-chart='(.*?)'", chart)[1])["x"]
+    assert low < high == x[-1], "no step is shown that was not made"
+
+
+def test_the_report_of_a_branch_says_of_what(tmp_path):
+    run_dir = make_run(tmp_path, steps=3)
+    lines = (run_dir / "history.jsonl").read_text().splitlines()
+    branch = json.loads(lines[1]) | {"action": "branch", "words": ["from=runs/first@1", "ranks=3"]}
+    (run_dir / "history.jsonl").write_text("\n".join([lines[0], json.dumps(branch), lines[2]]) + "\n")
+    text = write_report(run_dir).read_text()
+    assert text.count(">from=runs/first@1<") == 1 and ">ranks=3<" not in text, "the others are told as changes"
 
 
 def test_a_run_of_three_steps_has_each_of_them_once_at_its_axis():

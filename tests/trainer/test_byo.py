@@ -84,11 +84,26 @@ def test_the_commands_of_the_page_train_a_vision_transformer_and_resume_it(tmp_p
         done = subprocess.run([sys.executable, "-m", "officina.launch.cli", *(fewer.get(word, word) for word in words)],
                               cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
+    [script] = re.findall(r"```python\n(# my_weights\.py\n.*?)```", page, re.DOTALL)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=120)
     found = read_metrics(tmp_path / "runs/vit")
+    vit = importlib.import_module("vision_transformer")
+    module = vit.build(d_model=64, n_layers=2)
+    module.load_state_dict(torch.load(tmp_path / "vit.pt"))
+    records = list(map(vit.decode, vit.tiles(32, seed=2)))
+    with torch.no_grad():
+        held_out = vit.loss(module.eval(), {key: torch.stack([record[key] for record in records]) for key in records[0]})
+    np.testing.assert_allclose(held_out.mean(), found.evals[-1].loss_nats, rtol=1e-4)  # as the run itself measured it
     assert [(g.start.action, g.start.engine, g.start.world_size, g.last_step) for g in found.generations] == [
         ("start", "fsdp2", 2, 8), ("resume", "ddp", 3, 12)]
     assert [step.step for step in found.steps] == list(range(1, 13)) and {step.tokens for step in found.steps} == {64}
     assert found.steps[-1].loss_nats < 0.9 * found.steps[0].loss_nats and found.evals[-1].step == 12
+
+
+@pytest.mark.parametrize("example", ["vision_transformer", "time_series"])
+def test_an_example_without_a_folder_says_how_it_is_called(example):
+    done = subprocess.run([sys.executable, EXAMPLES / f"{example}.py"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and f"python examples/{example}.py data/" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_time_series_goes_through_the_loop_and_on_under_another_engine(tmp_path, pool):
