@@ -22,6 +22,13 @@ def _pattern(text: str) -> str:
     return text
 
 
+def _cores(text: str) -> str:
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", text)
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text) or any(last and int(last) < int(first) for first, last in ranges):
+        raise ValueError("is no range of cores, such as 72-143")
+    return text
+
+
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @config
@@ -161,7 +168,7 @@ class Binding:
     cpu_masks: list[str] = field(default_factory=list)
     whole_nodes_only: bool | None = None
     """The masks are valid only if the job has all cores of the node."""
-    rank_cores: list[str] = field(default_factory=list)
+    rank_cores: list[Annotated[str, AfterValidator(_cores)]] = field(default_factory=list)
     rank_numa: list[int] = field(default_factory=list)
     rank_gpu_numa: list[int] = field(default_factory=list)
     """NUMA domains of the GPUs' own memory."""

@@ -141,11 +141,14 @@ def srun_words(allocation: Allocation, ranks_per_node: int, program: list[str]) 
 
 
 def step_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` without what describes the step or the wishes of the job we are in: srun would read them as options."""
+    """`environ` without what describes the step or the wishes of the job we are in: srun would read them as options.
+
+    Under `srun --unbuffered` the ranks have a terminal, whatever our own output is: TERM=dumb says where that is a file.
+    """
     dropped = re.compile(r"SLURM_(STEP|PTY|NTASKS|NPROCS|TASKS_PER_NODE|CPUS_PER_TASK|DISTRIBUTION|GTIDS|CPU_BIND|"
                          r"PROCID|LOCALID|NODEID|TASK_PID|MEM_PER|TRES_PER_TASK|GPUS_PER_TASK)")
     kept = {name: value for name, value in environ.items() if not dropped.match(name)}
-    return kept | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    return kept | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | ({} if os.isatty(1) else {"TERM": "dumb"})
 
 
 def trainer_program(run_dir: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -25,6 +26,9 @@ from officina.trainer.errors import EXIT_DONE, ConfigError, DataError, LaunchErr
 from officina.trainer.rank_env import read_rank_env
 from officina.trainer.run_dir import METRICS, claim, config_text
 from officina.trainer.validate import missing_packages, problems
+
+_RANK_0_ALSO_S = 10.0
+"""By then rank 0 has met what another rank met, or begun without it."""
 
 
 def train(args: argparse.Namespace) -> int:
@@ -49,6 +53,7 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
     devices = visible_devices(os.environ)
     env = read_rank_env(os.environ)
     rank = env.rank if env else 0
+    plan, waited = None, False
     try:
         plan = make_plan(env.world_size if env and env.world_size > 1 else None, devices)
         if plan.nothing_to_do:
@@ -62,7 +67,7 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
             raise ConfigError(found)  # with the ranks that will be, and the packages that are here
         if rank == 0:
             refuse_foreign(plan)  # before anything of ours lies there, the claim too
-            for line in plan.later():
+            for line in plan.notes():
                 print(f"note: {line}")
         with contextlib.nullcontext() if rank else claim(plan.run_dir):
             if rank == 0 or plan.action == "start":  # a branch's checkpoint may be there before rank 1 looks
@@ -70,12 +75,15 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
             if rank == 0:
                 write_start(plan, world_size)
             else:
+                waited = True
                 wait_for_start(plan)
             status = import_module("officina.launch.local").start(plan.run_dir, plan.run, os.environ)
     except OfficinaError as error:
-        if rank:  # rank 0 meets the same and says it
-            return error.exit_status
-        raise
+        if not rank:
+            raise
+        if waited or (plan and _rank_0_began(plan)):  # else rank 0 meets the same and says it
+            print(f"officina: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
     if rank == 0 and (plan.run_dir / METRICS).exists():
         try:
             print(f"Report: {import_module('officina.launch.report').write_report(plan.run_dir)}")
@@ -83,6 +91,15 @@ def _start(make_plan: Callable[[int | None, int], Plan]) -> int:
             print(f"officina: no report ({type(error).__name__}: {error}). The run is as it was left; make the report anew: "
                   f"officina report {plan.run_dir}", file=sys.stderr)
     return status
+
+
+def _rank_0_began(plan: Plan) -> bool:
+    """Has rank 0 begun what this rank refuses, as where the data are on the other's node alone?"""
+    try:
+        wait_for_start(plan, wait_s=_RANK_0_ALSO_S)
+    except LaunchError:
+        return False
+    return True
 
 
 def check(args: argparse.Namespace) -> int:
@@ -111,8 +128,8 @@ def check(args: argparse.Namespace) -> int:
         print(f"{name:<{width}}  {text}")
     for change in plan.changes:
         print(f"{'changed':<{width}}  {change.key}: {change.old} -> {change.new}")
-    for line in plan.later():
-        print(f"{'later':<{width}}  {line}")
+    for line in plan.notes():
+        print(f"{'note':<{width}}  {line}")
     for word, origin in plan.defaults:
         print(f"{'default':<{width}}  {word}  (from {origin})")
     for problem in missing_packages(plan.run):

@@ -28,6 +28,8 @@ SHORT = {"-A": "account", "-p": "partition", "-q": "qos", "-N": "nodes", "-n": "
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OFFICINA_", "SLURM_",
                   "SRUN_CPUS_PER_TASK", "PET_", "TORCHELASTIC_")
 """Variables by which ranks find each other: set by the script, by Slurm or by torchrun."""
+_LATEST_SIGNAL_S = 65_535
+"""Slurm keeps the time of --signal in 16 bits."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -177,6 +179,9 @@ def _time(request: Request) -> Iterator[Problem]:
         early, whole = request.job.stop_before, time_words(request.time_s)
         yield Problem("stop_before", time_words(early), f"would end the job before it began: it has {whole} in all",
                       f"stop_before={time_words(max(request.time_s // 4, 1))}")
+    elif request.job.stop_before > _LATEST_SIGNAL_S:
+        yield Problem("stop_before", time_words(request.job.stop_before), "is longer than Slurm can count: at most "
+                      f"{_LATEST_SIGNAL_S} s", "stop_before=18h")
 
 
 # ---- the step ------------------------------------------------------------------------------------------------------
@@ -278,7 +283,8 @@ def _variables(request: Request) -> Iterator[Problem]:
                           f"leave {name} out, which is on the node then")
         elif any(name == ours or (ours.endswith("_") and name.startswith(ours)) for ours in RANK_VARIABLES):
             yield Problem(f"env.extra.{name}", value, "tells ranks how to find each other, and is set by officina or Slurm",
-                          f"leave {name} out")
+                          "rendezvous.address in a profile of the site (officina sites new NAME writes one)"
+                          if name == "MASTER_ADDR" else f"leave {name} out")
     for line in request.job.prologue + (request.job.setup or []):
         for name, why in env.forbid.items():
             if re.search(rf"\b{name}=", line):

@@ -66,6 +66,16 @@ def live(ranks, run_dir: str, stop_after: int = 0, fault: str = "") -> int:
         undo()
 
 
+def live_on_disks_of_their_own(ranks, run_dir: str, folders: list[str]) -> int:
+    """Each rank in its own working directory, where a relative path is another folder, as on the disks of nodes."""
+    before = os.getcwd()
+    os.chdir(folders[ranks.rank])
+    try:
+        return live(ranks, run_dir)
+    finally:
+        os.chdir(before)
+
+
 def inject(fault: str, rank: int):
     """Break something the loop uses; returns the function that mends it."""
     from officina.trainer import assemble, loop, time_left

@@ -5,6 +5,7 @@ import json
 import math
 import resource
 import shutil
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -94,6 +95,8 @@ class Job:
     position: int = 0
     """Global sample index of the next sample."""
     nonfinite_in_a_row: int = 0
+    nonfinite_from: int = 0
+    """Global sample index at which that row of steps begins, or the newest checkpoint within it."""
     saved_step: int = -1
     """Step of the newest checkpoint."""
     unchecked: bool = True
@@ -225,6 +228,7 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
 
         loader = stack.enter_context(Loader(run, rank=ranks.rank, world_size=ranks.world_size, position=state.position,
                                             device=ranks.device))
+        _refuse_other_data(loader, ranks)
         if state.loader:
             loader.check_state(dict(state.loader))
         window, sigma = run.objective.spike_window, run.objective.spike_sigma
@@ -260,6 +264,17 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
         if opened is not None:
             opened.close()
         yield job
+
+
+def _refuse_other_data(loader: Loader, ranks: Ranks) -> None:
+    """A path may be another disk on each node, and every rank must read what rank 0 reads. Raises DataError on all of them."""
+    content = json.dumps([loader.fingerprints, loader.removals], sort_keys=True).encode()
+    everyone = [text.split() for text in ranks.gather_text(f"{hashlib.sha256(content).hexdigest()} {socket.gethostname()}")]
+    for rank, (found, host) in enumerate(everyone):
+        if found != everyone[0][0]:
+            raise DataError(f"data.sources: rank {rank} on {host} finds other data, or other lists of removed documents, at "
+                            f"these paths than rank 0 on {everyone[0][1]}. Put the same data sets on both (officina data "
+                            "stage), or name paths on a file system that they share")
 
 
 def _fill(engine: Engine, run: RunConfig, run_dir: Path, built: Built, shapes: Mapping[str, tuple[int, ...]],

@@ -1,6 +1,7 @@
 """Which rank this process is: the only reader of RANK, SLURM_* and OMPI_* variables. No torch: login nodes use it."""
 
 import ipaddress
+import os
 import socket
 import zlib
 from collections.abc import Mapping
@@ -136,9 +137,17 @@ def resolve_ipv4(host: str) -> str:
     try:
         return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise LaunchError(f"MASTER_ADDR: {socket.gethostname()} finds no IPv4 address for {host!r} ({error}). Set it "
-                          "to one on the first node, before the ranks start: "
-                          "export MASTER_ADDR=$(getent ahostsv4 $(hostname) | awk 'NR==1{print $1}')") from None
+        raise LaunchError(f"MASTER_ADDR: {socket.gethostname()} finds no IPv4 address for {host!r} ({error}). "
+                          f"{how_to_name_rank_0()}") from None
+
+
+def how_to_name_rank_0() -> str:
+    """What a person can do where the address is wrong. The script of a job sets MASTER_ADDR itself, by the site's profile."""
+    if "OFFICINA_ATTEMPT" in os.environ:
+        return ("In the site's profile, rendezvous.address is the nodes' name in the network that all of them share, such as "
+                "'{host}-ib'; officina sites new NAME writes a profile")
+    return ("Set MASTER_ADDR to the first node's IPv4 address in the network that all nodes share, as ip -4 addr shows it "
+            "there, before the ranks start: export MASTER_ADDR=10.0.0.1")
 
 
 def _resolves(host: str) -> bool:

@@ -21,6 +21,7 @@ from officina.trainer.rank_env import (
     LONE,
     LOOPBACK,
     RankEnv,
+    how_to_name_rank_0,
     is_loopback,
     port_of,
     read_rank_env,
@@ -134,7 +135,7 @@ def start_ranks(env: RankEnv, *, device: str = "auto", threads: int = 0, timeout
     if env.world_size > 1:
         store = _open_store(env, end, timeout_s)
         _meet(store, env, end, timeout_s)
-        _choose_interface(env)
+        _choose_interface(env, store)
         try:
             _init_group(env, chosen, torch.distributed.PrefixStore("officina/group", store))
         except RuntimeError as error:
@@ -249,10 +250,11 @@ def _locate(env: RankEnv) -> RankEnv:
     if not env.master_addr:
         return _locate_by_mpi(env)
     address = resolve_ipv4(env.master_addr)
-    if is_loopback(address) and not is_loopback(env.master_addr) and env.n_hosts > 1 and env.rank != 0:
+    beside_rank_0 = env.local_rank == env.rank  # all below it are on this host: there Debian's /etc/hosts says 127.0.1.1
+    if is_loopback(address) and not is_loopback(env.master_addr) and env.n_hosts > 1 and not beside_rank_0:
         raise LaunchError(
             f"{socket.gethostname()} takes {env.master_addr} for itself ({address}, see /etc/hosts), but rank 0 may be "
-            f"on another of {env.n_hosts} hosts. Set MASTER_ADDR to the first node's address in the cluster's network")
+            f"on another of {env.n_hosts} hosts. {how_to_name_rank_0()}")
     return dataclasses.replace(env, master_addr=address)
 
 
@@ -295,8 +297,7 @@ def _open_store(env: RankEnv, end: float, timeout_s: float) -> Store:
                 f"one for all ranks: export MASTER_PORT={port_of(str(time.time()))}") from error
         raise LaunchError(
             f"rank {env.rank} on {host} could not reach rank 0 at {_where(env)} within {timeout_s:g} s. Either rank 0 "
-            "never started (its log says why), or this address is not its own: set MASTER_ADDR to the first node's "
-            "IPv4 address in the network that all nodes share, as ip -4 addr shows it there") from error
+            f"never started (its log says why), or this address is not its own. {how_to_name_rank_0()}") from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if env.launcher == "torchrun" else "0"
     return torch.distributed.PrefixStore(f"officina/start-{attempt}", store)
 
@@ -321,7 +322,7 @@ def _meet(store: Store, env: RankEnv, end: float, timeout_s: float) -> None:
 
 def _wait_for_all(store: Store, env: RankEnv, end: float) -> list[int]:
     """On rank 0: the ranks that did not come."""
-    store.set("here/0", "")
+    store.set("here/0", _own_address(env))
     n_here = store.add("n_here", 1)
     while n_here < env.world_size and time.monotonic() < end:
         time.sleep(0.01)
@@ -337,7 +338,7 @@ def _wait_for_all(store: Store, env: RankEnv, end: float) -> list[int]:
 
 def _ask_rank_0(store: Store, env: RankEnv, end: float) -> list[int]:
     """On the others: what rank 0 found."""
-    store.set(f"here/{env.rank}", "")
+    store.set(f"here/{env.rank}", _own_address(env))
     store.add("n_here", 1)
     store.set_timeout(timedelta(seconds=max(end - time.monotonic(), 0) + _VERDICT_MARGIN_S))
     missing = json.loads(store.get("missing"))
@@ -345,17 +346,30 @@ def _ask_rank_0(store: Store, env: RankEnv, end: float) -> list[int]:
     return missing
 
 
-def _choose_interface(env: RankEnv) -> None:
+def _choose_interface(env: RankEnv, store: Store) -> None:
     """Tell gloo the interface that leads to rank 0. Its own choice follows the host's name, which often is 127.0.1.1
-    or cannot be resolved at all; on one host loopback is always right."""
+    or cannot be resolved at all; on one host loopback is always right. Beside rank 0 loopback may lead there too: of
+    several hosts it takes the one that leads to a rank elsewhere."""
     if env.n_hosts != 1 and os.environ.get("GLOO_SOCKET_IFNAME"):
         return
     import psutil
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((LOOPBACK if env.n_hosts == 1 else env.master_addr, env.master_port))  # sends nothing
-        own = probe.getsockname()[0]
+    own = _own_address(env)
+    if env.n_hosts != 1 and is_loopback(own):
+        addresses = [address.decode() for address in store.multi_get([f"here/{rank}" for rank in range(env.world_size)])]
+        own = next((_address_towards(address, env) for address in addresses if not is_loopback(address)), own)
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.family == socket.AF_INET and a.address == own for a in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name
             return
+
+
+def _own_address(env: RankEnv) -> str:
+    """This host's address as rank 0's host sees it."""
+    return _address_towards(LOOPBACK if env.n_hosts == 1 else env.master_addr, env)
+
+
+def _address_towards(host: str, env: RankEnv) -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, env.master_port))  # sends nothing
+        return str(probe.getsockname()[0])

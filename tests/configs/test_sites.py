@@ -234,6 +234,8 @@ def test_dates_and_durations_are_read_as_people_write_them(tmp_path):
     ("gpu: {per_node: 1}\n", "name: is required. Try: name: My cluster"),
     ("name: X\nbilling: {per_node_hour: -4}\n", "billing.per_node_hour=-4: input should be greater than or equal to 0"),
     ("name: X\nspeed: {tflops_per_gpu: .nan}\n", "speed.tflops_per_gpu=nan: input should be a finite number"),
+    ("name: X\nbinding: {rank_cores: [0-3, b-9]}\n", "is no range of cores, such as 72-143"),
+    ("name: X\nbinding: {rank_cores: [3-0]}\n", "is no range of cores, such as 72-143"),
     ("name: X\nrequest: {account_pattern: '(('}\n", "is no regular expression: missing ), unterminated subpattern"),
 ])
 def test_what_a_mistake_says(tmp_path, text, said):

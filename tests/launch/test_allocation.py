@@ -1,5 +1,6 @@
 """Where a command runs, from variables and from clients that answer as Slurm's do. The real: test_slurm_start.py."""
 
+import os
 import socket
 import sys
 from pathlib import Path
@@ -96,8 +97,11 @@ def test_srun_words():
     assert "--cpus-per-task=1" in srun_words(Allocation("9", ("n1",), True, 0), 4, [])
 
 
-def test_step_environ_keeps_the_job_and_drops_the_step():
+def test_step_environ_keeps_the_job_and_drops_the_step(monkeypatch: pytest.MonkeyPatch):
     kept = JOB | {"HOME": "/h", "SLURM_CONF": "/c"}
     dropped = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "9", "SLURM_PTY_PORT": "1",
                "SLURM_CPUS_PER_TASK": "1", "SLURM_DISTRIBUTION": "cyclic", "SLURM_NTASKS_PER_NODE": "3"}
+    monkeypatch.setattr(os, "isatty", lambda fd: True)
     assert step_environ(kept | dropped) == kept | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    monkeypatch.setattr(os, "isatty", lambda fd: False)
+    assert step_environ({"TERM": "xterm"})["TERM"] == "dumb", "srun --unbuffered gives ranks a terminal that is a log"

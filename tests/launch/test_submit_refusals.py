@@ -70,6 +70,8 @@ def impossible() -> Iterator[tuple[str, str, list[str]]]:
             yield site, "gpus", words(site, "gpus=1")
         yield site, "cpus", words(site, "cpus=1000")
         yield site, "stop_before", words(site, "stop_before=2h")
+        if longest >= 72_000:
+            yield site, "stop_before", words(site, "stop_before=19h", time="20h")
         for name, partition in profile.partitions.items():
             if partition.gpus is False:
                 yield site, "partition", words(site, f"partition={name}", time="20m")

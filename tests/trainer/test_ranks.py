@@ -11,6 +11,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -174,6 +175,8 @@ def test_host_name_that_means_another_machine_on_each(monkeypatch: pytest.Monkey
     with pytest.raises(LaunchError, match=r"takes n1 for itself \(127.0.1.1, see /etc/hosts\)"):
         ranks._locate(env)
     assert ranks._locate(dataclasses.replace(env, rank=0)).master_addr == "127.0.1.1", "rank 0 may"
+    beside = dataclasses.replace(env, rank=1, local_rank=1, local_world_size=2)
+    assert ranks._locate(beside).master_addr == "127.0.1.1", "and those beside it"
 
 
 def test_mpirun_over_hosts_without_mpi4py(monkeypatch: pytest.MonkeyPatch):
@@ -219,7 +222,6 @@ def test_two_ranks_on_one_gpu_are_refused():
     (range(6), [range(6), range(4, 8)], 5),
 ])
 def test_fair_threads(monkeypatch: pytest.MonkeyPatch, mine: range, all_local: list[range], threads: int):
-    import psutil
 
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8)
     assert ranks._fair_threads(list(mine), [list(cores) for cores in all_local]) == threads
@@ -302,9 +304,12 @@ def test_taken_port_is_named():
             ranks._open_store(RankEnv(0, 0, 2, 1, "srun", 1, LOOPBACK, port), time.monotonic() + 2, 2)
 
 
-def test_unreachable_rank_0_is_named():
+@pytest.mark.parametrize("remedy", ["Set MASTER_ADDR", "rendezvous.address"])
+def test_unreachable_rank_0_is_named(remedy: str, monkeypatch: pytest.MonkeyPatch):
+    if remedy == "rendezvous.address":  # the script of a job sets MASTER_ADDR, whatever it was
+        monkeypatch.setenv("OFFICINA_ATTEMPT", "7.0.1")
     port = _free_port()
-    said = rf"rank 1 on {socket.gethostname()} could not reach rank 0 at 127.0.0.1:{port} within 1 s.*set MASTER_ADDR"
+    said = rf"rank 1 on {socket.gethostname()} could not reach rank 0 at 127.0.0.1:{port} within 1 s.*{remedy}"
     with pytest.raises(LaunchError, match=said):
         ranks._open_store(RankEnv(1, 0, 2, 1, "srun", 1, LOOPBACK, port), time.monotonic() + 1, 1)
 
@@ -316,6 +321,25 @@ def test_wrong_interface_is_named():
     first, second = _run("start_ranks(env, device='cpu', timeout_s=60)", *envs, more=wrong)
     assert "could not connect to them over nonsense7" in first.stderr and "ip -4 addr" in first.stderr
     assert "could not connect to them over nonsense7" in second.stderr or "lost rank 0 at" in second.stderr
+
+
+def test_a_first_host_that_is_loopback_to_itself_takes_the_interface_of_the_others():
+    """As with Debian's /etc/hosts: `127.0.1.1 n1` on n1."""
+    found = [(name, a.address) for name, addresses in psutil.net_if_addrs().items() for a in addresses
+             if a.family == socket.AF_INET and not rank_env.is_loopback(a.address)]
+    if not found:
+        pytest.skip("this host has the loopback interface only")
+    name, address = found[0]
+    port = _free_port()
+    envs = [RankEnv(0, 0, 3, 2, "srun", 2, "n1", port), RankEnv(1, 1, 3, 2, "srun", 2, "n1", port),
+            RankEnv(2, 0, 3, 1, "srun", 2, "n1", port)]
+    for done in _run(f"""
+            import os
+            r.resolve_ipv4 = lambda host: "127.0.1.1" if env.rank < 2 else "{address}"
+            assert start_ranks(env, device="cpu", timeout_s=60).sum([1.0]) == [3.0]
+            print(os.environ["GLOO_SOCKET_IFNAME"])
+            """, *envs):
+        assert (done.returncode, done.stdout) == (0, f"{name}\n"), done.stderr
 
 
 def test_rank_0_that_dies_while_others_start_is_named(monkeypatch: pytest.MonkeyPatch):
