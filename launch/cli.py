@@ -210,7 +210,8 @@ examples:
 
 def _plan(command: argparse.ArgumentParser) -> None:
     command.add_argument("words", nargs="*", metavar="WORD", help="words of the run, and of the job where a site is named")
-    command.add_argument("--ranks", type=int, default=None, metavar="N", help="without a site: for N ranks (default: 1)")
+    command.add_argument("--ranks", type=int, default=None, metavar="N",
+                         help="without a site: for N ranks (default: the run's own, else 1)")
     _runs_dir(command)
     command.epilog = """\
 examples:

@@ -17,13 +17,24 @@ from officina.launch.devices import visible_devices
 from officina.launch.local import start
 from officina.trainer.checkpoint.verify import list_checkpoints
 from officina.trainer.config import RunConfig
+from officina.trainer.data.register import Going
 from officina.trainer.errors import EXIT_DONE, CheckpointError, ConfigError, LaunchError, OfficinaError
 from officina.trainer.evaluation import Request, Results, read_request, read_results, write_request
 from officina.trainer.keys import as_text
 from officina.trainer.metrics import bits_per_byte, perplexity
 from officina.trainer.rank_env import read_rank_env
 from officina.trainer.resume import changes, ruled_out
-from officina.trainer.run_dir import CONFIG, EVALS, REQUEST, RESULTS, config_text, load_config, save_config, unwritable
+from officina.trainer.run_dir import (
+    CONFIG,
+    EVALS,
+    REQUEST,
+    RESULTS,
+    config_text,
+    load_config,
+    read_run_id,
+    save_config,
+    unwritable,
+)
 from officina.trainer.validate import missing_packages, problems
 
 _WAIT_S = 120.0
@@ -49,7 +60,9 @@ def evaluate(args: argparse.Namespace) -> int:
     devices = visible_devices(os.environ)
     # What the weights are of. How rows are cut and packed may differ: what is measured is another thing then, and is told.
     refused = [p for p in ruled_out(saved, run, force=True) if p.key.startswith(("model.", "adapter."))]
-    found = composed.problems + refused + problems(run, world_size, devices=devices) + missing_packages(run)
+    going = Going(read_run_id(run_dir), run.steps)  # it plans no more use of the data than the run has made
+    found = composed.problems + refused + missing_packages(run) + problems(
+        run, world_size, devices=devices, read_data=not tasks, going=going)
     if found := [problem for problem in found if not (tasks and problem.key == "data.sources")]:  # benchmarks have their own
         raise ConfigError(found)
     folder = run_dir / EVALS / f"step-{request.step:08d}-{_digest(words, request)}"

@@ -12,8 +12,9 @@ from officina.trainer.config import RunConfig
 from officina.trainer.data.manifest import open_dataset
 from officina.trainer.errors import CheckpointError, ConfigError, Problem
 from officina.trainer.keys import as_text, optional, word
-from officina.trainer.resume import Change, as_planned, flat_values
+from officina.trainer.resume import Change, as_planned, at_their_steps, flat_values
 from officina.trainer.run_dir import CONFIG, load_config, read_history
+from officina.trainer.schedule import lr_factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,9 @@ def as_of_step(origin: Origin) -> Origin:
     data = origin.run.data
     run = replace(origin.run, data=as_planned(
         data, origin.position, then.get("data.timeline", data.timeline), then.get("data.planned_at", data.planned_at)))
+    batch = replace(run.batch, global_tokens=then.get("batch.global_tokens", run.batch.global_tokens))
+    before = replace(run, batch=batch, data=replace(run.data, skip=then.get("data.skip", data.skip)))
+    run = at_their_steps(before, run, origin.position)
     now = flat_values(run)
     mixture = ("data.sources.", "data.timeline", "data.planned_at")
     told = tuple(Change(key, old, now[key]) for key, old in then.items()
@@ -84,14 +88,32 @@ def told_later(origin: Origin, run: RunConfig) -> list[str]:
             for change in origin.later if now.get(change.key) == change.new or change.key == "data.timeline"]
 
 
+def told_rise(origin: Origin, run: RunConfig) -> list[str]:
+    """That the schedule of `run` begins above where the origin's had come down to, as one does that a longer run spreads."""
+    step = origin.step
+    if step <= origin.run.lr_schedule.warmup_steps:
+        return []
+    before, after = (each.optim.lr * lr_factor(each.lr_schedule, at, each.steps)
+                     for each, at in ((origin.run, step - 1), (run, step)))
+    return [f"the learning rate goes up from {before:.2e} to {after:.2e} at step {step:,}, where {origin.run_dir} had lowered "
+            "it; a branch from a step before that, from=RUN@STEP, goes on without"] if after > 1.01 * before else []
+
+
 def other_data(origin: Origin, run: RunConfig) -> Iterator[Problem]:
     """Sources whose data set is not the one that was read: found by the ranks, it would stand in config.yaml already."""
-    from officina.trainer.data.order import Mixture, sources_in_use, timeline_of  # needs numpy, as above
+    from officina.trainer.data.ledger import heeded  # needs numpy, as above
+    from officina.trainer.data.order import Mixture, sources_in_use, timeline_of
 
     read = Mixture(timeline_of(origin.run.data)).rows_given(origin.position) if origin.fingerprints else {}
+    lists = heeded(origin.run_dir)
     for name in sorted(read.keys() & set(sources_in_use(run.data, origin.position))):
         path, then = run.data.sources[name].path, origin.fingerprints.get(name)
-        now = open_dataset(path).manifest.fingerprint
+        manifest = open_dataset(path).manifest
+        now = manifest.fingerprint
+        if now == then and len(manifest.removals) < lists.get(name, 0):
+            yield Problem(f"data.sources.{name}.path", path, f"names {len(manifest.removals)} lists of removed documents, and "
+                          f"the run has heeded {lists[name]}: what was removed would be read again",
+                          f"data.sources.{name}.path=DIR with all of them, or the same officina data remove on this copy")
         if then in (None, now):
             continue
         before = origin.run.data.sources[name].path

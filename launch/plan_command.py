@@ -26,11 +26,10 @@ def plan(args: argparse.Namespace) -> int:
         for note in prepared.notes:
             print(f"note: {note}", file=sys.stderr)
         return EXIT_DONE
-    world_size = 1 if args.ranks is None else args.ranks
-    if world_size < 1:
-        raise OfficinaError(f"--ranks {world_size}: a run has at least 1 rank. Try: --ranks 1")
-    found = plan_train(split_words(args.words)[1], Path(args.runs_dir), world_size=world_size)
-    run = found.run
+    if args.ranks is not None and args.ranks < 1:
+        raise OfficinaError(f"--ranks {args.ranks}: a run has at least 1 rank. Try: --ranks 1")
+    found = plan_train(split_words(args.words)[1], Path(args.runs_dir), world_size=args.ranks)
+    run, world_size = found.run, args.ranks or found.run.ranks or 1
     unseen = [p for p in found.problems if p.key.startswith("data.sources")]  # a plan needs no data
     if faults := problems + [p for p in found.problems if p not in unseen]:
         raise ConfigError(faults)

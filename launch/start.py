@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from officina.configs.compose import Composed, compose_all, recompose
-from officina.launch.origin import Origin, as_of_step, checkpoint_of, other_data, read_origin, told_later
+from officina.launch.origin import Origin, as_of_step, checkpoint_of, other_data, read_origin, told_later, told_rise
 from officina.trainer.checkpoint.layout import checkpoints_dir, step_dir
 from officina.trainer.config import RunConfig
 from officina.trainer.data.gate import use_problems
@@ -77,9 +77,11 @@ class Plan:
         """Where the run stands, as registers of use see it: what a branch reads counts besides its origin's."""
         return _going(self.origin, self.action == "branch") if self.origin else Going()
 
-    def later(self) -> list[str]:
-        """Settings of a branch, in words, that its origin got after the step it goes on from."""
-        return told_later(self.origin, self.run) if self.action == "branch" and self.origin else []
+    def notes(self) -> list[str]:
+        """What one should know of what it goes on from: settings of later steps, a learning rate that goes up again."""
+        if not self.origin:
+            return []
+        return [*(told_later(self.origin, self.run) if self.action == "branch" else []), *told_rise(self.origin, self.run)]
 
     def checked(self) -> "Plan":
         """Itself, or ConfigError with all problems."""
@@ -365,7 +367,7 @@ def _model_line(run: RunConfig) -> str:
 
 def _human(number: float) -> str:
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
+        if number >= 0.9995 * size:
             return f"{number / size:.3g} {unit}"
     return str(number)
 

@@ -147,7 +147,7 @@ def prepare(words: Sequence[str], runs_dir: Path, *, dry_run: bool = False, forc
     if not problems:
         problems += _unique([p for one in planned for p in memory_problems(one)])
     notes = [f"{plan.run_dir}: {' '.join(varied)}" for plan, (_, varied) in zip(plans, sweep, strict=True) if varied]
-    notes += dict.fromkeys(line for plan in plans for line in plan.later())
+    notes += dict.fromkeys(line for plan in plans for line in plan.notes())
     places = [*_unique([p for plan in plans for p in _places(request, plan)]), *missing_paths(request)]
     if detect_site(socket.gethostname(), environ) != site.id and dry_run:
         # Planned from elsewhere: what lies at the site cannot be seen.

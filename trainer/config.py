@@ -318,7 +318,8 @@ class DataConfig:
     sample on."""
     stages: list[PlannedStage] = field(default_factory=list)
     """Mixtures of later steps, such as the last tenth on better data: [{from_step: 9000, weights: {web: 1, math: 3}}]. Until
-    then the weights of the sources hold. They are written into the timeline when a run begins or goes on."""
+    then the weights of the sources hold. They are written into the timeline when a run begins or goes on, and keep their steps
+    where the batch or `skip` changes."""
     planned_at: Count | None = None
     """Global sample index at which the timeline's stages behind it were planned, written by officina; none = none is."""
     read: Literal["auto", "mmap", "pread"] = "auto"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from officina.trainer.config import DataConfig, RunConfig, TimelineStage
-from officina.trainer.errors import Problem
+from officina.trainer.config import DataConfig, RunConfig, SourceConfig, TimelineStage
+from officina.trainer.errors import DataError, Problem
 from officina.trainer.keys import Values, as_text, flat, generic, optional, word
 from officina.trainer.schema import dump_run
 
@@ -134,6 +134,8 @@ def _resume_problems(old: RunConfig, new: RunConfig, step: int, position: int, f
     if new.steps <= step:
         yield Problem("steps", new.steps, f"the run has done {step} steps already", f"steps={step + max(1, step // 10)}")
     yield from _stage_problems(old.data, new.data, step, position)
+    if old.objective.kind == "dpo" and step:
+        yield from _pair_problems(old.data, new.data)
     for a, b in _skip_changes(old.data.skip, new.data.skip, position):
         yield Problem("data.skip", as_text(new.data.skip), f"changes samples {a} to {b}, and those before {position} are past",
                       word("data.skip", _skip_that_works(old.data.skip, new.data.skip, position)))
@@ -179,6 +181,25 @@ def _stage_problems(old: DataConfig, new: DataConfig, step: int, position: int) 
         yield Problem("data.stages", None, "must say what follows: from sample "
                       f"{ahead[0].from_sample} on another mixture is planned, which a change of the sources now would drop",
                       f"data.stages=[{{from_step: {step}, weights: {{...}}}}, ...] with all that is to follow")
+
+
+def _pair_problems(old: DataConfig, new: DataConfig) -> Iterator[Problem]:
+    """Pairs that the reference has not scored: see preference.py."""
+    why = "has pairs that the model which the run began with has not scored, as it does before the first step"
+    for name in sorted(new.sources.keys() - old.sources.keys()):
+        yield Problem(f"data.sources.{name}.path", new.sources[name].path, why,
+                      f"~data.sources.{name}, or a run that begins from this one: officina train init_from=RUN ...")
+    if new.validation_split != old.validation_split and any(_has_split(s, new.validation_split) for s in new.sources.values()):
+        yield Problem("data.validation_split", new.validation_split, why, word("data.validation_split", old.validation_split))
+
+
+def _has_split(source: SourceConfig, split: str) -> bool:
+    from officina.trainer.data.manifest import open_dataset
+
+    try:
+        return split in open_dataset(source.path).manifest.splits
+    except DataError:  # told where the data sets are judged
+        return False
 
 
 def _below(ranges: list[list[int]], position: int) -> set[tuple[int, int]]:
@@ -255,8 +276,10 @@ def carry_forward(old: RunConfig, new: RunConfig, position: int, named: Collecti
     if new.data.stages and position:  # what is read from now on is said there, see `plan_stages`; what was read stays
         return replace(new, data=replace(new.data, sources={**old.data.sources, **new.data.sources},
                                          timeline=timeline_of(old.data)))
-    if new.data.stages or _planned_ahead(old.data, position):
+    if new.data.stages:
         return new
+    if _planned_ahead(old.data, position):
+        return at_their_steps(old, new, position)
     last = timeline_of(old.data)[-1].weights
     current = {name: source for name, source in new.data.sources.items()
                if name in last or name in named or name not in old.data.sources}
@@ -266,3 +289,23 @@ def carry_forward(old: RunConfig, new: RunConfig, position: int, named: Collecti
     moved = {name: new.data.sources.get(name, source) for name, source in data.sources.items()}
     paths = {name: replace(source, path=moved[name].path, key=moved[name].key) for name, source in data.sources.items()}
     return replace(new, data=replace(new.data, sources=paths, timeline=data.timeline, planned_at=data.planned_at))
+
+
+def at_their_steps(old: RunConfig, new: RunConfig, position: int) -> RunConfig:
+    """`new` with the mixtures that `old` planned behind sample `position` where the steps begin for which they were planned:
+    with another batch or other samples left out these are other samples."""
+    import numpy as np  # which --help should not wait for
+
+    from officina.trainer.data.order import Skips, timeline_of
+
+    if (old.batch.rows, old.data.skip) == (new.batch.rows, new.data.skip) or not _planned_ahead(new.data, position):
+        return new
+    then, now, stages = Skips(old.data.skip), Skips(new.data.skip), {}
+    for stage in timeline_of(new.data):
+        first = stage.from_sample
+        if first > position:
+            rows = first - position - sum(b - a for a, b in then.within(position, first))
+            steps = -(-rows // old.batch.rows)
+            first = int(now.indices(position, np.asarray(steps * new.batch.rows)))
+        stages[first] = replace(stage, from_sample=first)
+    return replace(new, data=replace(new.data, timeline=list(stages.values()), planned_at=position))

@@ -1,6 +1,8 @@
 """Whole runs by the console script: start, resume, branch; alone and as ranks of torchrun."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +15,11 @@ import pytest
 import yaml
 
 from officina.configs.compose import compose
-from officina.launch import cli, eval_commands
+from officina.launch import cli, commands, eval_commands
 from officina.launch.start import plan_resume, plan_train, refuse_existing, refuse_foreign, wait_for_start, write_start
 from officina.trainer.data.ledger import read_ledger
+from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.removal import remove
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_USER, ConfigError, LaunchError
 from officina.trainer.evaluation import Results
 from officina.trainer.run_dir import committed_steps, load_config, read_history, save_config
@@ -76,6 +80,15 @@ def test_a_run_that_is_done_is_left_alone_and_a_chain_of_jobs_ends_well(home, ru
     assert len(read_history(run)) == 1
 
 
+def test_a_learning_rate_that_goes_up_again_is_told(home, run, monkeypatch):
+    monkeypatch.chdir(home)
+    [note] = plan_resume(run, ["steps=40"], world_size=1).checked().notes()
+    assert re.match(r"the learning rate goes up from 4\.00e-04 to 3\.\d\de-03 at step 4, where .*runs/first had", note)
+    for words in (["steps=40", "optim.lr=1e-4"], ["steps=40", "lr_schedule=constant", "optim.lr=4e-4"]):
+        assert plan_resume(run, words, world_size=1).checked().notes() == []
+    assert plan_train(["from=runs/first@2", "name=early"], home / "runs", world_size=1).checked().notes() == []
+
+
 def test_planned_stages_are_read_as_planned_and_planned_anew(home):
     """A source that is held back for the end; then, from the middle, another plan with a source that joins."""
     words = [*TINY, "data.sources.python.path=one", "data.sources.more.path=two", "name=staged"]
@@ -132,6 +145,19 @@ def test_a_branch_leaves_out_mixtures_and_names_settings_that_came_later(home, r
     assert "which runs/first got" not in told and "more (two) 50.00%" in told
     branch = plan_train(words, home / "runs", world_size=1).checked().run
     assert branch.data == compose([*TINY, "data.sources.python.path=one"]).data and branch.optim.lr == 0.001
+
+
+def test_a_copy_with_fewer_removed_documents_than_the_run_has_heeded_is_refused(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home)
+    copies = [tmp_path / name for name in ("before", "after")]
+    for copy in copies:
+        shutil.copytree(home / "one", copy)
+    remove(copies[1], [f"{open_dataset(copies[1]).shards[0].path}:0"])
+    for copy, status in ((copies[1], 0), (copies[0], EXIT_USER), (copies[1], 0)):
+        steps = 3 + len(read_history(home / "runs/heeds")) if (home / "runs/heeds").exists() else 2
+        words = ["resume", "runs/heeds"] if steps > 2 else ["train", *TINY, "name=heeds"]
+        told = officina(home, *words, f"steps={steps}", f"data.sources.python.path={copy}", status=status)
+        assert ("0 lists of removed documents, and the run has heeded 1" in told.stderr) is bool(status)
 
 
 @pytest.mark.parametrize(("words", "says"), [
@@ -320,12 +346,33 @@ def test_only_rank_0_tells_what_is_wrong(monkeypatch, capsys, tmp_path):
                         "LOCAL_WORLD_SIZE": "2",
                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(commands, "_RANK_0_ALSO_S", 0.2)
     assert cli.main(["train", "steps=0"]) == EXIT_USER
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert cli.main(["train", "steps=0"]) == EXIT_USER
     assert "steps=0" in capsys.readouterr().err
+
+
+def test_another_rank_tells_what_it_meets_alone(home, monkeypatch, capsys):
+    """As on a node that lacks the data, or another file system."""
+    monkeypatch.chdir(home)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}.items():
+        monkeypatch.setenv(name, value)
+    words = [*TINY, "engine=fsdp2", "name=alone", "data.sources.python.path=nowhere"]
+    plan = plan_train(words, Path("runs"), world_size=2)
+    plan.run_dir.mkdir(parents=True)
+    save_config(plan.run, plan.run_dir)  # rank 0 has the data
+    assert cli.main(["train", *words]) == EXIT_USER
+    host = os.uname().nodename
+    err = capsys.readouterr().err
+    assert err.startswith(f"officina: rank 1 on {host}: ") and "data.sources.python.path=nowhere: is no data set" in err
+    monkeypatch.setattr(commands, "wait_for_start", lambda plan, wait_s=0: wait_for_start(plan, wait_s=0.2))
+    assert cli.main(["train", *TINY, "engine=fsdp2", "name=apart", "data.sources.python.path=one"]) == EXIT_USER
+    err = capsys.readouterr().err
+    assert err.startswith(f"officina: rank 1 on {host}: ") and "is on a shared file system" in err
 
 
 def test_the_launchers_number_of_ranks_counts(home, monkeypatch, capsys):

@@ -2,15 +2,19 @@
 
 from argparse import Namespace
 from dataclasses import replace
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
+from data_sets import make_run, write_tokens
 
 from officina.launch import eval_commands
 from officina.trainer.config import DecoderConfig, RunConfig
+from officina.trainer.data.policy import Policy, write_policy
+from officina.trainer.data.register import Going, enter
 from officina.trainer.errors import ConfigError, LaunchError
 from officina.trainer.evaluation import Request, Results, read_request
-from officina.trainer.run_dir import CONFIG, REQUEST, RESULTS, load_config, save_config
+from officina.trainer.run_dir import CONFIG, REQUEST, RESULTS, Start, append_history, load_config, save_config
 
 
 def test_what_is_asked_again_is_ready_throughout(tmp_path, monkeypatch):
@@ -50,6 +54,27 @@ def test_benchmarks_need_no_data_set(tmp_path, monkeypatch):
     asked.words = []
     with pytest.raises(ConfigError, match=r"data\.sources: is empty"):
         eval_commands.evaluate(asked)
+
+
+def test_an_evaluation_is_no_further_use_of_data_that_one_run_may_use(tmp_path, monkeypatch):
+    """Nor do benchmarks read the run's data, whose time may be over."""
+    monkeypatch.setattr(eval_commands, "list_checkpoints", lambda run_dir: [SimpleNamespace(step=5, status="complete")])
+    monkeypatch.setattr(eval_commands, "find_spec", lambda name: name)
+    monkeypatch.setattr(eval_commands, "start", lambda folder, run, env: 75)
+    (tmp_path / "set").mkdir()
+    policy = Policy(max_runs=1, not_after="2099-01-01")
+    write_tokens(tmp_path / "set", {"train": [64], "validation": [20]}, policy_sha256=write_policy(tmp_path / "set", policy))
+    run = replace(make_run({"s": (tmp_path / "set", 1)}, rows=2), name="one", steps=200, device="cpu")
+    save_config(run, tmp_path)
+    append_history(tmp_path, Start(run_id="aa", action="start", words=[], step=0, world_size=1, engine="single", commit=None))
+    enter(run, Going("aa"))
+    asked = Namespace(run=str(tmp_path), words=[], tasks_dir="", shots=None, limit=None)
+    assert eval_commands.evaluate(asked) == 75
+    monkeypatch.setattr("officina.trainer.data.gate.ends", lambda day: datetime(2020, 1, 1, tzinfo=UTC))
+    with pytest.raises(ConfigError, match="2099-01-01"):
+        eval_commands.evaluate(asked)
+    asked.words = ["tasks=one"]
+    assert eval_commands.evaluate(asked) == 75
 
 
 def test_what_is_told_of_a_users_own_loss_is_no_perplexity(tmp_path, capsys):

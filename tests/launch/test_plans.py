@@ -202,6 +202,8 @@ def test_plan_without_a_site(capsys):
     out = capsys.readouterr().out
     assert "dp_shard 64 (fsdp2)" in out and "activations" in out and "where it fits" in out
     assert "lumi-g" in out and "checkpoints of 96.4 GB" in out
+    assert cli.main(["plan", *GB8, "engine=fsdp2", "ranks=8"]) == 0
+    assert "dp_shard 8 (fsdp2)" in capsys.readouterr().out
     assert cli.main(["plan", *GB8, "--ranks", "64"]) == 2
     assert "engine=single: is one process, and there are 64 ranks" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from data_sets import write_tokens
 
 from officina.configs.compose import compose, recompose
 from officina.trainer.config import PlannedStage, SourceConfig, TimelineStage
@@ -118,6 +119,18 @@ def test_past_samples_cannot_be_left_out_or_put_back(old, before, after, positio
     assert bool(found) is refused
     if refused:
         assert judge(old, [found["data.skip"].remedy], position=position) == {}
+
+
+def test_pairs_that_the_reference_has_not_scored_are_refused_before_the_ranks_meet_them(tmp_path):
+    write_tokens(tmp_path / "pairs", {split: [6] * 4 for split in ("train", "validation", "dev")}, samples="pairs")
+    old = compose(["objective=dpo", f"data.sources.pairs.path={tmp_path / 'pairs'}"])
+    more = f"data.sources.more.path={tmp_path / 'pairs'}"
+    for word, key in ((more, "data.sources.more.path"), ("data.validation_split=dev", "data.validation_split")):
+        found = judge(old, [word])
+        assert list(found) == [key] and "has not scored" in found[key].rule
+        assert judge(old, [word], step=0, position=0) == {}
+    assert judge(old, ["data.validation_split=none", "data.sources.pairs.path=/moved"]) == {}
+    assert judge(compose(["data.sources.pairs.path=x"]), [more, "data.validation_split=dev"]) == {}
 
 
 def test_changes_are_told_key_by_key(old):
@@ -240,6 +253,21 @@ def test_a_plan_holds_where_the_run_goes_on_and_can_be_made_anew(old):
     assert late == anew and sources_in_use(replace(anew.data, planned_at=200 * rows)) == ["python"]
     after = mix(anew, ["data.sources.math.weight=5"], 200 * rows)
     assert weights(after)[-1] == (200 * rows, {"python": 1, "math": 5}) and sources_in_use(after.data) == ["math", "python"]
+
+
+def test_a_planned_mixture_begins_at_its_step_whatever_the_batch_and_what_is_left_out(old):
+    rows = old.batch.rows
+    two = replace(old, data=replace(old.data, sources={name: SourceConfig(path=name) for name in ("python", "math")}))
+    run = planned(two, 0, 0, (0, {"python": 1}), (200, {"math": 1}), (300, {"python": 1}))
+    double = mix(run, [f"batch.global_tokens={2 * old.batch.global_tokens}"], 100 * rows)
+    assert weights(double) == [(0, {"python": 1}), (300 * rows, {"math": 1}), (500 * rows, {"python": 1})]
+    assert double.data.planned_at == 100 * rows
+    skip = f"data.skip=[[{150 * rows},{151 * rows}],[{290 * rows},{290 * rows + 5}]]"
+    assert [first for first, _ in weights(mix(run, [skip], 100 * rows))] == [0, 201 * rows, 301 * rows + 5]
+    back = mix(mix(double, [f"batch.global_tokens={old.batch.global_tokens}", skip], 100 * rows), ["data.skip=[]"], 100 * rows)
+    assert weights(back) == weights(run)
+    late = mix(run, [f"batch.global_tokens={2 * old.batch.global_tokens}"], 250 * rows)
+    assert [first for first, _ in weights(late)] == [0, 200 * rows, (250 + 2 * 50) * rows]
 
 
 @pytest.mark.parametrize("words", [
