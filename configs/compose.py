@@ -305,6 +305,8 @@ def _own_fault(option: str) -> tuple[str, str] | None:
         values = yaml.load(path.read_text(encoding="utf-8"), get_yaml_loader())
         if values is not None and not isinstance(values, dict):
             return "must hold keys and values, such as steps: 1000", mend
+        if "hydra" in (values or {}):
+            return "sets `hydra`, which is of Hydra's own programs and would change nothing here", f"{mend}: remove `hydra`"
         _check_nesting(values, ())
     except UnicodeDecodeError:
         return "is not UTF-8 text", "a file of YAML text, such as steps: 1000"

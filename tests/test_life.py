@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from officina.trainer.config import (
 )
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.ledger import audit, read_ledger
+from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.removal import remove
 from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE
 from officina.trainer.metrics import read_metrics
 from officina.trainer.run_dir import committed_steps
@@ -186,14 +189,25 @@ def test_steps_that_are_no_number_are_left_out_and_end_the_run(pool, data, tmp_p
     run = plain_run(data, engine=engine, objective=ObjectiveConfig(max_nonfinite_steps=3),
                     checkpoint=replace(plain_run(data).checkpoint, every_steps=1))
     begin(tmp_path / "run", run)
-    with pytest.raises(RankFailure, match="not finite in 3 steps in a row"):
+    with pytest.raises(RankFailure, match="not finite in 3 steps in a row") as failure:
         lived(pool, tmp_path / "run", world_size, fault="nan")
+    last = read_ledger(tmp_path / "run")[0][-1]
+    assert f"data.skip=[[{last.first_sample},{last.stop_sample}]]" in str(failure.value)  # what a checkpoint has passed is past
     steps = read_metrics(tmp_path / "run").steps
     assert [s.applied for s in steps][-3:] == [False] * 3 and not math.isfinite(steps[-1].grad_norm)
     saved = committed_steps(tmp_path / "run")
     before, after = states(tmp_path / "run", saved[-2]), states(tmp_path / "run", saved[-1])
     assert len(saved) >= 2 and all(torch.equal(before[key], after[key]) for key in before)
     assert lived(pool, tmp_path / "run", world_size) == EXIT_DONE  # without the fault the run goes on from there
+
+
+def test_the_advice_leaves_out_all_samples_whose_steps_were_no_number(pool, data, tmp_path):
+    begin(tmp_path / "run", plain_run(data, objective=ObjectiveConfig(max_nonfinite_steps=2)))
+    with pytest.raises(RankFailure, match=r"not finite in 2 .* changed the model\. Try: .*data.skip=\[\[0,14\]\]"):
+        lived(pool, tmp_path / "run", 1, fault="nan")
+    begin(tmp_path / "more", plain_run(data, steps=12, objective=ObjectiveConfig(max_nonfinite_steps=5)))
+    with pytest.raises(RankFailure, match=r"and the checkpoint of step 3 is intact\. Try: .*data.skip=\[\[21,35\]\]"):
+        lived(pool, tmp_path / "more", 1, fault="nan")
 
 
 def test_an_optimizer_that_changes_nothing_is_found_at_the_first_step(pool, data, tmp_path):
@@ -327,3 +341,23 @@ def test_the_wait_for_data_is_of_the_step_that_waited(pool, data, tmp_path):
     lived(pool, tmp_path / "run", 1, fault="slow data")
     steps = read_metrics(tmp_path / "run").steps
     assert all(s.data_wait_s <= s.step_time_s for s in steps) and max(s.data_wait_s for s in steps) >= 0.2
+
+
+@pytest.mark.parametrize("other", ["content", "removed", ""])
+def test_a_disk_of_a_node_with_other_data_is_found_before_the_first_step(pool, data, tmp_path, other):
+    disks = [tmp_path / "disk0", tmp_path / "disk1"]
+    for disk in disks:
+        shutil.copytree(data, disk / "data")
+    if other == "content":
+        shutil.rmtree(disks[1] / "data")
+        write_tokens(disks[1] / "data", {"train": [40] * 60})
+    elif other == "removed":
+        remove(disks[1] / "data", [f"{open_dataset(data).shards[0].path}:0"])
+    begin(tmp_path / "run", plain_run(Path("data"), engine=FSDP2Config(), steps=2))
+    lives = ("tests.lives:live_on_disks_of_their_own", str(tmp_path / "run"), [str(disk) for disk in disks])
+    if not other:
+        assert pool.run(2, *lives) == [EXIT_DONE, EXIT_DONE]
+        return
+    with pytest.raises(RankFailure, match=r"rank 1 on \S+ finds other data, or other lists"):
+        pool.run(2, *lives)
+    assert not (tmp_path / "run/ledger.jsonl").exists() or not (tmp_path / "run/ledger.jsonl").read_text()

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,23 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str]) -> int:
     """`officina convert ...`."""
     args = _parser().parse_args(argv)
+    with _nothing_left(Path(args.to)):
+        return _convert(args, argv)
+
+
+@contextmanager
+def _nothing_left(folder: Path) -> Iterator[None]:
+    """What stops before its end leaves nothing in a folder that was not there or empty."""
+    new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    try:
+        yield
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _convert(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.way == "import" and (Path(args.path) / peft.CONFIG_FILE).is_file():
         run_dir = Path(args.to)
         run = import_adapter(Path(args.path), run_dir, name_of_import(run_dir), base=args.base, nf4=args.nf4,
@@ -361,7 +379,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _human(size: float) -> str:
-    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= 0.9995 * u), (1e3, "kB"))
     return f"{size / unit:.3g} {name}"
 
 

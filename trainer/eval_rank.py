@@ -1,6 +1,7 @@
 """What one rank does for `officina eval`."""
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -53,5 +54,6 @@ def evaluate(folder: Path, ranks: Ranks) -> int:
 
 
 def _told(found: EvalMetrics) -> dict[str, Any]:
-    return {key: value for key, value in asdict(found).items() if key not in ("step", "time")} | {
-        "bits_per_byte": found.bits_per_byte}
+    values = asdict(found) | {"bits_per_byte": found.bits_per_byte}
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no other numbers
+            for key, value in values.items() if key not in ("step", "time")}

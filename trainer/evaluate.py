@@ -50,7 +50,7 @@ def held_out(engine: Engine, run: RunConfig, ranks: Ranks, step: int,
                               "text_bytes": float(sizes[i]) if known else None}
                        for i, name in enumerate(names) if tokens[i]}
         yield EvalMetrics(
-            step=step, source=source, loss_nats=float(nats.sum() / max(tokens.sum(), 1)), tokens=int(tokens.sum()),
+            step=step, source=source, loss_nats=_mean(nats.sum(), tokens.sum()), tokens=int(tokens.sum()),
             text_bytes=float(sizes.sum()) if known else None, languages=by_language if len(names) > 1 else {},
             lost_blocks=sum(map(len, lost.values())), eval_time_s=time.perf_counter() - began_s,
             **_answers(total[sums.size:-1], tokens.sum()))
@@ -75,7 +75,7 @@ def _pairs(engine: Engine, run: RunConfig, ranks: Ranks, step: int, source: str,
         sums += engine.evaluate(batch.to(ranks.device)).double().cpu().numpy()
         pairs += batch.loss_tokens
     loss, *rewards, count = ranks.sum([*sums, pairs])
-    return EvalMetrics(step=step, source=source, loss_nats=loss / max(count, 1), tokens=int(count),
+    return EvalMetrics(step=step, source=source, loss_nats=_mean(loss, count), tokens=int(count),
                        eval_time_s=time.perf_counter() - began_s, **measured(REWARDS, rewards, count)), lost
 
 
@@ -86,6 +86,11 @@ def _answers(sums: np.ndarray, tokens: float) -> dict[str, float]:
         return {}
     return {"token_accuracy": right / tokens, "samples": int(samples), "sample_accuracy": exact / samples,
             "sample_loss_nats": _finite(means / samples)}
+
+
+def _mean(total: float, count: float) -> float:
+    """NaN of nothing, as where all held-out documents were removed."""
+    return float(total / count) if count else math.nan
 
 
 def _finite(value: float) -> float | None:

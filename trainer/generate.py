@@ -44,9 +44,6 @@ def generate(module: Transformer, tokens: Sequence[int], *, max_new_tokens: int,
 
 def load(run: RunConfig, source: Source, device: torch.device) -> Transformer:
     """The run's model on one device, ready to generate: bf16 on a GPU, fp32 elsewhere."""
-    if not isinstance(run.model, DecoderConfig):
-        raise OfficinaError("model.kind=custom: `officina generate` continues text with the built-in decoder only. "
-                            "Call your own module: see docs/bring_your_own_model.md")
     check_attention(run.model, device.type)
     module = build_transformer(run.model).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     module = module.to_empty(device=device).eval().requires_grad_(False)
@@ -65,6 +62,9 @@ def main(argv: Sequence[str]) -> int:
                             "Give it as UTF-8 text, for example 'def '") from None
     run_dir = Path(args.run)
     run = load_config(run_dir)
+    if not isinstance(run.model, DecoderConfig):
+        raise OfficinaError("model.kind=custom: `officina generate` continues text with the built-in decoder only. "
+                            "Call your own module: see docs/bring_your_own_model.md")
     path = run_dir / "tokenizer.json"
     if not path.exists():
         raise OfficinaError(f"{path} does not exist; it is copied from the data set when a run on text starts. "

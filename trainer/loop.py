@@ -131,23 +131,26 @@ def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_s
     if job.ledger is not None:
         job.ledger.write(job.step, data, digest)
 
+    if not job.nonfinite_in_a_row or job.saved_step == job.step - 1:
+        job.nonfinite_from = data.first_sample
     job.nonfinite_in_a_row = 0 if finite else job.nonfinite_in_a_row + 1
+    kept = f", and the checkpoint of step {job.saved_step} is intact" if job.saved_step >= 0 else ""
     if job.nonfinite_in_a_row >= objective.max_nonfinite_steps:
         raise NoProgressError(
             f"loss or gradient norm was not finite in {job.nonfinite_in_a_row} steps in a row (up to step {job.step}, "
-            f"loss {loss:g}, gradient norm {result.grad_norm:g}); none of them changed the model, and the newest "
-            f"checkpoint is intact. Try: officina resume {job.run_dir} optim.lr={job.run.optim.lr / 2:g}, or leave the "
-            f"samples out: {_without(job, data)}")
+            f"loss {loss:g}, gradient norm {result.grad_norm:g}); none of them changed the model{kept}. "
+            f"Try: officina resume {job.run_dir} optim.lr={job.run.optim.lr / 2:g}, or leave the samples out: "
+            f"{_without(job, job.nonfinite_from, data.stop_sample)}")
     if spike and objective.on_spike == "stop":
         raise NoProgressError(
             f"step {job.step} is a spike (loss {loss:.4g}, gradient norm {result.grad_norm:.4g}) and "
-            f"objective.on_spike=stop; the newest checkpoint is intact. Try: officina resume {job.run_dir} "
-            f"{_without(job, data)}, or objective.on_spike=flag")
+            f"objective.on_spike=stop{kept}. Try: officina resume {job.run_dir} "
+            f"{_without(job, data.first_sample, data.stop_sample)}, or objective.on_spike=flag")
 
 
-def _without(job: Job, data: StepData) -> str:
-    """The word that leaves out the step's samples too."""
-    return f"'data.skip={as_text([*job.run.data.skip, [data.first_sample, data.stop_sample]])}'"
+def _without(job: Job, first_sample: int, stop_sample: int) -> str:
+    """The word that leaves these samples out too."""
+    return f"'data.skip={as_text([*job.run.data.skip, [first_sample, stop_sample]])}'"
 
 
 def _is_spike(job: Job, tokens: int, loss_sum: float) -> bool:

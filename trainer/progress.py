@@ -129,8 +129,8 @@ class Progress:
         parts: list[tuple[int, str, str]] = [(0, "step " + counter, _BOLD)]  # (rank of importance, text, colour)
         parts.append((1, "loss " + _number(m.loss_nats), _ACCENT))
         if self._eval:
-            tokens = sum(e.tokens for e in self._eval.values())
-            held_out = sum(e.loss_nats * e.tokens for e in self._eval.values()) / max(tokens, 1)
+            known = [e for e in self._eval.values() if e.tokens]
+            held_out = sum(e.loss_nats * e.tokens for e in known) / sum(e.tokens for e in known) if known else math.nan
             parts.append((4, "held-out " + _number(held_out), _ACCENT))
         parts.append((6, f"lr {m.lr:.2e}", _DIM))
         filled = m.filled_tokens_per_s
@@ -184,7 +184,7 @@ def _number(value: float) -> str:
 def _si(value: float) -> str:
     """1234 -> `1.23k`: three digits, the unit's prefix behind."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
+        if value >= 0.9995 * factor:
             return f"{value / factor:.3g}{prefix}"
     return f"{value:.3g}"
 

@@ -219,7 +219,7 @@ def _problem(item: Mapping, key: str, value: object, values: Mapping, good: Mapp
         return _bad_kind(key, value)
     if kind in ("missing", "missing_argument"):
         return Problem(key, None, "is required", word(key, EXAMPLES.get(declared, "VALUE")))
-    if kind in ("dataclass_type", "dataclass_exact_type", "model_attributes_type"):
+    if kind in ("dataclass_type", "dataclass_exact_type", "model_attributes_type", "dict_type"):
         first = next((k for k in leaves() if k.startswith(f"{declared}.") and not k.endswith(".kind")), None)
         if first is None:  # an entry of a list whose entries have keys
             return Problem(key, value, "must be a list of {name:value}", word(key, leaves()[declared]))

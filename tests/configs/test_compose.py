@@ -67,6 +67,11 @@ def test_arguments_of_a_custom_model_keep_the_types_they_look_like():
     assert type(run.model.args["width"]) is int
 
 
+def test_a_value_in_the_place_of_named_groups_is_told_where_it_goes():
+    assert faults("data.sources=d")["data.sources"].remedy == "data.sources.NAME.path=demo/data"
+    assert faults("data.sources.web=d")["data.sources.web"].remedy == "data.sources.web.path=demo/data"
+
+
 # ---- groups ----------------------------------------------------------------------------------------------------
 def test_order_of_words_does_not_matter_between_groups_and_values():
     words = ["engine.stage=3", "engine=zero2", "optim.muon_lr=0.01", "experiment=demo", "optim=muon", "steps=5"]
@@ -142,6 +147,7 @@ def test_a_model_of_ones_own(tmp_path):
     ("steps: many\n", "steps", "whole number"),
     ("name: ${oc.env:HOME}\n", "name", "interpolation"),
     ("site:\n  account: 12\n", "site.account", "text"),
+    ("hydra:\n  run: {dir: out}\nsteps: 3\n", "experiment", "sets `hydra`"),
 ])
 def test_faults_of_a_file_of_ones_own(tmp_path, text, key, rule):
     path = tmp_path / "mine.yaml"

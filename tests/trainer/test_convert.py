@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,15 +18,16 @@ from lives import begin, plain_run
 from safetensors.torch import load_file, save_file
 
 from officina.launch.cli import main
-from officina.trainer.card import _data_table
+from officina.trainer.card import _compute, _data_table
 from officina.trainer.checkpoint.read import open_checkpoint
-from officina.trainer.config import CheckpointConfig, DecoderConfig, RopeConfig
+from officina.trainer.config import CheckpointConfig, DecoderConfig, RopeConfig, RunConfig
 from officina.trainer.convert import export_run, import_model
 from officina.trainer.errors import OfficinaError
 from officina.trainer.generate import generate, load
 from officina.trainer.hf.base import open_base
 from officina.trainer.hf.config_file import FAMILIES, family_for, read_config, write_config
 from officina.trainer.hf.family import canonical
+from officina.trainer.metrics import MetricsWriter, StartMetrics, StepMetrics, read_metrics
 from officina.trainer.run_dir import load_config, save_config
 
 
@@ -118,8 +120,8 @@ def test_a_run_from_random_weights_is_exported_as_the_family_that_fits(tmp_path,
     card = (tmp_path / "out/README.md").read_text()
     narrow = export_run(str(tmp_path / "run"), tmp_path / "narrow", dtype="bfloat16")  # rounded: other weights, and it says so
     assert narrow["hash"] == import_model(tmp_path / "narrow", tmp_path / "again") != found["hash"]
-    for told in ("CC-BY-4.0", '- "fin_Latn"', "None: trained from random weights", "| optimizer steps | 2 |", "perplexity",
-                 "training FLOPs"):
+    for told in ("| CC-BY-4.0 | fin_Latn |", '\n- "fin"\n', "None: trained from random weights", "| optimizer steps | 2 |",
+                 "perplexity", "training FLOPs"):
         assert told in card, told
     export_run(f"{tmp_path / 'run'}@1", tmp_path / "first")  # of an earlier step: what had been done by then
     card = (tmp_path / "first/README.md").read_text()
@@ -130,6 +132,18 @@ def test_the_card_counts_rows_as_they_were_read():
     facts = {"title": "a set", "weight": 1.0}
     assert "| new | a set | 75.0% |" in _data_table([("old", facts), ("new", facts)], {"old": 2, "new": 6})
     assert "| new | a set | 50.0% |" in _data_table([("old", facts), ("new", facts)], {})
+
+
+def test_the_card_counts_device_hours_by_the_ranks_that_made_each_step(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for begin, stop, ranks in ((0, 3, 8), (2, 4, 2)):  # step 3 was done again
+            writer.write(StartMetrics(step=begin, action="start", engine="ddp", world_size=ranks, device="cpu",
+                                      precision="fp32"))
+            for n in range(begin + 1, stop + 1):
+                writer.write(StepMetrics(step=n, tokens=1, loss_nats=1.0, grad_norm=1.0, lr=1.0, step_time_s=3600.0,
+                                         data_wait_s=0.0, tokens_per_s=1.0))
+    told = _compute(tmp_path, RunConfig(), read_metrics(tmp_path))
+    assert "| time in steps | 4.00 h |" in told and "| device hours | 20.00 |" in told
 
 
 def test_each_family_is_found_again_and_odd_switches_are_named(tmp_path):
@@ -297,7 +311,7 @@ def _index(folder, places):
 def test_damaged_files_are_refused_by_name(folder, damage, told, capsys):
     damage(folder)
     assert main(["convert", "import", str(folder), "--to", str(folder.parent / "run")]) == 2
-    assert told in capsys.readouterr().err
+    assert told in capsys.readouterr().err and not (folder.parent / "run").exists()
 
 
 def test_a_tied_head_that_is_stored_twice_and_old_buffers_are_taken(folder):
@@ -331,11 +345,12 @@ def test_commands_and_their_refusals(folder, tmp_path, capsys):
             (["import", str(folder), "--to", run], "is not empty"), (["export", run, "--to", out], "never written over"),
             (["export", out, "--to", out + "2"], "is in Hugging Face's form already"),
             (["import", run, "--to", run + "2"], "is a run of officina already"),
-            (["export", run, "--to", out + "3", "--max-shard", "many"], "has to be a size"),
+            (["export", run, "--max-shard", "many", "--to", out + "3"], "has to be a size"),
             (["export", f"{run}@7", "--to", out + "4"], "step 7"),
             (["import", "nowhere", "--to", run + "3"], "nowhere does not exist")]:
         assert main(["convert", *words]) == 2
         assert message in capsys.readouterr().err
+        assert Path(words[-1]).exists() == (words[-1] in (run, out)), "a refusal leaves what was there"
     assert main(["resume", run]) == 2  # an import is no run that could go on
     assert "init_from=" in capsys.readouterr().err
     assert FAMILIES.keys() >= {"llama", "mistral"}

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from lives import DECODER, begin, plain_run
 from officina.trainer.config import DDPConfig, EvalConfig, FSDP2Config, LoraConfig, SingleConfig, ZeroConfig
 from officina.trainer.data.build import BuildOptions, build
 from officina.trainer.data.manifest import open_dataset
+from officina.trainer.data.removal import remove
 from officina.trainer.data.stream import Stream
 from officina.trainer.evaluation import Request, read_results, write_request
 from officina.trainer.metrics import read_metrics
@@ -100,6 +102,20 @@ def test_any_engine_and_ranks_give_what_a_plain_count_gives(pool, trained: Path)
     [in_the_loop] = read_metrics(trained).evals
     assert in_the_loop.bits_per_byte == pytest.approx(nats / math.log(2) / sizes, rel=1e-5)
     assert set(in_the_loop.languages) == set(wanted)
+
+
+def test_held_out_documents_that_were_all_removed_have_no_loss(pool, trained: Path, tmp_path) -> None:
+    """And not one of 0, the best there is."""
+    run = load_config(trained)
+    shutil.copytree(run.data.sources["text"].path, tmp_path / "d")
+    held = [shard for shard in open_dataset(tmp_path / "d").shards if shard.split == "validation"]
+    remove(tmp_path / "d", [f"{shard.path}:{i}" for shard in held for i in range(shard.documents)])
+    moved = replace(run, data=replace(run.data, sources={"text": replace(run.data.sources["text"], path=str(tmp_path / "d"))}))
+    for ranks in (1, 2):
+        folder = ask(trained, f"removed-{ranks}", replace(moved, engine=DDPConfig() if ranks > 1 else SingleConfig()))
+        assert pool.run(ranks, "tests.trainer.evaluation_cases:evaluate", str(folder)) == [0] * ranks
+        [found] = read_results(folder).held_out
+        assert (found["tokens"], found["loss_nats"], found["bits_per_byte"]) == (0, None, None)
 
 
 def test_an_adapter_is_evaluated_merged(pool, trained: Path, tmp_path) -> None:

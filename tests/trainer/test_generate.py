@@ -13,7 +13,7 @@ from officina.trainer.checkpoint.verify import Alone
 from officina.trainer.checkpoint.write import Saver
 from officina.trainer.config import CheckpointConfig, CustomModelConfig, DecoderConfig, RunConfig
 from officina.trainer.errors import OfficinaError
-from officina.trainer.generate import generate, load, main, stream_text
+from officina.trainer.generate import generate, main, stream_text
 from officina.trainer.model.build import build_model, build_transformer
 from officina.trainer.run_dir import save_config
 from officina.trainer.state import PARAM, Piece
@@ -116,7 +116,7 @@ def test_characters_of_several_tokens_come_whole():
 
 def write_run(folder: Path, steps=(1, 2)) -> RunConfig:
     """A run directory as the loop leaves it: config, tokenizer, checkpoints."""
-    text = Path(__file__).read_text()
+    text = "\n".join(f"def test_{i}(value):\n    return value * {i}" for i in range(200))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.train_from_iterator([text], trainers.BpeTrainer(
@@ -166,7 +166,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(tmp_path, capsys):
 
 
 def test_refusals_of_the_command(tmp_path):
-    run = write_run(tmp_path)
+    write_run(tmp_path)
     with pytest.raises(OfficinaError, match="prompt is not UTF-8 at character 3"):
         main([str(tmp_path), "caf\udce9"])
     with pytest.raises(OfficinaError, match=r"step-00000007 does not exist. Step 2 is whole: \S+@2, step=2 or --step 2"):
@@ -178,6 +178,6 @@ def test_refusals_of_the_command(tmp_path):
     with pytest.raises(OfficinaError, match=r"tokenizer.json does not exist.*cp DATASET/tokenizer.json"):
         main([str(tmp_path), "x"])
     custom = CustomModelConfig(factory="a:b", loss="a:b", decoder="a:b")
-    with pytest.raises(OfficinaError, match="model.kind=custom"):
-        load(RunConfig(model=custom), None, torch.device("cpu"))
-    assert isinstance(run.model, DecoderConfig)
+    save_config(RunConfig(model=custom), tmp_path)
+    with pytest.raises(OfficinaError, match="model.kind=custom"):  # and not that it has no tokenizer
+        main([str(tmp_path), "x"])
