@@ -90,6 +90,10 @@ def main(argv=None):
         return EXIT_USER
     with Signals() as signals, claimed(run_dir) as holder:
         if holder:
+            if 0 < job.restart < args.max_jobs and "job {},".format(os.environ.get("SLURM_JOB_ID")) in holder:
+                say(f"an earlier start of this job still trains {run_dir} ({holder}), on a node that Slurm has lost")
+                if requeue(job.id):
+                    return EXIT_DONE
             say(f"{run_dir} is being trained by another start ({holder}), still after {_CLAIM_S:g} s. Wait for it or end it: "
                 f"officina cancel {run_dir}")
             return EXIT_USER

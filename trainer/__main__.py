@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -131,7 +132,8 @@ def cli(words: list[str] | None = None) -> int:
                         help="seconds to wait for all ranks to start (default: %(default)g)")
     args = parser.parse_args(words)
     if not args.run_dir.is_dir():
-        print(f"officina: {args.run_dir}: no such run directory. Make one: officina train ...", file=sys.stderr)
+        print(f"officina: {args.run_dir}: no such run directory on {socket.gethostname()}. If it is there on another node: "
+              "name one that all nodes share, with --runs-dir. Else make one: officina train ...", file=sys.stderr)
         return EXIT_USER
     return main(args.run_dir, start_timeout_s=args.start_timeout_s)
 

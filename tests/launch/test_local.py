@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -221,7 +222,7 @@ def test_a_rank_with_no_run_directory_says_so(tmp_path: Path):
     done = subprocess.run([sys.executable, "-m", "officina.trainer", tmp_path / "no"], capture_output=True, text=True,
                           timeout=60, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"{tmp_path / 'no'}: no such run directory. Make one: officina train ..." in done.stderr
+    assert f"{tmp_path / 'no'}: no such run directory on {socket.gethostname()}. If it is there on" in done.stderr
 
 
 def test_failures_of_earlier_starts_are_not_blamed(run_dir: Path):

@@ -276,6 +276,21 @@ def test_one_start_at_a_time(tmp_path, monkeypatch):
     assert "LaunchError" in other.stderr and f"supervisor {os.getpid()} on " in other.stderr
 
 
+@pytest.mark.parametrize(("restart", "status"), [("1", 0), ("0", 2), ("100", 2)])
+def test_a_job_whose_earlier_start_lives_on_a_lost_node_waits_in_the_queue(tmp_path, monkeypatch, restart, status):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    env = slurm_says(tmp_path / "bin", 'case "$*" in show*) echo JobState=PENDING ;; esac')
+    program = ("import sys; from officina.launch import supervise as s; s._CLAIM_S = 0.1\n"
+               f"sys.exit(s.main(['{tmp_path}', '--chain', '--', 'true']))")
+    with supervise.claimed(str(tmp_path)):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False,
+                              env=dict(os.environ, **env, SLURM_RESTART_COUNT=restart))
+    asked = tmp_path / "bin/asked"
+    assert done.returncode == status, done.stderr
+    assert (asked.exists() and "requeue 7" in asked.read_text()) is (status == 0)
+    assert ("on a node that Slurm has lost" if status == 0 else "is being trained by another start") in done.stderr
+
+
 def test_a_run_that_is_not_there_is_named(tmp_path):
     done = job(tmp_path / "no", "")
     assert done.returncode == 2 and "no: no such run directory. Submit the run anew: officina submit" in done.stderr
