@@ -10,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from officina.launch.report_facts import ACCURACIES, Facts, finite, gather
+from officina.launch.report_facts import ACCURACIES, Facts
+from officina.launch.report_gather import finite, gather
 from officina.launch.report_page import page, parameters, speed, where
 from officina.launch.report_words import clock, count, loss, number, shares, size
 from officina.trainer.errors import OfficinaError

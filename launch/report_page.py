@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from officina.launch.report_charts import Chart, Mark, Series, Span, draw
-from officina.launch.report_facts import ACCURACIES, FINAL_STEPS, Facts, Life, pooled
+from officina.launch.report_facts import ACCURACIES, FINAL_STEPS, Facts, Life
+from officina.launch.report_gather import pooled
 from officina.launch.report_style import CSS, LOGO, SCRIPT
 from officina.launch.report_words import clock, count, date, loss, number, seconds, shares, shown, size
 from officina.trainer.keys import flat

@@ -15,7 +15,7 @@ from data_sets import write_tokens
 
 from officina.launch.report import main, summary, write_report
 from officina.launch.report_charts import Chart, Mark, Series, _columns, _smooth, draw
-from officina.launch.report_facts import gather
+from officina.launch.report_gather import gather
 from officina.launch.report_words import count, number, size
 from officina.trainer.config import (
     BatchConfig,

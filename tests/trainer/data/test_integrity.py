@@ -12,7 +12,7 @@ import torch
 from data_sets import make_run, write_tokens
 from lives import DECODER, begin, changed, losses, plain_run, states
 
-from officina.launch.report_facts import gather
+from officina.launch.report_gather import gather
 from officina.launch.report_page import page
 from officina.trainer.batch import IGNORE, Batch
 from officina.trainer.config import CustomModelConfig, ObjectiveConfig, RunConfig
