@@ -57,6 +57,8 @@ def remap_once() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):  # triton 3.5, which restores nothing
+        return
     remap = interpreter._patch_lang
 
     def remap_what_is_not(function: Callable[..., Any]) -> Any:

@@ -28,6 +28,10 @@ def build(parts: Parts) -> "FSDP2Engine":
 
     Raises OfficinaError for what cannot be sharded, and where shard_size does not divide the number of ranks.
     """
+    whole = [name for name, p in parts.module.named_parameters() if not p.is_floating_point()]
+    if whole and torch.__version__ < (2, 12):
+        raise OfficinaError(f"engine={parts.run.engine.kind}: PyTorch {torch.__version__} cannot shard {whole[0]}, which holds "
+                            "whole numbers, as adapter.base=nf4 does; 2.12 and later can. Try: engine=ddp or adapter.base=full")
     check_shardable(parts.module, find_blocks(parts.module, parts.run), parts.run, by_block=True)
     parts.ranks.ensure_group()
     # torch 2.13, of the decoder's loss: nothing writes into it.

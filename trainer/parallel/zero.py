@@ -250,7 +250,7 @@ def load_deepspeed(device: torch.device, local_rank: int):
     if device.type == "cpu":
         os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "1"}  # else stage 3 starts numactl in every micro-batch
     os.environ["LOCAL_RANK"] = str(local_rank if device.index is None else device.index)
-    if lack := lacking("deepspeed"):  # of earlier ones some add up micro-batches wrongly, without an error
+    if lack := lacking("deepspeed"):  # earlier ones sum micro-batches wrongly or apply what is left out
         raise OfficinaError(f"engine=zero {lack}. Try: pip install 'officina[deepspeed]', or engine=fsdp2")
     import deepspeed
     from deepspeed.utils import logger

@@ -1,17 +1,20 @@
 """The pieces that engines are made of, and what they refuse."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from officina.trainer.batch import Batch
 from officina.trainer.config import CustomModelConfig, FSDP2Config, HSDPConfig, MuonConfig, RunConfig, SingleConfig, ZeroConfig
 from officina.trainer.errors import ConfigError, OfficinaError
 from officina.trainer.model.build import build_model
+from officina.trainer.parallel import fsdp2
 from officina.trainer.parallel.blocks import find_blocks
 from officina.trainer.parallel.engine import ENGINES, Parts, build_engine, resolve_precision
 from officina.trainer.parallel.tensors import deal, materialize
@@ -156,7 +159,15 @@ def test_hsdp_that_does_not_divide(pool):
     pool.run(3, "tests.trainer.parallel.test_engine_parts:hsdp_of_three")
 
 
-@pytest.mark.parametrize("found", [None, "0.19.3"])
+def test_whole_numbers_under_fsdp2_with_a_torch_that_cannot_shard_them(monkeypatch):
+    module = torch.nn.Module()
+    module.codes = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    with pytest.raises(OfficinaError, match=r"engine=fsdp2: PyTorch 2\.11\.0 cannot shard codes, .* Try: engine=ddp"):
+        fsdp2.build(SimpleNamespace(module=module, run=RunConfig(engine=FSDP2Config())))
+
+
+@pytest.mark.parametrize("found", [None, "0.19.7"])
 def test_zero_without_deepspeed_or_with_one_that_sums_wrongly(found, monkeypatch):
     monkeypatch.setattr("officina.trainer.environment._version", lambda name: found)
     with pytest.raises(OfficinaError, match=r"engine=zero needs .*deepspeed.* pip install 'officina\[deepspeed\]'"):
