@@ -169,7 +169,8 @@ def _symmetric_product(x, addend, alpha, beta):
         return out
     arch = arch_of(x.device)
     config = config_for(x.dtype, arch)
-    by_tma = "tma" in config.extra and M > 0 and all(map(_walkable, (x, addend, out)))
+    sound = not triton.__version__.startswith("3.5.")  # whose interpreter gets other numbers from this kernel
+    by_tma = "tma" in config.extra and sound and M > 0 and all(map(_walkable, (x, addend, out)))
     config = config if by_tma else _plain(config)
     side, tile = triton.cdiv(N, config.block_m), [config.block_m, config.block_n]
     grid = (side * (side + 1) // 2,)
