@@ -3,10 +3,12 @@
 import math
 import os
 import shutil
+import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from officina.trainer.config import (
     AdamWConfig,
@@ -114,15 +116,30 @@ def inject(fault: str, rank: int):
 
         loader.Loader.__init__ = late
         return lambda: setattr(loader.Loader, "__init__", real_init)
-    if fault == "slow data":  # the fifth step's comes half a second late
-        real_step = loader.Loader._read_step
+    if fault == "slow data":  # the fifth step's comes 0.2 s after the loop began to wait for it
+        real_step, real_next, waited_for = loader.Loader._read_step, loader.Loader.next_step, threading.Event()
 
         def read_step(self, position):
-            time.sleep(0.5 * (position == 4 * self._run.batch.rows))
+            if position == 4 * self._run.batch.rows:
+                assert waited_for.wait(60)
+                time.sleep(0.2)
             return real_step(self, position)
 
-        loader.Loader._read_step = read_step
-        return lambda: setattr(loader.Loader, "_read_step", real_step)
+        def next_step(self):
+            ready = self._ready
+            if self._position == 4 * self._run.batch.rows:
+                self._ready = SimpleNamespace(put=ready.put, get=lambda: (waited_for.set(), ready.get())[1])
+            try:
+                return real_next(self)
+            finally:
+                self._ready = ready
+
+        loader.Loader._read_step, loader.Loader.next_step = read_step, next_step
+
+        def undo():
+            loader.Loader._read_step, loader.Loader.next_step = real_step, real_next
+
+        return undo
     if fault == "conditions end":  # after step 4, and only by the clock of rank 1
         real_clock = assemble.Job.use_is_over
         assemble.Job.use_is_over = lambda job: job.deadline is not None and rank == 1 and job.step >= 4
