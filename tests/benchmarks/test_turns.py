@@ -1,5 +1,6 @@
 """Programs that take turns: one runs at a time, their blocks are what was timed, and what fails is told."""
 
+import math
 import time
 from functools import partial
 from itertools import pairwise
@@ -42,12 +43,17 @@ def test_blocks_are_timed_and_turns_do_not_overlap(tmp_path, alternate):
     for block in (block for blocks in found.values() for block in blocks):
         assert block.facts.pop("cpu_s") < block.seconds / 2  # who sleeps computes little
         assert block.facts == {"steps": 4}  # the lead is not in it
-    assert all(0.08 <= block.seconds < 0.5 for block in found["slow"])
-    assert all(0.04 <= block.seconds < 0.5 for block in found["fast"])
-    steps = sorted((float(words[3]), float(words[4]), words[0]) for words in map(str.split, log.open()))
+    steps = sorted((float(began), float(ended), who, rank) for who, rank, _, began, ended in map(str.split, log.open()))
     assert len(steps) == 4 * 6 * 3  # rounds x steps x processes
-    for (_, end, who), (begin, _, next_one) in pairwise(steps):
+    for (_, end, who, _), (begin, _, next_one, _) in pairwise(steps):
         assert who == next_one or begin >= end - 1e-3
+    of_rank_0 = [step for step in steps if step[3] == "0"]
+    for name, step_s in (("slow", "0.02"), ("fast", "0.01")):  # a block lies between the end of its lead and the next turn
+        own = [step for step in of_rank_0 if step[2] == step_s]
+        for block, first in zip(found[name], range(8, 24, 6), strict=True):
+            began, ended = own[first][0], own[first + 3][1]
+            after = min((step[0] for step in of_rank_0 if step[0] >= ended), default=math.inf)
+            assert ended - began - 1e-3 <= block.seconds <= after - own[first - 1][1] + 1e-3
     if alternate:
         order = [a for a, b in zip([None, *(s[2] for s in steps)], (s[2] for s in steps), strict=False) if a != b]
         assert order[1:] == ["0.02", "0.01", "0.02", "0.01"]  # there and back: neighbours of one kind run together

@@ -47,8 +47,8 @@ def launch(run_dir: Path, n_ranks: int, *deed: object, grace_s: float = 30) -> s
                             stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def finish(parent: subprocess.Popen, timeout_s: float = 60) -> tuple[int, str, str]:
-    out, err = parent.communicate(timeout=timeout_s)
+def finish(parent: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = parent.communicate(timeout=60)
     return parent.returncode, out, err
 
 
@@ -68,7 +68,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_gone(pids: list[int], timeout_s: float = 5) -> None:
+def wait_gone(pids: list[int], timeout_s: float = 60) -> None:
     end = time.monotonic() + timeout_s
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < end, f"orphans: {[pid for pid in pids if alive(pid)]}"
@@ -147,7 +147,7 @@ def test_rank_that_never_starts_is_named_with_the_address(run_dir: Path):
     status, _, err = finish(parent)
     assert status == 2
     assert "2 of 3 ranks met at 127.0.0.1:" in err
-    assert "missing after 3 s: rank 2" in err
+    assert "missing after 6 s: rank 2" in err
 
 
 @pytest.mark.parametrize(("number", "n_ranks"), [(signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGUSR1, 1)])
@@ -181,10 +181,10 @@ def test_second_ctrl_c_kills(run_dir: Path):
     parent = launch(run_dir, 1, "stubborn", 0)
     pids = started(run_dir, 1)
     parent.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert parent.poll() is None, "the first one asks"
+    assert any("the ranks finish their step" in line for line in parent.stderr), "the first one asks"
+    assert parent.poll() is None
     parent.send_signal(signal.SIGINT)
-    status, _, err = finish(parent, timeout_s=5)
+    status, _, err = finish(parent)
     assert status == 130
     assert f"officina: killed. The last checkpoint is intact: officina resume {run_dir}" in err
     wait_gone(pids)
@@ -194,7 +194,7 @@ def test_ranks_that_do_not_stop_are_killed_and_named(run_dir: Path):
     parent = launch(run_dir, 2, "stubborn", 1, grace_s=1)
     pids = started(run_dir, 2)
     parent.send_signal(signal.SIGTERM)
-    status, _, err = finish(parent, timeout_s=10)
+    status, _, err = finish(parent)
     assert status == 1
     assert "did not stop within 1 s of SIGTERM and had to be killed" in err and "site.grace=2s" in err
     wait_gone(pids)

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -216,10 +217,13 @@ def test_a_crash_while_stopping_is_left_to_the_next_start(tmp_path):
 
 def test_a_step_that_does_not_leave_is_killed_before_slurm_would(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(supervise, "_KILL_S", 0.2)
-    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    ready, now_s = tmp_path / "ready", time.time()  # the job's last seconds begin when the step heeds no signal
+    monkeypatch.setattr(supervise, "time", SimpleNamespace(sleep=time.sleep, time=lambda: time.time() + 1000 * ready.exists()))
+    program = (f"import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+               f"pathlib.Path({str(ready)!r}).touch(); time.sleep(600)")
     with supervise.Signals() as signals:
         ended = supervise.run_step([sys.executable, "-c", program], dict(os.environ), signals,
-                                   time.time() + supervise._LAST_S + 0.5, "", on_term=print)
+                                   now_s + supervise._LAST_S + 600, "", on_term=print)
     assert ended == Ended(-9, "", "", True) and "the step still runs: it is killed" in capsys.readouterr().err
 
 

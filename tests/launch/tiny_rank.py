@@ -65,6 +65,6 @@ if DEED == "hang" and int(os.environ["OFFICINA_RANK"]) == CULPRIT:
 loop = types.ModuleType("officina.trainer.loop")
 loop.train = train
 sys.modules["officina.trainer.loop"] = loop
-status = main(RUN, start_timeout_s=3 if DEED == "hang" else 60)
+status = main(RUN, start_timeout_s=6 if DEED == "hang" else 60)
 sys.stdout.flush()
 os._exit(status)
