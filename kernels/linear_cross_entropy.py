@@ -111,7 +111,7 @@ def _checked(op: str, x_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> tupl
                          "fit; need (N, D), (V, D) with V at least 1, (N,)")
     kind = x_ND.device.type
     # Products that write to given memory know nothing of autocast.
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         narrow = torch.get_autocast_dtype(kind)
         x_ND, weight_VD = (t if t.dtype == torch.float64 else t.to(narrow) for t in (x_ND, weight_VD))
     if x_ND.dtype != weight_VD.dtype:

@@ -221,7 +221,7 @@ examples:
 
 
 def _eval(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run", metavar="RUN", help="run directory, such as runs/demo")
+    command.add_argument("run", metavar="RUN", help="run directory, such as runs/demo, or RUN@STEP")
     command.add_argument("words", nargs="*", metavar="WORD",
                          help="step=N (default: the newest), tasks=NAME,NAME, or a key=value of the configuration")
     command.add_argument("--tasks-dir", default="", metavar="DIR", help="folder with task files of your own")

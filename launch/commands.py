@@ -132,9 +132,11 @@ def check(args: argparse.Namespace) -> int:
         print(f"{'note':<{width}}  {line}")
     for word, origin in plan.defaults:
         print(f"{'default':<{width}}  {word}  (from {origin})")
-    for problem in missing_packages(plan.run):
+    missing = missing_packages(plan.run)
+    for problem in missing:
         print(f"{'missing':<{width}}  {problem}")
-    print(f"No problems. It would run in {plan.run_dir}")
+    unless = ", if the ranks find what is missing here" if missing else ""
+    print(f"No problems{unless}. It would run in {plan.run_dir}")
     return EXIT_DONE
 
 

@@ -33,6 +33,7 @@ from officina.trainer.run_dir import (
     load_config,
     read_run_id,
     save_config,
+    split_step,
     unwritable,
 )
 from officina.trainer.validate import missing_packages, problems
@@ -44,9 +45,12 @@ _NUMBERS_STAY = ("ranks", "threads", "device", "engine.", "site.", "logging.", "
 
 def evaluate(args: argparse.Namespace) -> int:
     """Make the evaluation's folder, start the ranks, show what came out."""
-    run_dir = Path(args.run)
+    run_dir, at = split_step(args.run)
     saved = load_config(run_dir)
     step, tasks, words = _sort(args.words)
+    if at is not None and step not in ("", str(at)):
+        raise OfficinaError(f"{args.run} step={step} names two steps. Try: officina eval {run_dir} step={step}")
+    step = step or ("" if at is None else str(at))
     request = Request(step=_step(run_dir, step), tasks=tasks, tasks_dir=_folder(args.tasks_dir), shots=args.shots,
                       limit=args.limit)
     if tasks and find_spec("lm_eval") is None:

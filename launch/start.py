@@ -13,6 +13,7 @@ from officina.configs.compose import Composed, compose_all, recompose
 from officina.launch.origin import Origin, as_of_step, checkpoint_of, other_data, read_origin, told_later, told_rise
 from officina.trainer.checkpoint.layout import checkpoints_dir, step_dir
 from officina.trainer.config import RunConfig
+from officina.trainer.data import carried
 from officina.trainer.data.gate import use_problems
 from officina.trainer.data.manifest import MANIFEST, sync_folder
 from officina.trainer.data.register import Going
@@ -188,7 +189,7 @@ def _weighed(composed: Composed, words: Sequence[str], before: RunConfig | None 
 
 
 def _going(origin: Origin, branch: bool) -> Going:
-    return Going("" if branch else read_run_id(origin.run_dir), origin.step, origin.position, branch)
+    return Going("" if branch else read_run_id(origin.run_dir), origin.step, origin.position, branch, origin.run_dir)
 
 
 def _all_problems(composed: Composed, world_size: int | None, devices: int | None, going: Going) -> list[Problem]:
@@ -255,7 +256,8 @@ def write_start(plan: Plan, world_size: int | None) -> None:
             diff=keep_diff(plan.run_dir, code_diff(modules)),
             versions={"officina": about["officina"], "python": about["python"], **about["packages"]},
             changes=[{"key": c.key, "old": c.old, "new": c.new} for c in plan.changes], forced=plan.forced,
-            origin=_origin_record(plan) if plan.action == "branch" else None))
+            origin=_origin_record(plan) if plan.action == "branch" else None,
+            conditions=carried.at_start(plan.run, plan.going().position), carried=_carried(plan)))
         if plan.action == "branch":
             _lend_checkpoint(plan.origin, plan.run_dir)
         save_config(plan.run, plan.run_dir / CONFIG)
@@ -270,6 +272,13 @@ def write_start(plan: Plan, world_size: int | None) -> None:
 def _origin_record(plan: Plan) -> dict[str, object]:
     return {"name": plan.origin.run.name, "run_id": read_run_id(plan.origin.run_dir),
             "step": plan.origin.step, "starts": len(read_history(plan.origin.run_dir))}
+
+
+def _carried(plan: Plan) -> dict[str, dict[str, object]] | None:
+    if plan.action == "resume":
+        return None
+    found = carried.of_branch(plan.origin.run_dir, plan.origin.step) if plan.origin else carried.of_begin(plan.run)
+    return carried.for_history(found)
 
 
 def _lend_checkpoint(origin: Origin, run_dir: Path) -> None:

@@ -31,7 +31,7 @@ from officina.launch.start import Plan, free_name, plan_resume, plan_train, refu
 from officina.launch.step_script import quote
 from officina.trainer.errors import EXIT_DONE, ConfigError, LaunchError, OfficinaError, Problem
 from officina.trainer.hf.base import open_base
-from officina.trainer.run_dir import claim, unwritable
+from officina.trainer.run_dir import claim, split_step, unwritable
 
 COMMANDS = ("train", "resume", "data", "convert", "generate", "eval", "bench", "report", "check")
 """Commands that can be put on a cluster; without one of them the words are those of `train`."""
@@ -259,7 +259,7 @@ def _prepare_command(what: str, job: JobConfig, problems: list[Problem], own: li
         problems.append(Problem("jobs", job.jobs, f"{what} is no run that a next job could go on with", "jobs=1"))
     if not dry_run:
         problems += missing_paths(request)
-        if what in ("eval", "report") and not Path(args.run).is_dir():
+        if what in ("eval", "report") and not split_step(args.run)[0].is_dir():
             problems.append(Problem(what, args.run, "there is no such run directory", f"{what} runs/mine"))
     return Prepared(request, script, (), problems, [])
 

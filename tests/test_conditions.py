@@ -11,6 +11,8 @@ from data_sets import write_tokens
 from officina.launch import start
 from officina.launch.start import plan_resume, plan_train, write_start
 from officina.trainer.config import CheckpointConfig, DDPConfig, ObjectiveConfig, RunConfig, SingleConfig, SourceConfig
+from officina.trainer.convert import export_run
+from officina.trainer.data import carried
 from officina.trainer.data.describe import change
 from officina.trainer.data.ledger import audit
 from officina.trainer.data.policy import Policy
@@ -187,3 +189,65 @@ def test_what_an_older_checkpoint_reads_again_is_judged(pool, tmp_path: Path, mo
     change(tmp_path / "late", policy=Policy())
     assert pool.run(2, "tests.lives:live", str(run_dir)) == [EXIT_DONE] * 2
     assert audit(run_dir).ok and committed_steps(run_dir)[-1] == 8
+
+
+# ---- weights carry the conditions of what they were trained on ---------------------------------------------------------
+def test_weights_carry_the_conditions_of_their_data(pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that begins with another's weights, a branch, a resume without the source: none may release what was not to be,
+    also where the data and the run that read them are gone."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    words = two_sources(tmp_path)
+    only_text = [word for word in words if "late" not in word]
+    change(tmp_path / "late", policy=Policy(export="no", attribution="ACME Lab", licence=("CC-BY-NC-4.0",)))
+    declared = ["use.release=false", "use.commercial=false"]
+    plan = plan_train([*words, *declared], tmp_path / "runs", world_size=2).checked()
+    write_start(plan, 2)
+    pool.run(2, "tests.lives:live", str(plan.run_dir), stop_after=5)
+
+    def problems(plan: start.Plan) -> dict[str, str]:
+        return {problem.key: f"{problem.rule}; {problem.remedy}" for problem in plan.problems}
+
+    def begun(*more: str) -> start.Plan:
+        return plan_train([*only_text, f"init_from={plan.run_dir}", "name=second", *more], tmp_path / "runs", world_size=2)
+
+    undeclared = ["~data.sources.late", "use.release=true", "use.commercial=null"]
+    branch = plan_train([f"from={plan.run_dir}@5", "name=branch", *undeclared], tmp_path / "runs", world_size=2)
+    resumed = plan_resume(plan.run_dir, undeclared, world_size=2)
+    for found, label in ((problems(begun()), "late of run"), (problems(branch), "late of run@5"), (problems(resumed), "late")):
+        assert set(found) == {"use.release", "use.commercial"}, found
+        assert f"{label}: weights trained on it must not be released" in found["use.release"]
+        assert f"{label}: licence MIT and CC-BY-NC-4.0: CC-BY-NC-4.0 is for non-commercial use" in found["use.commercial"]
+        assert "begin with weights that were not trained on it" in found["use.release"] and "leave the source" not in str(found)
+    assert set(problems(begun("use.weights_derive=false"))) == {"use.release"}, "a licence of data says nothing of weights then"
+    shutil.rmtree(tmp_path / "late")
+    assert "late of run: " in problems(begun("use.commercial=false"))["use.release"]
+    second = begun(*declared).checked()
+    write_start(second, 2)
+    pool.run(2, "tests.lives:live", str(second.run_dir), stop_after=3)
+    shutil.rmtree(plan.run_dir)
+    assert "late of run@5: weights" in problems(plan_resume(second.run_dir, ["use.release=true"], world_size=2))["use.release"]
+    export_run(str(second.run_dir), tmp_path / "out")
+    told = (tmp_path / "out" / "README.md").read_text()
+    assert "- late of run@5: MIT AND CC-BY-NC-4.0; weights trained on it must not be released; attribution: ACME Lab\n" in told
+    assert "- text of run@5: MIT\n" in told and "- text: MIT\n" in told and "look them up" not in told
+
+
+def test_weights_carry_nothing_of_what_they_were_not_trained_on(pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that joins later is not in the weights of an earlier step; new conditions of the provider hold at once."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    words = two_sources(tmp_path)
+    only_text = [word for word in words if "late" not in word]
+    plan = plan_train(only_text, tmp_path / "runs", world_size=2).checked()
+    write_start(plan, 2)
+    pool.run(2, "tests.lives:live", str(plan.run_dir), stop_after=3)
+    change(tmp_path / "late", policy=Policy(export="no"))
+    joins = plan_resume(plan.run_dir, [words[-1], "use.release=false"], world_size=2).checked()
+    write_start(joins, 2)
+    assert carried.of_run(plan.run_dir) == {"text": Policy(licence=("MIT",))}, "planned, and not read yet"
+    pool.run(2, "tests.lives:live", str(plan.run_dir), stop_after=5)
+    assert set(carried.of_run(plan.run_dir)) == {"text", "late"} and set(carried.of_run(plan.run_dir, 3)) == {"text"}
+    for step, refused in ((3, False), (5, True)):
+        begun = plan_train([*only_text, f"init_from={plan.run_dir}@{step}", "name=second"], tmp_path / "runs", world_size=2)
+        assert bool(begun.problems) is refused
+    change(tmp_path / "late", policy=Policy())
+    plan_train([*only_text, f"init_from={plan.run_dir}@5", "name=second"], tmp_path / "runs", world_size=2).checked()

@@ -193,8 +193,10 @@ def test_steps_that_are_no_number_are_left_out_and_end_the_run(pool, data, tmp_p
         lived(pool, tmp_path / "run", world_size, fault="nan")
     last = read_ledger(tmp_path / "run")[0][-1]
     assert f"data.skip=[[{last.first_sample},{last.stop_sample}]]" in str(failure.value)  # what a checkpoint has passed is past
-    steps = read_metrics(tmp_path / "run").steps
+    metrics = read_metrics(tmp_path / "run")
+    steps, stop = metrics.steps, metrics.generations[-1].stop
     assert [s.applied for s in steps][-3:] == [False] * 3 and not math.isfinite(steps[-1].grad_norm)
+    assert (stop.step, stop.reason, stop.exit_status) == (steps[-1].step, "no progress", 76)
     saved = committed_steps(tmp_path / "run")
     before, after = states(tmp_path / "run", saved[-2]), states(tmp_path / "run", saved[-1])
     assert len(saved) >= 2 and all(torch.equal(before[key], after[key]) for key in before)

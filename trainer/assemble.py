@@ -321,7 +321,7 @@ def _judge_again(run_dir: Path, run: RunConfig, opened: OpenCheckpoint, ranks: R
     told, history = "", read_history(run_dir)
     planned = int(history[-1]["step"]) if history else 0
     if ranks.rank == 0 and planned > opened.step:
-        going = Going(read_run_id(run_dir), opened.step, opened.train_state.position)
+        going = Going(read_run_id(run_dir), opened.step, opened.train_state.position, run_dir=run_dir)
         if found := use_problems(run, going):
             rules = "\n".join(f"  - {each.rule}" for each in found)
             told = (f"the run goes on from step {opened.step}, not as planned from step {planned} ({opened.passed_over[0]}), "

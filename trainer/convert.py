@@ -40,7 +40,7 @@ from officina.trainer.initial import keep_base, keep_tokenizer, plain_weights, r
 from officina.trainer.metrics import read_metrics
 from officina.trainer.model.shapes import parameter_shapes
 from officina.trainer.model.targets import choose
-from officina.trainer.run_dir import Start, append_history, load_config, new_run_id, save_config
+from officina.trainer.run_dir import Start, append_history, load_config, new_run_id, save_config, split_step
 from officina.trainer.state import PARAM, Piece, Source
 
 PART = 1 << 22
@@ -235,11 +235,9 @@ def _which(text: str) -> tuple[Path, int | None]:
     found = parse_step_dir(path.name)
     if found and path.parent.name == "checkpoints":
         return path.parent.parent, found[0]
-    if not path.is_dir() and (match := re.fullmatch(r"(.+)@(\d+)", text)):
-        return Path(match[1]), int(match[2])
     if path.is_dir() and not (path / "config.yaml").exists() and (path / CONFIG_FILE).exists():
         raise OfficinaError(f"{path} is in Hugging Face's form already; export is for runs of officina")
-    return path, None
+    return split_step(text)
 
 
 def _new_folder(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from officina.trainer.hf.base import BASE_DIR
 from officina.trainer.initial import plain_weights
 from officina.trainer.model.build import build_transformer, check_attention
 from officina.trainer.model.transformer import Transformer
-from officina.trainer.run_dir import load_config
+from officina.trainer.run_dir import load_config, split_step
 from officina.trainer.state import PARAM, Source
 
 EXAMPLES = """examples:
@@ -60,7 +60,10 @@ def main(argv: Sequence[str]) -> int:
     except UnicodeEncodeError as error:  # bytes of the command line that are no UTF-8 arrive as surrogates
         raise OfficinaError(f"the prompt is not UTF-8 at character {error.start}. "
                             "Give it as UTF-8 text, for example 'def '") from None
-    run_dir = Path(args.run)
+    run_dir, step = split_step(args.run)
+    if args.step is not None and step not in (None, args.step):
+        raise OfficinaError(f"{args.run} --step {args.step} names two steps. Try: officina generate {run_dir} PROMPT "
+                            f"--step {args.step}")
     run = load_config(run_dir)
     if not isinstance(run.model, DecoderConfig):
         raise OfficinaError("model.kind=custom: `officina generate` continues text with the built-in decoder only. "
@@ -75,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         raise OfficinaError(f"{path} is no tokenizer that can be read ({error}). "
                             f"Copy it anew: cp DATASET/tokenizer.json {path}") from error
     use_gpu = run.device != "cpu" and torch.cuda.is_available()
-    with open_checkpoint(run_dir, step=args.step) as checkpoint:
+    with open_checkpoint(run_dir, step=step if args.step is None else args.step) as checkpoint:
         for fault in checkpoint.passed_over:
             print(f"officina generate: {fault}", file=sys.stderr)
         with plain_weights(run_dir, checkpoint, Alone()) as source:
@@ -195,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="officina generate", description="Continue a prompt with the model of a run.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("run", metavar="RUN", help="run directory, or RUN@STEP")
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
     parser.add_argument("--step", type=int, help="checkpoint to use; default: the newest that is whole")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")

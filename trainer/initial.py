@@ -19,9 +19,7 @@ from officina.trainer.checkpoint.content import ContentHasher, add_shares
 from officina.trainer.checkpoint.read import OpenCheckpoint, open_checkpoint
 from officina.trainer.checkpoint.verify import RankGroup, threads_here
 from officina.trainer.config import LoraConfig, RunConfig
-from officina.trainer.data.manifest import open_dataset
-from officina.trainer.data.policy import policy_of
-from officina.trainer.errors import CheckpointError, ConfigError, DataError, OfficinaError, listed
+from officina.trainer.errors import CheckpointError, ConfigError, OfficinaError, listed
 from officina.trainer.hf.base import BASE_DIR, Base, card_licence, open_base
 from officina.trainer.hf.source import FolderSource
 from officina.trainer.hf.tokenizers import TOKENIZER_FILES, tokenizer_text
@@ -260,17 +258,6 @@ def read_weights_record(run_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _licences(run_dir: Path) -> dict[str, str]:
-    """Source -> licence of the data of a run; empty where it is not stated or the data are not at hand."""
-    found = {}
-    for name, source in load_config(run_dir).data.sources.items():
-        try:
-            found[name] = policy_of(open_dataset(source.path)).licences
-        except DataError:
-            found[name] = ""
-    return found
-
-
 def keep_base(base: Base, run_dir: Path, facts: Mapping[str, object]) -> None:
     """Write RUN/base: what the run started from, without its weights."""
     folder = Path(run_dir) / BASE_DIR
@@ -285,8 +272,6 @@ def keep_base(base: Base, run_dir: Path, facts: Mapping[str, object]) -> None:
         facts = {**facts, "dtype": common, "other_dtypes": {n: d for n, d in dtypes.items() if d != common}}
     elif before := read_weights_record(base.path):
         kept = {key: before[key] for key in ("dtype", "other_dtypes", "licence") if key in before}
-        inherited = ("name", "kind", "hash", "licence", "data", "base")
+        inherited = ("name", "kind", "hash", "licence", "base")
         facts = {**facts, **kept, "base": {key: before[key] for key in inherited if key in before}}
-    if not base.tensors:
-        facts = {**facts, "data": _licences(base.path)}
     (folder / WEIGHTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

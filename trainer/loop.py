@@ -6,16 +6,17 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from officina.trainer.assemble import Job, assemble, peak_memory_bytes
 from officina.trainer.checkpoint.content import state_hashes, verify_changed
 from officina.trainer.data.loader import StepData
-from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_USER, DataError, NoProgressError
+from officina.trainer.errors import EXIT_CONTINUE, EXIT_DONE, EXIT_NO_PROGRESS, EXIT_USER, DataError, NoProgressError
 from officina.trainer.evaluate import held_out
 from officina.trainer.keys import as_text
-from officina.trainer.metrics import StepMetrics
+from officina.trainer.metrics import StepMetrics, StopMetrics
 from officina.trainer.objective import beside, measured
 from officina.trainer.ranks import Ranks
 from officina.trainer.run_dir import load_config
@@ -136,16 +137,21 @@ def _record(job: Job, data: StepData, result: StepResult, *, tokens: int, loss_s
     job.nonfinite_in_a_row = 0 if finite else job.nonfinite_in_a_row + 1
     kept = f", and the checkpoint of step {job.saved_step} is intact" if job.saved_step >= 0 else ""
     if job.nonfinite_in_a_row >= objective.max_nonfinite_steps:
-        raise NoProgressError(
-            f"loss or gradient norm was not finite in {job.nonfinite_in_a_row} steps in a row (up to step {job.step}, "
+        _give_up(
+            job, f"loss or gradient norm was not finite in {job.nonfinite_in_a_row} steps in a row (up to step {job.step}, "
             f"loss {loss:g}, gradient norm {result.grad_norm:g}); none of them changed the model{kept}. "
             f"Try: officina resume {job.run_dir} optim.lr={job.run.optim.lr / 2:g}, or leave the samples out: "
             f"{_without(job, job.nonfinite_from, data.stop_sample)}")
     if spike and objective.on_spike == "stop":
-        raise NoProgressError(
-            f"step {job.step} is a spike (loss {loss:.4g}, gradient norm {result.grad_norm:.4g}) and "
+        _give_up(
+            job, f"step {job.step} is a spike (loss {loss:.4g}, gradient norm {result.grad_norm:.4g}) and "
             f"objective.on_spike=stop{kept}. Try: officina resume {job.run_dir} "
             f"{_without(job, data.first_sample, data.stop_sample)}, or objective.on_spike=flag")
+
+
+def _give_up(job: Job, why: str) -> NoReturn:
+    job.write(StopMetrics(step=job.step, reason="no progress", exit_status=EXIT_NO_PROGRESS))
+    raise NoProgressError(why)
 
 
 def _without(job: Job, first_sample: int, stop_sample: int) -> str:

@@ -162,7 +162,7 @@ class StopMetrics:
     event: ClassVar[str] = "stop"
     step: int
     reason: str
-    """`done`, `signal SIGTERM`, `signal to another rank`, `time limit`, `no progress`, `error` ..."""
+    """`done`, `signal SIGTERM`, `signal to another rank`, `time limit`, `no progress`, `conditions of use`, `damaged data`."""
     exit_status: int
     message: str | None = None
     time: float = 0.0

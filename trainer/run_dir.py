@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 from collections.abc import Iterator, Sequence
@@ -127,6 +128,10 @@ class Start:
     forced: bool = False
     origin: dict[str, object] | None = None
     """branch: `{"name": ..., "run_id": ..., "step": ...}` of the run it comes from."""
+    conditions: dict[str, dict[str, object]] | None = None
+    """Fingerprint and conditions of use of the data read from here on, by source; see `officina.trainer.data.carried`."""
+    carried: dict[str, dict[str, object]] | None = None
+    """Conditions of the weights that the run begins with; None for a resume."""
     time: str = ""
     """UTC, ISO 8601."""
 
@@ -172,6 +177,13 @@ def read_history(run_dir: Path) -> list[dict[str, object]]:
 def read_run_id(run_dir: Path) -> str:
     """The run's id from its history; empty for a directory that no `officina train` made."""
     return next((str(start["run_id"]) for start in read_history(run_dir) if start.get("run_id")), "")
+
+
+def split_step(text: str) -> tuple[Path, int | None]:
+    """RUN, or RUN@STEP, as path and step; a folder of that very name is one without a step."""
+    if not Path(text).is_dir() and (match := re.fullmatch(r"(.+)@(\d+)", text)):
+        return Path(match[1]), int(match[2])
+    return Path(text), None
 
 
 def committed_steps(run_dir: Path) -> list[int]:

@@ -12,7 +12,7 @@ from officina.launch import eval_commands
 from officina.trainer.config import DecoderConfig, RunConfig
 from officina.trainer.data.policy import Policy, write_policy
 from officina.trainer.data.register import Going, enter
-from officina.trainer.errors import ConfigError, LaunchError
+from officina.trainer.errors import ConfigError, LaunchError, OfficinaError
 from officina.trainer.evaluation import Request, Results, read_request
 from officina.trainer.run_dir import CONFIG, REQUEST, RESULTS, Start, append_history, load_config, save_config
 
@@ -51,6 +51,11 @@ def test_benchmarks_need_no_data_set(tmp_path, monkeypatch):
     monkeypatch.setattr(eval_commands, "start", lambda folder, run, env: started.append(read_request(folder)) or 75)
     asked = Namespace(run=str(tmp_path), words=["tasks=one"], tasks_dir="", shots=None, limit=None)
     assert eval_commands.evaluate(asked) == 75 and started[0].tasks == ["one"]
+    asked.run = f"{tmp_path}@0"
+    assert eval_commands.evaluate(asked) == 75 and started[1] == started[0]
+    asked.words = ["tasks=one", "step=1"]
+    with pytest.raises(OfficinaError, match="@0 step=1 names two steps"):
+        eval_commands.evaluate(asked)
     asked.words = []
     with pytest.raises(ConfigError, match=r"data\.sources: is empty"):
         eval_commands.evaluate(asked)

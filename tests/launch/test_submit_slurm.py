@@ -150,6 +150,8 @@ def test_a_run_that_is_not_there_is_not_evaluated(project, monkeypatch, capsys):
     assert cli.main(["submit", *job, "eval", "runs/mien", "device=cpu"]) == 2
     said = capsys.readouterr().err
     assert "eval=runs/mien: there is no such run directory" in said and "gpus" not in said, "and device=cpu takes no GPU"
+    (project / "runs/mien").mkdir(parents=True)
+    assert cli.main(["submit", *job, "eval", "runs/mien@100", "device=cpu"]) == 0
 
 
 def test_a_folder_that_cannot_be_written_is_named(project, monkeypatch, capsys):

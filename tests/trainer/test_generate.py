@@ -144,6 +144,10 @@ def test_the_command_writes_prompt_and_continuation(tmp_path, capsys):
     first = capsys.readouterr().out
     main([*words, "--step", "2"])
     assert capsys.readouterr().out == newest != first
+    main([f"{tmp_path}@1", *words[1:]])
+    assert capsys.readouterr().out == first
+    with pytest.raises(OfficinaError, match="@1 --step 2 names two steps"):
+        main([f"{tmp_path}@1", *words[1:], "--step", "2"])
 
 
 def test_the_command_as_a_person_calls_it(tmp_path):

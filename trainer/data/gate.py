@@ -2,15 +2,17 @@
 
 Pure functions of configuration, policies, registers and a date. Every rule that applies gives one `Finding`, allowed or
 not, with the rule in words and what satisfies it; `officina check --explain` and `officina data policy` print them all.
-A source is never left out silently, since that would change the mixture. Declarations are no proof: this is for people
-who want to keep the conditions.
+A source is never left out silently, since that would change the mixture. Of data that the weights were trained on before, in
+this run or in those it comes from, the rules of release and the licences hold on. Declarations are no proof: this is for
+people who want to keep the conditions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from officina.trainer.config import RunConfig, UseConfig
+from officina.trainer.data.carried import of_begin, of_branch, of_run
 from officina.trainer.data.licences import Terms, options, share_alike_conflict
 from officina.trainer.data.manifest import Dataset, open_dataset
 from officina.trainer.data.order import sources_in_use
@@ -58,11 +60,16 @@ class Judged:
 
 # ---- a run ---------------------------------------------------------------------------------------------------------
 def judge_run(run: RunConfig, going: Going | None = None, now: datetime | None = None) -> list[Finding]:
-    """Every finding on the data sets that the run reads from now on. Raises DataError if one cannot be opened."""
+    """Every finding on the data sets that the run reads from now on, and on those that its weights were trained on before.
+    Raises DataError if one cannot be opened."""
     now, going = now or datetime.now(UTC), going or Going()
-    judged = [_judged(run, name, open_dataset(run.data.sources[name].path), going, now)
-              for name in sources_in_use(run.data, going.position)]
-    return judge(judged, run.use, "ai-training" if run.model.kind == "custom" else "gen-ai", now)
+    names = sources_in_use(run.data, going.position)
+    judged = [_judged(run, name, open_dataset(run.data.sources[name].path), going, now) for name in names]
+    if going.run_dir is None:
+        weights = of_begin(run)
+    else:
+        weights = (of_branch if going.branch else of_run)(going.run_dir, going.step, names)
+    return judge(judged, run.use, "ai-training" if run.model.kind == "custom" else "gen-ai", now, weights)
 
 
 def _judged(run: RunConfig, name: str, dataset: Dataset, going: Going, now: datetime) -> Judged:
@@ -81,13 +88,15 @@ def use_problems(run: RunConfig, going: Going | None = None, now: datetime | Non
         text, _, remedy = str(error).rpartition(". ")
         return [Problem("data.sources", None, text, remedy.rstrip(".") or "officina data verify DATASET")]
     told: dict[str, Problem] = {}
+    in_use = sources_in_use(run.data, going.position if going else 0)
     for found in findings:
         if not found.allowed:
-            last = found.source.split(" and ")[-1]
-            key = found.key or f"data.sources.{last}.path"
-            value = found.value if found.key else run.data.sources[last].path
+            last = next((name for name in reversed(found.source.split(" and ")) if name in in_use), "")
+            where = (f"data.sources.{last}.path", run.data.sources[last].path) if last else ("init_from", run.init_from)
+            key, value = (found.key, found.value) if found.key else where
             rule = f"{found.source}: {found.rule}"
-            remedy = f"{found.answer}; or leave the source out: '~data.sources.{last}'"
+            remedy = f"{found.answer}; or " + (f"leave the source out: '~data.sources.{last}'" if last else
+                                               "begin with weights that were not trained on it")
             if (known := told.get(key)) is not None:
                 rule, remedy = f"{known.rule}; {rule}", known.remedy
             told[key] = Problem(key, value, rule, remedy)
@@ -117,15 +126,23 @@ def deadline(run: RunConfig, position: int = 0) -> tuple[datetime, str] | None:
 
 
 # ---- one source after the other, then the mixture ------------------------------------------------------------------
-def judge(sources: list[Judged], use: UseConfig, action: str, now: datetime) -> list[Finding]:
-    """All findings on a mixture. action: what the run does, one of `policy.ACTIONS`."""
+def judge(sources: list[Judged], use: UseConfig, action: str, now: datetime, weights: Mapping[str, Policy] | None = None
+          ) -> list[Finding]:
+    """All findings on a mixture. action: what the run does, one of `policy.ACTIONS`; weights: conditions that the weights bring
+    with them, by name of the data."""
     found: list[Finding] = []
     chosen: dict[str, list[tuple[Terms, ...]]] = {}
     for source in sources:
         found += _source(source, use, action, now)
         licences, chosen[source.name] = _licences(source, use)
         found += licences
-    return found + _share_alike(sources, chosen, use)
+    before = [Judged(name, policy) for name, policy in (weights or {}).items()]
+    for source in before:
+        found += _release(source.name, source.policy, use)
+        if use.weights_derive:
+            licences, chosen[source.name] = _licences(source, use)
+            found += [replace(each, answer="the weights were trained on it") if each.allowed else each for each in licences]
+    return found + _share_alike([*sources, *before], chosen, use)
 
 
 def _source(source: Judged, use: UseConfig, action: str, now: datetime) -> Iterator[Finding]:
@@ -248,11 +265,19 @@ def _agreement(name: str, policy: Policy, use: UseConfig) -> Iterator[Finding]:
         asks.append("asks for the provider's consent")
     if policy.competition_pool:
         asks.append(f"belongs to the pool {policy.competition_pool} of competitors")
-    if policy.export == "weights-ask" and use.release is not False:
-        asks.append("lets weights be released by agreement only")
     for rule in asks:
-        yield Finding(name, bool(use.agreement), rule, f"declared: {use.agreement}" if use.agreement else
-                      f"use.agreement=ID, {_ASK}", "use.agreement", use.agreement or None)
+        yield _asked(name, rule, use)
+    yield from _release(name, policy, use)
+
+
+def _asked(name: str, rule: str, use: UseConfig) -> Finding:
+    return Finding(name, bool(use.agreement), rule, f"declared: {use.agreement}" if use.agreement else
+                   f"use.agreement=ID, {_ASK}", "use.agreement", use.agreement or None)
+
+
+def _release(name: str, policy: Policy, use: UseConfig) -> Iterator[Finding]:
+    if policy.export == "weights-ask" and use.release is not False:
+        yield _asked(name, "lets weights be released by agreement only", use)
     if policy.export == "no":
         rule = "weights trained on it must not be released"
         yield Finding(name, use.release is False, rule, "declared: use.release=false" if use.release is False else

@@ -82,6 +82,8 @@ class Going:
     position: int = 0
     """Global sample index of the next sample."""
     branch: bool = False
+    run_dir: Path | None = None
+    """Of the run that is gone on with or branched from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from officina.trainer.errors import OfficinaError
 from officina.trainer.hf.config_file import CONFIG_FILE, load_raw, read_config
 from officina.trainer.hf.family import Family
 from officina.trainer.hf.files import ITEM_BYTES, Stored, find_tensors
-from officina.trainer.run_dir import CONFIG, load_config
+from officina.trainer.run_dir import CONFIG, load_config, split_step
 
 ADAPTER_FILE = "adapter_config.json"
 """What a folder with an adapter in PEFT's form has."""
@@ -61,9 +61,7 @@ def card_licence(folder: Path) -> str:
 
 def open_base(text: str) -> Base:
     """FOLDER, RUN or RUN@STEP. OfficinaError says what is there instead."""
-    path, step = Path(text), None
-    if not path.is_dir() and (match := re.fullmatch(r"(.+)@(\d+)", text)):
-        path, step = Path(match[1]), int(match[2])
+    path, step = split_step(text)
     if (path / CONFIG).is_file():
         model = load_config(path).model
         if not isinstance(model, DecoderConfig):
