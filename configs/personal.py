@@ -10,7 +10,8 @@ from officina.configs.sites import config_folders
 from officina.trainer.errors import Problem
 from officina.trainer.keys import as_text, optional
 
-_PERSONAL = ("site", "use", "logging", "checkpoint", "profile", "device", "ranks", "threads", "time_limit")
+_PERSONAL = ("site", "use", "logging", "checkpoint", "profile", "device", "ranks", "threads", "time_limit",
+             "stall_after")
 """What a person's or a centre's defaults may set, besides paths of data: where and how a run is run, not what it computes."""
 SOURCE_PATH = re.compile(r"data\.sources\.([^.]+)\.path")
 

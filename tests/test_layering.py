@@ -18,7 +18,7 @@ LEVELS = (
     {"errors", "quantities", "slurm_env", "signals"},
     {"config", "keys", "schema", "run_dir", "environment", "state", "batch", "rank_env", "rank_log", "metrics",
      "memory",
-     "schedule", "spikes", "time_left", "progress", "profile", "loggers", "objective", "muon", "optim"},
+     "schedule", "spikes", "stall", "time_left", "progress", "profile", "loggers", "objective", "muon", "optim"},
     {"ranks"},
     {"model", "data", "parallel", "hf"},
     {"checkpoint"},

@@ -4,7 +4,6 @@ Nothing heavy is imported before the stop signals are caught: a Ctrl-C while tor
 """
 
 import argparse
-import contextlib
 import ctypes
 import os
 import signal
@@ -13,7 +12,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TextIO
 
 from officina.trainer import rank_log
 from officina.trainer.errors import EXIT_BUG, EXIT_CONTINUE, EXIT_DONE, EXIT_USER, LaunchError, OfficinaError
@@ -39,18 +37,18 @@ def main(run_dir: Path, *, start_timeout_s: float = START_TIMEOUT_S) -> int:
         except LaunchError as error:
             print(f"officina: {error}", file=sys.stderr)
             return error.exit_status
-        if env.launcher == "officina":
-            terminal = None  # the parent redirected us, and tells what happened
-        else:
+        if env.launcher != "officina":
             rank_log.clear_failures(run_dir, env.rank)
-            terminal = rank_log.redirect_to_log(run_dir, env.rank)
+            rank_log.redirect_to_log(run_dir, env.rank)
         try:
             status = _run(run_dir, env, start_timeout_s)
         except KeyboardInterrupt:
             return _INTERRUPTED
         except BaseException as error:  # SystemExit too: user code that ends the process has not ended the run
             _leave_soon(error)
-            return _report(run_dir, env, error, terminal)
+            failure = rank_log.describe(env, error)
+            rank_log.leave(run_dir, failure)
+            return failure.exit_status
         rank_log.tell_parent(status)
         return status
 
@@ -79,19 +77,6 @@ def _run(run_dir: Path, env: RankEnv, start_timeout_s: float) -> int:
         raise OutOfMemory(message) from error
     stop_ranks()
     return status
-
-
-def _report(run_dir: Path, env: RankEnv, error: BaseException, terminal: TextIO | None) -> int:
-    """Leave the failure as a file and in the log, and tell it where a person looks; none of these hides the others."""
-    failure = rank_log.describe(env, error)
-    rank_log.tell_parent(failure)
-    rank_log.write_failure(run_dir, failure)
-    with contextlib.suppress(OSError):  # a full disk
-        print(failure.traceback, file=sys.stderr, flush=True)
-    if terminal is not None:
-        with contextlib.suppress(OSError):  # a terminal that is gone
-            print(rank_log.told(run_dir, failure), file=terminal, flush=True)
-    return failure.exit_status
 
 
 def _leave_soon(error: BaseException) -> None:

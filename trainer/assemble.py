@@ -51,6 +51,7 @@ from officina.trainer.ranks import Ranks
 from officina.trainer.run_dir import committed_steps, read_history, read_run_id
 from officina.trainer.schema import dump_run
 from officina.trainer.spikes import SpikeDetector
+from officina.trainer.stall import Watch
 from officina.trainer.state import Piece
 from officina.trainer.time_left import TimeLeft
 
@@ -77,6 +78,7 @@ class Job:
     """When the use of the data ends, and the source that says so."""
     trackers: Trackers
     time_left: TimeLeft
+    watch: Watch
     loss_spikes: SpikeDetector
     norm_spikes: SpikeDetector
     flops: tuple[float, float] | None
@@ -253,6 +255,7 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
                 open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),
             time_left=TimeLeft(time_limit_s=run.time_limit, began_s=began_s, unknown_save_s=run.site.grace, run_dir=run_dir,
                                launcher=ranks.env.launcher),
+            watch=stack.enter_context(Watch(run_dir, ranks.env, stall_after_s=run.stall_after)),
             loss_spikes=spikes["loss"], norm_spikes=spikes["grad_norm"], flops=_flops(run),
             peak_flops=_peak(ranks, precision), frozen=frozen, references=known,
             data_fingerprints=dict(sorted({**state.data_fingerprints, **loader.fingerprints}.items())),

@@ -52,6 +52,7 @@ def train(run_dir: Path, ranks: Ranks) -> int:
             # The end of a decay to 0 changes nothing, rightly; nor need a step without loss-bearing tokens.
             before = state_hashes(job.trained_state(), slots={PARAM}) if job.unchecked and factor else None
             job.profiler.step(job.step + 1)
+            job.watch.step(job.step + 1)
             tokens = max(int(step_tokens), 1)
             skip = {"max_norm": job.norm_spikes.bound(), "is_spike": partial(_is_spike, job, tokens)} if may_skip else {}
             result = train_step(job.engine, data.micros, device=ranks.device, step_tokens=tokens, lr_factor=factor, **skip)
@@ -65,6 +66,7 @@ def train(run_dir: Path, ranks: Ranks) -> int:
                 job.time_left.is_over(), job.use_is_over(), job.saver.pending_vote(), peak_memory_bytes(ranks.device),
                 bool(following and following.damage), data.filled_tokens, *result.measured])
             step_time_s = time.perf_counter() - clock
+            job.watch.stepped(step_time_s)
 
             job.position = data.stop_sample
             job.tokens += int(step_tokens) if result.applied else 0

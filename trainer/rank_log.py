@@ -75,21 +75,25 @@ def begin_log(log: int, rank: int) -> None:
         os.write(log, log_header(rank))
 
 
-def redirect_to_log(run_dir: Path, rank: int) -> TextIO:
-    """Send this process's stderr (and stdout, but for rank 0) to its log; returns the stderr it had.
+_terminal: TextIO | None = None
+"""The stderr that this process had before `redirect_to_log`; None: a parent redirected us, and tells what happened."""
+
+
+def redirect_to_log(run_dir: Path, rank: int) -> None:
+    """Send this process's stderr (and stdout, but for rank 0) to its log; `leave` still speaks to the stderr it had.
 
     Done on file descriptors, so that C++ libraries and child processes write there too.
     """
+    global _terminal
     log = open_log(run_dir, rank)
     begin_log(log, rank)
-    terminal = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    _terminal = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     sys.stderr.flush()
     os.dup2(log, 2)
     if rank != 0:
         sys.stdout.flush()
         os.dup2(log, 1)
     os.close(log)
-    return terminal
 
 
 def fill_standard_streams() -> None:
@@ -162,6 +166,16 @@ def write_failure(run_dir: Path, failure: Failure) -> None:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(failure), indent=1))
         partial.replace(path)
+
+
+def leave(run_dir: Path, failure: Failure) -> None:
+    """Leave the failure as a file and in the log, and tell it where a person looks; none of these hides the others."""
+    tell_parent(failure)
+    write_failure(run_dir, failure)
+    for stream, text in ((sys.stderr, failure.traceback), (_terminal, told(run_dir, failure))):
+        with contextlib.suppress(OSError):  # a full disk, a terminal that is gone
+            if stream is not None:
+                print(text, file=stream, flush=True)
 
 
 def clear_failures(run_dir: Path, rank: int | None = None) -> None:

@@ -22,6 +22,7 @@ RULES: tuple[tuple[str, Ruling, str], ...] = (
     ("device", "free", "a checkpoint is fp32 and belongs to no device"),
     ("threads", "free", "sums differ in the last bit between thread counts"),
     ("time_limit", "free", "says when to stop"),
+    ("stall_after", "free", "says when a step stands still"),
     ("engine.*", "free", "any engine reads any checkpoint"),
     ("site.*", "free", "a run can move"),
     ("logging.*", "free", "changes what is written"),

@@ -92,9 +92,9 @@ def test_an_exception_without_a_text_is_recorded_too(tmp_path: Path):
 
 def test_redirect_takes_the_descriptors(tmp_path: Path):
     """C++ libraries and child processes write to descriptors, not to sys.stderr."""
-    program = ("import os, sys; from pathlib import Path; from officina.trainer.rank_log import redirect_to_log\n"
-               "terminal = redirect_to_log(Path(sys.argv[1]), int(sys.argv[2]))\n"
-               "os.write(2, b'raw stderr\\n'); os.system('echo of a child'); print('told', file=terminal)")
+    program = ("import os, sys; from pathlib import Path; from officina.trainer import rank_log\n"
+               "rank_log.redirect_to_log(Path(sys.argv[1]), int(sys.argv[2]))\n"
+               "os.write(2, b'raw stderr\\n'); os.system('echo of a child'); print('told', file=rank_log._terminal)")
     for rank, out in ((0, "of a child\n"), (1, "")):
         done = subprocess.run([sys.executable, "-c", program, tmp_path, str(rank)], capture_output=True, text=True, check=True)
         log = rank_log.log_path(tmp_path, rank).read_text()

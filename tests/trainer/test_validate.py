@@ -222,7 +222,7 @@ COMBINATIONS = [
     ("profile of rank 4", ["profile.ranks=[0,4]"], 4, "profile.ranks"),
     ("profile of rank -1", ["profile.ranks=[-1]"], None, "profile.ranks"),
     ("no time", ["time_limit=0s"], None, "time_limit"),
-    ("negative grace", ["site.grace=-5"], None, "site.grace"),
+    ("negative grace", ["site.grace=-5"], None, "site.grace"), ("negative stall", ["stall_after=-5"], None, "stall_after"),
     *((f"name {name}", [f"name={name}"], None, "name") for name in ("a/b", "../up", ".hidden", "two words", "")),
     *((f"skip {skip}", [f"data.skip={skip}"], None, "data.skip")
       for skip in ("[[5,5]]", "[[9,2]]", "[[1]]", "[[1,2,3]]", "[5]")),

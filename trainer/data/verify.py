@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from officina.trainer.data.manifest import TOKENIZER, Dataset, ShardEntry
+from officina.trainer.data.manifest import MANIFEST, TOKENIZER, Dataset, ShardEntry
 from officina.trainer.data.packing import FOLDER as PLANS
 from officina.trainer.data.packing import load_plan
 from officina.trainer.data.remote import open_whole
 from officina.trainer.data.removal import removed_documents
 from officina.trainer.data.seal import read_seal
 from officina.trainer.data.shards import Shard
+from officina.trainer.data.tokenizer import tokenizer_info
 from officina.trainer.errors import DataError
 
 _CHUNK_BYTES = 8 << 20
@@ -53,9 +54,23 @@ def _tokenizer_faults(dataset: Dataset) -> list[str]:
         return []
     found, _ = _sha256(path, 0, lambda done_bytes: None)
     if found == wanted.sha256:
-        return []
+        return _info_faults(dataset)
     return [f"{path}: {'missing' if found is None else f'sha256 {found}'}, but dataset.json says {wanted.sha256}. "
             "Restore the file from a copy: with another tokenizer the token ids mean something else."]
+
+
+def _info_faults(dataset: Dataset) -> list[str]:
+    """What dataset.json says of its tokenizer, which no hash covers, against the tokenizer."""
+    wanted, path = dataset.manifest.tokenizer, dataset.folder / TOKENIZER
+    try:
+        has = tokenizer_info(path.read_text(encoding="utf-8"), wanted.eos)
+    except DataError as exc:
+        return [f"{dataset.folder / MANIFEST}: tokenizer.eos={wanted.eos}, but {exc}"]
+    except Exception:  # as tokenizers raises: a file that it cannot read, and that is the one which was given
+        return []
+    differ = [f"{name}={getattr(wanted, name)}, but {TOKENIZER} has {getattr(has, name)}" for name in ("vocab_size", "eos_id")
+              if getattr(wanted, name) != getattr(has, name)]
+    return [f"{dataset.folder / MANIFEST}: tokenizer.{each}. Restore the file from a copy." for each in differ]
 
 
 def _removal_faults(dataset: Dataset) -> list[str]:

@@ -103,6 +103,17 @@ def test_a_given_tokenizer_is_kept_byte_for_byte(texts: Path, tmp_path: Path) ->
         build(tmp_path / "three", BuildOptions(inputs=[texts], tokenizer=texts / "latin.txt"))
 
 
+def test_verify_compares_what_is_said_of_the_tokenizer(texts: Path, tmp_path: Path) -> None:
+    """No hash covers it: with another token that ends documents, or another size, a run reads the same shards otherwise."""
+    build(tmp_path, BuildOptions(inputs=[texts], **OPTIONS))
+    assert verify(tmp_path).faults == []
+    said = json.loads((tmp_path / "dataset.json").read_text())
+    for name, value in (("eos_id", 7), ("vocab_size", 9_999), ("eos", "</end>")):
+        (tmp_path / "dataset.json").write_text(json.dumps(said | {"tokenizer": said["tokenizer"] | {name: value}}))
+        [fault] = verify(tmp_path).faults
+        assert f"dataset.json: tokenizer.{name}={value}, but " in fault
+
+
 def test_what_is_held_out_is_not_trained_on_in_other_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts that masked data or a filter make equal are on one side."""
     (tmp_path / "one_case.py").write_text("def keep(document): return document.text.lower()")
