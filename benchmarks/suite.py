@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from officina.trainer.errors import EXIT_BUG, EXIT_DONE, EXIT_USER, OfficinaError
@@ -22,15 +23,17 @@ class Benchmark:
     """Words that make it short: enough to see that it runs, too short for figures."""
     on_gpu: bool = False
     """Whether its figures need a GPU; `all` leaves it out, but for --quick."""
+    needs: tuple[str, ...] = ()
+    """Packages of the extra `test` that it measures against."""
 
 
 BENCHMARKS = {
     "step": Benchmark("a training step against a plain PyTorch loop and Hugging Face's Trainer", "6",
-                      ("--blocks", "1", "--steps", "1", "--precision", "fp32")),
+                      ("--blocks", "1", "--steps", "1", "--precision", "fp32"), needs=("transformers", "accelerate")),
     "engines": Benchmark("tokens per second of every engine on 2 ranks, and of plain DDP and FSDP2 loops", "4",
                          ("--blocks", "1", "--steps", "1", "--precision", "fp32")),
     "lora": Benchmark("a training step of LoRA against PEFT with Hugging Face's Trainer", "4",
-                      ("--blocks", "1", "--steps", "1")),
+                      ("--blocks", "1", "--steps", "1"), needs=("transformers", "accelerate", "peft")),
     "sft": Benchmark("a step of fine-tuning on conversations against TRL's SFTTrainer, packed, padded and one by one", "3",
                      ("--blocks", "1", "--precision", "fp32")),
     "start": Benchmark("time from the command to the first step", "2", ("--repeats", "1")),
@@ -73,6 +76,9 @@ def main(argv: Sequence[str]) -> int:
     if args.quick and args.out is None:
         raise OfficinaError(f"--quick makes figures that mean nothing, which are not for the records in {_results()}. "
                             f"Try: officina bench {' '.join(names)} --quick --out quick-results")
+    if missing := sorted({need for name in names for need in BENCHMARKS[name].needs if find_spec(need) is None}):
+        raise OfficinaError(f"{' and '.join(missing)}: not installed here, and we are measured against it. "
+                            "Try: pip install --constraint constraints.txt 'officina[test]'")
     return run(names, args.out or _results(), quick=args.quick)
 
 

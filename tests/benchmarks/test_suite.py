@@ -53,6 +53,12 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         suite.main(["stepp"])
 
 
+def test_what_is_measured_against_must_be_there(monkeypatch):
+    monkeypatch.setattr(suite, "find_spec", lambda name: None if name == "peft" else name)
+    with pytest.raises(OfficinaError, match=r"peft: not installed here.*Try: pip install .*officina\[test\]"):
+        suite.main(["engines", "lora"])
+
+
 @pytest.mark.parametrize("records", [RESULTS, Path("bench-results")])  # of a clone, of an installation
 def test_quick_figures_never_go_among_the_records(monkeypatch, records):
     monkeypatch.setattr(suite, "_results", lambda: records)
