@@ -192,7 +192,7 @@ def _block_mask(n_queries: int, n_keys: int, causal: bool, window: int, spans_B2
         if window:
             seen = seen & (i + offset - j < window)
         if starts_BS is not None:
-            row = b if rows > 1 else 0
+            row = b if rows > 1 else b * 0  # torch 2.9 takes no plain number here
             seen = seen & (starts_BS[row, i + offset] == starts_BS[row, j])
         return seen
 

@@ -159,6 +159,8 @@ def _go_on(origin: Origin, words: Sequence[str], *, world_size: int | None, devi
         run = _staged(carry_forward(old, new, origin.position, named), origin.step, origin.position)
         if run is not new:  # a source that comes back was in no mixture until here
             found = use_problems(run, _going(origin, branch))
+        if not origin.step:  # no weights of its own yet
+            run = pinned_run(run)
     return Plan(run, origin.run_dir, "branch" if branch else "resume", tuple(words), composed.defaults, found,
                 changes(origin.run, run), origin, force)
 
@@ -275,10 +277,10 @@ def _origin_record(plan: Plan) -> dict[str, object]:
 
 
 def _carried(plan: Plan) -> dict[str, dict[str, object]] | None:
-    if plan.action == "resume":
-        return None
-    found = carried.of_branch(plan.origin.run_dir, plan.origin.step) if plan.origin else carried.of_begin(plan.run)
-    return carried.for_history(found)
+    if plan.action == "branch":
+        return carried.record(carried.of_branch(plan.origin.run_dir, plan.origin.step))
+    # A resume before the first checkpoint begins anew, and with other weights if it says so.
+    return None if plan.origin and plan.origin.step else carried.record(carried.of_begin(plan.run))
 
 
 def _lend_checkpoint(origin: Origin, run_dir: Path) -> None:

@@ -1,5 +1,6 @@
 """Conditions of use over the life of a run: they end while it trains, and maxima are counted at its saves."""
 
+import json
 import shutil
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -221,6 +222,12 @@ def test_weights_carry_the_conditions_of_their_data(pool, tmp_path: Path, monkey
     assert set(problems(begun("use.weights_derive=false"))) == {"use.release"}, "a licence of data says nothing of weights then"
     shutil.rmtree(tmp_path / "late")
     assert "late of run: " in problems(begun("use.commercial=false"))["use.release"]
+    export_run(str(plan.run_dir), tmp_path / "first")
+    must_not = "MIT AND CC-BY-NC-4.0; weights trained on it must not be released; attribution: ACME Lab\n"
+    assert f"- late: {must_not}" in (tmp_path / "first" / "README.md").read_text()
+    of_folder = plan_train([word for word in only_text if "model." not in word] + [
+        "model=from_init", f"init_from={tmp_path / 'first'}", "name=third"], tmp_path / "runs", world_size=2)
+    assert "late of run@5: weights trained on it must not be released" in problems(of_folder)["use.release"]
     second = begun(*declared).checked()
     write_start(second, 2)
     pool.run(2, "tests.lives:live", str(second.run_dir), stop_after=3)
@@ -228,7 +235,7 @@ def test_weights_carry_the_conditions_of_their_data(pool, tmp_path: Path, monkey
     assert "late of run@5: weights" in problems(plan_resume(second.run_dir, ["use.release=true"], world_size=2))["use.release"]
     export_run(str(second.run_dir), tmp_path / "out")
     told = (tmp_path / "out" / "README.md").read_text()
-    assert "- late of run@5: MIT AND CC-BY-NC-4.0; weights trained on it must not be released; attribution: ACME Lab\n" in told
+    assert f"- late of run@5: {must_not}" in told
     assert "- text of run@5: MIT\n" in told and "- text: MIT\n" in told and "look them up" not in told
 
 
@@ -243,7 +250,8 @@ def test_weights_carry_nothing_of_what_they_were_not_trained_on(pool, tmp_path: 
     change(tmp_path / "late", policy=Policy(export="no"))
     joins = plan_resume(plan.run_dir, [words[-1], "use.release=false"], world_size=2).checked()
     write_start(joins, 2)
-    assert carried.of_run(plan.run_dir) == {"text": Policy(licence=("MIT",))}, "planned, and not read yet"
+    assert {label: known.policy for label, known in carried.of_run(plan.run_dir).items()} == {
+        "text": Policy(licence=("MIT",))}, "planned, and not read yet"
     pool.run(2, "tests.lives:live", str(plan.run_dir), stop_after=5)
     assert set(carried.of_run(plan.run_dir)) == {"text", "late"} and set(carried.of_run(plan.run_dir, 3)) == {"text"}
     for step, refused in ((3, False), (5, True)):
@@ -251,3 +259,46 @@ def test_weights_carry_nothing_of_what_they_were_not_trained_on(pool, tmp_path: 
         assert bool(begun.problems) is refused
     change(tmp_path / "late", policy=Policy())
     plan_train([*only_text, f"init_from={plan.run_dir}@5", "name=second"], tmp_path / "runs", world_size=2).checked()
+
+
+def test_what_weights_carry_whatever_became_of_the_records(pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger that was not copied, a history of an older version, a false start in the folder, other weights before step 1."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    words, runs = two_sources(tmp_path), tmp_path / "runs"
+    only_text = [word for word in words if "late" not in word]
+    change(tmp_path / "late", policy=Policy(export="no"))
+
+    def train(words: list[str], stop_after: int = 0) -> Path:
+        plan = plan_train(words, runs, world_size=2).checked()
+        write_start(plan, 2)
+        pool.run(2, "tests.lives:live", str(plan.run_dir), stop_after=stop_after)
+        return plan.run_dir
+
+    def refused(init_from: Path) -> bool:
+        plan = plan_train([*only_text, f"init_from={init_from}", "name=next"], runs, world_size=2)
+        return [problem.key for problem in plan.problems] == ["use.release"]
+
+    base = train([*words, "use.release=false"], stop_after=5)
+    write_start(plan_train([*words, "use.release=false", "name=clean"], runs, world_size=2).checked(), 2)  # no rank ever trains
+    clean = train([*only_text, "name=clean"])
+    assert refused(base) and not refused(clean)
+
+    shutil.copytree(base, runs / "no-ledger")
+    (runs / "no-ledger" / "ledger.jsonl").unlink()
+    assert refused(runs / "no-ledger")
+
+    old = runs / "old"
+    shutil.copytree(base, old)
+    starts = [json.loads(line) for line in (old / "history.jsonl").read_text().splitlines()]
+    (old / "history.jsonl").write_text("".join(json.dumps(
+        {key: value for key, value in start.items() if key not in ("conditions", "carried")}) + "\n" for start in starts))
+    assert refused(old)
+    write_start(plan_resume(old, ["~data.sources.late"], world_size=2).checked(), 2)
+    assert refused(old) and plan_resume(old, ["use.release=true"], world_size=2).problems
+
+    first = plan_train([*only_text, f"init_from={clean}", "name=swapped"], runs, world_size=2).checked()
+    write_start(first, 2)
+    [problem] = plan_resume(first.run_dir, [f"init_from={base}"], world_size=2).problems
+    assert problem.key == "use.release" and "late of run: " in problem.rule
+    write_start(plan_resume(first.run_dir, [f"init_from={base}", "use.release=false"], world_size=2).checked(), 2)
+    assert set(carried.of_run(first.run_dir)) == {"text of run@5", "late of run@5"}

@@ -137,7 +137,7 @@ def test_adapters_are_trained_on_preferences_and_a_branch_keeps_the_reference(po
     export_run(str(plan.run_dir), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     for told in ('base_model: "base@2"', "| preference pairs |", "step 2, where it left the run life", "chosen answer",
-                 "- data of base@2, text: not stated"):
+                 "- text of base@2: not stated"):
         assert told in card
     assert "perplexity" not in card
 

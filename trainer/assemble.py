@@ -255,7 +255,8 @@ def assemble(run_dir: Path, run: RunConfig, ranks: Ranks, began_s: float) -> Ite
                 open_trackers(run, run_dir, rank=ranks.rank, start_step=state.step, say=progress.say)),
             time_left=TimeLeft(time_limit_s=run.time_limit, began_s=began_s, unknown_save_s=run.site.grace, run_dir=run_dir,
                                launcher=ranks.env.launcher),
-            watch=stack.enter_context(Watch(run_dir, ranks.env, stall_after_s=run.stall_after)),
+            watch=stack.enter_context(
+                Watch(run_dir, ranks.env, stall_after_s=run.stall_after, on_gpu=ranks.device.type == "cuda")),
             loss_spikes=spikes["loss"], norm_spikes=spikes["grad_norm"], flops=_flops(run),
             peak_flops=_peak(ranks, precision), frozen=frozen, references=known,
             data_fingerprints=dict(sorted({**state.data_fingerprints, **loader.fingerprints}.items())),

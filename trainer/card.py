@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from officina.trainer.config import RunConfig
-from officina.trainer.data.carried import of_run
+from officina.trainer.data.carried import Known, is_recorded, of_run
 from officina.trainer.data.manifest import open_dataset
 from officina.trainer.data.policy import Policy, policy_of
 from officina.trainer.errors import DataError
@@ -47,7 +47,7 @@ def model_card(run_dir: Path, run: RunConfig, export: Mapping[str, Any]) -> str:
         "## Model\n\n" + _model(run, export),
         "## Use\n\n" + _use(export),
         "## Data\n\n" + _data_table(data, export["rows"]),
-        "## Licence\n\n" + _licence(record, data, of_run(run_dir, export["step"], besides=run.data.sources)),
+        "## Licence\n\n" + _licence(record, data, of_run(run_dir, export["step"]), is_recorded(run_dir)),
         "## Compute\n\n" + (_compute(run_dir, run, metrics) if trained else "No training was done here."),
         "## Evaluation\n\n" + _evaluation(run, metrics),
         "## Origin\n\n" + _origin(run_dir, export),
@@ -140,17 +140,18 @@ def _data_table(data: list[tuple[str, dict[str, Any]]], read: Mapping[str, int])
     return _table(("source", "data set", "share of rows", "licence", "languages", "creators"), rows)
 
 
-def _licence(record: Mapping[str, Any], data: list[tuple[str, dict[str, Any]]], carried: Mapping[str, Policy]) -> str:
-    """carried: conditions of the data that other runs, or this one with other sources, trained the weights on."""
+def _licence(record: Mapping[str, Any], data: list[tuple[str, dict[str, Any]]], carried: Mapping[str, Known],
+             recorded: bool) -> str:
+    """carried: conditions of the data that the weights were trained on; recorded: did the run keep those of its base?"""
     lines = []
     while record:
         if record.get("kind") == "folder":
             lines.append(f"- {record['name']}: {record.get('licence') or 'its card was not beside the weights; look it up'}")
-        elif not any(label.endswith(f" of {record['name']}") for label in carried):
+        elif not recorded:
             lines.append(f"- {record['name']}: a run whose data are not in the records; look them up")
         record = record.get("base")
-    known = {**{label: (policy.licences, _conditions(policy)) for label, policy in carried.items()},
-             **{name: (facts.get("licence"), facts.get("conditions", [])) for name, facts in data}}
+    known = {name: (facts.get("licence"), facts.get("conditions", [])) for name, facts in data}
+    known |= {label: (of.policy.licences, _conditions(of.policy)) for label, of in carried.items()}
     lines += ["; ".join([f"- {name}: {licence or 'not stated'}", *conditions]) for name, (licence, conditions) in known.items()]
     return "\n".join([*lines, "- these weights: to be decided by who publishes them, within what is said above"])
 

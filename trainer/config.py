@@ -540,7 +540,7 @@ class RunConfig:
     time_limit: Duration | None = None
     """Stop in good order (exit status 75) after this time."""
     stall_after: Duration = 600.0
-    """A step that lasts longer, and ten times longer than any before, stands still: every rank tells where, and the run ends
+    """A step that lasts longer, and ten times longer than usual, stands still: every rank tells where, and the run ends
     and can go on from its checkpoint. Not the first three of a start, in which kernels are compiled. 0 = never."""
     init_from: str = ""
     """Initial weights of the model: a folder with a Hugging Face model (config.json and safetensors), or an officina RUN or

@@ -23,6 +23,7 @@ from officina.trainer.checkpoint.read import open_checkpoint
 from officina.trainer.checkpoint.verify import Alone
 from officina.trainer.checkpoint.write import Saver
 from officina.trainer.config import CheckpointConfig, DecoderConfig, LoraConfig, RunConfig
+from officina.trainer.data import carried
 from officina.trainer.data.chat import CHAT_TEMPLATE
 from officina.trainer.data.order import Mixture, timeline_of
 from officina.trainer.environment import describe
@@ -79,7 +80,8 @@ def import_model(folder: Path, run_dir: Path, words: Sequence[str] = ()) -> str:
     append_history(run_dir, Start(
         run_id=run_id, action="import", words=words, step=0, world_size=1, engine="single",
         commit=about["code"]["officina"]["commit"], origin={"name": base.name},
-        versions={"officina": about["officina"], "python": about["python"], **about["packages"]}))
+        versions={"officina": about["officina"], "python": about["python"], **about["packages"]},
+        carried=carried.record(carried.read_file(folder))))
     hash_ = weights_hash(source, shapes, Alone())
     keep_base(base, run_dir, {"name": base.name, "kind": "folder", "hash": hash_,
                               "parameters": sum(map(math.prod, shapes.values()))})
@@ -162,6 +164,7 @@ def export_run(text: str, folder: Path, *, dtype: str | None = None, max_shard_b
     _write_small_files(run_dir, run, folder)
     result |= {"tokenizer": (folder / "tokenizer.json").exists(), "chat": (folder / CHAT_TEMPLATE).exists()}
     (folder / "README.md").write_text(model_card(run_dir, run, result), encoding="utf-8")
+    carried.write_file(folder, run_dir, step)
     config = write_config(run.model, family, base=raw, dtype=_torch_name(common), max_seq_len=run.batch.seq_len)
     if raw and common != record.get("dtype"):
         config |= {key: _torch_name(common) for key in ("torch_dtype", "dtype") if key in config}
@@ -198,6 +201,7 @@ def export_adapter(text: str, folder: Path) -> dict[str, Any]:
         tensors[f"{peft.PREFIX}lm_head.weight"] = tensors[peft_name("embed.weight", family)].clone()
     save_file(tensors, folder / peft.WEIGHTS_FILE, {"format": "pt"})
     _write_small_files(run_dir, run, folder)
+    carried.write_file(folder, run_dir, step)
     base = str(record.get("name", ""))
     config = peft.peft_config(run.model, run.adapter, chosen, family, base)
     _write_json(folder / peft.CONFIG_FILE, config)  # last: without it the folder is no adapter

@@ -11,7 +11,7 @@ from officina.trainer.checkpoint.layout import TrainState
 from officina.trainer.checkpoint.verify import Alone
 from officina.trainer.checkpoint.write import Saver
 from officina.trainer.config import CheckpointConfig, LoraConfig, RunConfig
-from officina.trainer.data.carried import for_history, of_begin
+from officina.trainer.data import carried
 from officina.trainer.environment import describe
 from officina.trainer.errors import CheckpointError, OfficinaError
 from officina.trainer.hf.base import open_base
@@ -57,7 +57,7 @@ def import_adapter(folder: Path, run_dir: Path, name: str, *, base: str = "", nf
         run_id=run_id, action="import", words=words, step=0, world_size=1, engine="single",
         commit=about["code"]["officina"]["commit"], origin={"name": Path(folder).resolve().name},
         versions={"officina": about["officina"], "python": about["python"], **about["packages"]},
-        carried=for_history(of_begin(run))))
+        carried=carried.record(carried.of_begin(run) | carried.read_file(folder))))
     keep_tokenizer(run_dir)
     saver = Saver(run_dir, Alone(), CheckpointConfig(), run_id)
     saver.prepare(iter(_pieces(stored)))

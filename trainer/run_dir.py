@@ -131,7 +131,7 @@ class Start:
     conditions: dict[str, dict[str, object]] | None = None
     """Fingerprint and conditions of use of the data read from here on, by source; see `officina.trainer.data.carried`."""
     carried: dict[str, dict[str, object]] | None = None
-    """Conditions of the weights that the run begins with; None for a resume."""
+    """Conditions of the weights that the run begins with; None for a resume from a checkpoint."""
     time: str = ""
     """UTC, ISO 8601."""
 

@@ -15,7 +15,7 @@ from officina.trainer import __main__ as trainer
 from officina.trainer import stall
 
 RUN, DEED = Path(sys.argv[1]), sys.argv[2]
-stall._OTHERS_S = 3.0
+stall._OTHERS_S = stall._LEAVE_WITHIN_S = 3.0
 stall._SUSPENDED_S = 2.5
 stall._TIMES = 1  # so that a busy machine does not lengthen what a step may last
 

@@ -183,9 +183,9 @@ def test_the_card_tells_who_publishes_what_the_conditions_say(tmp_path: Path) ->
     train(make_run({"s": (tmp_path / "set", 1)}, rows=2), tmp_path / "run")
     change(tmp_path / "set", policy=Policy(export="no", attribution="ACME Lab", personal_data="present"))
     told = "- s: CC-BY-4.0; weights trained on it must not be released; holds personal data; sensitive; attribution: ACME Lab\n"
-    assert told in card._licence({}, card._data(load_config(tmp_path / "run")), {})
+    assert told in card._licence({}, card._data(load_config(tmp_path / "run")), {}, True)
     change(tmp_path / "set", policy=Policy(export="weights-ask"))
-    assert "by agreement with the provider alone" in card._licence({}, card._data(load_config(tmp_path / "run")), {})
+    assert "by agreement with the provider alone" in card._licence({}, card._data(load_config(tmp_path / "run")), {}, True)
 
 
 def test_weights_that_were_trained_do_not_carry_the_licence_of_their_base() -> None:
@@ -203,7 +203,7 @@ def test_a_licence_of_the_policy_is_one(tmp_path: Path) -> None:
         change(tmp_path / "set", policy=policy)
         [(_, facts)] = card._data(load_config(tmp_path / "run"))
         assert (facts["licence"] or "not stated", facts["personal_data"]) == (told, policy.personal_data)
-        assert (carried.of_run(tmp_path / "run")["s"].licences or "not stated") == told
+        assert (carried.of_run(tmp_path / "run", 1)["s"].policy.licences or "not stated") == told
         for words in (["stats", tmp_path / "set"], ["inspect", tmp_path / "set"], ["inspect", tmp_path / "run"]):
             status, out, err = officina(*words)
             assert (status, err) == (0, "") and told in out, out

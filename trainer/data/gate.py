@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from officina.trainer.config import RunConfig, UseConfig
-from officina.trainer.data.carried import of_begin, of_branch, of_run
+from officina.trainer.data.carried import of_begin, of_branch, of_run, source_of
 from officina.trainer.data.licences import Terms, options, share_alike_conflict
 from officina.trainer.data.manifest import Dataset, open_dataset
 from officina.trainer.data.order import sources_in_use
@@ -63,12 +63,14 @@ def judge_run(run: RunConfig, going: Going | None = None, now: datetime | None =
     """Every finding on the data sets that the run reads from now on, and on those that its weights were trained on before.
     Raises DataError if one cannot be opened."""
     now, going = now or datetime.now(UTC), going or Going()
-    names = sources_in_use(run.data, going.position)
-    judged = [_judged(run, name, open_dataset(run.data.sources[name].path), going, now) for name in names]
-    if going.run_dir is None:
-        weights = of_begin(run)
+    read = {name: open_dataset(run.data.sources[name].path) for name in sources_in_use(run.data, going.position)}
+    judged = [_judged(run, name, dataset, going, now) for name, dataset in read.items()]
+    if going.run_dir is None or not (going.step or going.branch):
+        before = of_begin(run)
     else:
-        weights = (of_branch if going.branch else of_run)(going.run_dir, going.step, names)
+        before = (of_branch if going.branch else of_run)(going.run_dir, going.step)
+    in_use = {(name, dataset.manifest.fingerprint) for name, dataset in read.items()}  # judged in full, by today's conditions
+    weights = {label: known.policy for label, known in before.items() if (source_of(label), known.fingerprint) not in in_use}
     return judge(judged, run.use, "ai-training" if run.model.kind == "custom" else "gen-ai", now, weights)
 
 

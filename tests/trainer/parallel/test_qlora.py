@@ -25,6 +25,14 @@ GRID = [("single", 1, QLORA), ("ddp", 4, MORE), ("fsdp2", 2, QLORA), ("fsdp2_fas
         ("zero1_offload", 2, MORE), ("zero2_offload", 2, QLORA), ("zero3_offload", 2, MORE)]
 
 
+@pytest.fixture(autouse=True)
+def what_this_torch_can(request):
+    """FSDP2 of torch older than 2.12 shards no whole numbers: there it is refused."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if str(params.get("engine")).startswith(("fsdp2", "hsdp")) and torch.__version__ < (2, 12):
+        pytest.skip(f"torch {torch.__version__}")
+
+
 def packed_of(case: Case) -> dict[str, tuple[int, int]]:
     return dict(build_model(case.run).packed)
 
