@@ -19,7 +19,7 @@ from officina.trainer.data.ledger import audit
 from officina.trainer.data.policy import Policy
 from officina.trainer.data.register import Going, enter, read_entries
 from officina.trainer.data.summary import summarise
-from officina.trainer.errors import EXIT_DONE
+from officina.trainer.errors import EXIT_DONE, DataError
 from officina.trainer.metrics import read_metrics
 from officina.trainer.run_dir import committed_steps, read_run_id
 from tests.distributed import RankFailure
@@ -228,6 +228,11 @@ def test_weights_carry_the_conditions_of_their_data(pool, tmp_path: Path, monkey
     of_folder = plan_train([word for word in only_text if "model." not in word] + [
         "model=from_init", f"init_from={tmp_path / 'first'}", "name=third"], tmp_path / "runs", world_size=2)
     assert "late of run@5: weights trained on it must not be released" in problems(of_folder)["use.release"]
+    for broken in ("{", "[]", '{"a": 1}', '{"a": {"fingerprint": "", "policy": {"export": "maybe"}}}'):
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / carried.FILE).write_text(broken)
+        with pytest.raises(DataError, match=carried.FILE):
+            carried.read_file(tmp_path / "broken")
     second = begun(*declared).checked()
     write_start(second, 2)
     pool.run(2, "tests.lives:live", str(second.run_dir), stop_after=3)

@@ -1,7 +1,8 @@
 """The run directory: its files' names, the strict reading and writing of config.yaml, and the history of its starts.
 
     RUN/config.yaml        the resolved RunConfig, every key written out: all that a rank reads
-    RUN/history.jsonl      one JSON object a start: what was asked for, what changed, with which code and packages
+    RUN/history.jsonl      one JSON object a start: what was asked for, what changed, with which code, packages and conditions
+                           of use of its data
     RUN/environment.json   packages and machine of the newest start
     RUN/code/*.diff        uncommitted code of every start, named by its hash; history.jsonl says which
     RUN/metrics.jsonl, ledger.jsonl, checkpoints/, logs/, report.html, report.json, tensorboard/

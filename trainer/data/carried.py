@@ -111,7 +111,13 @@ def write_file(folder: Path, run_dir: Path, step: int) -> None:
 def read_file(folder: Path) -> Found:
     """What an export says; nothing for a folder of other making."""
     path = Path(folder) / FILE
-    return _parse(json.loads(path.read_text(encoding="utf-8")), path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as exc:
+        raise DataError(f"{path}: not JSON ({exc}). Restore the file from a copy.") from exc
+    return _parse(values, path)
 
 
 def is_recorded(run_dir: Path) -> bool:
