@@ -21,7 +21,7 @@ from officina.trainer.data.register import Going, enter, read_entries
 from officina.trainer.data.summary import summarise
 from officina.trainer.errors import EXIT_DONE, DataError
 from officina.trainer.metrics import read_metrics
-from officina.trainer.run_dir import committed_steps, read_run_id
+from officina.trainer.run_dir import Start, append_history, committed_steps, read_run_id
 from tests.distributed import RankFailure
 from tests.lives import begin, changed, plain_run
 
@@ -307,3 +307,13 @@ def test_what_weights_carry_whatever_became_of_the_records(pool, tmp_path: Path,
     assert problem.key == "use.release" and "late of run: " in problem.rule
     write_start(plan_resume(first.run_dir, [f"init_from={base}", "use.release=false"], world_size=2).checked(), 2)
     assert set(carried.of_run(first.run_dir)) == {"text of run@5", "late of run@5"}
+
+
+def test_a_later_start_takes_back_what_lies_behind_its_step(tmp_path: Path) -> None:
+    """Of starts in one folder: a false one before the run was begun, and one that goes on from the same step again."""
+    for name, action, step in (("false", "start", 0), ("branch", "branch", 5), ("late", "resume", 9), ("again", "resume", 9)):
+        append_history(tmp_path, Start(run_id="x", action=action, words=[name], step=step, world_size=1, engine="single",
+                                       commit=None))
+    begun, standing = carried._starts(tmp_path)
+    assert [start["words"] for start in begun] == [["branch"], ["late"], ["again"]]
+    assert [start["words"] for start in standing] == [["branch"], ["again"]]
