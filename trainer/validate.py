@@ -90,8 +90,6 @@ def _run(run: RunConfig, devices: int | None) -> Iterator[Problem]:
         yield Problem("ranks", run.ranks, f"each rank needs a GPU of its own and {devices} are visible", remedy)
     if run.time_limit is not None and run.time_limit <= 0:
         yield Problem("time_limit", f"{run.time_limit:g}s", "is the time after which the run stops and saves", "time_limit=8h")
-    if run.stall_after < 0:
-        yield Problem("stall_after", f"{run.stall_after:g}s", "is a time; 0 = steps may last for ever", "stall_after=10m")
     if run.site.grace < 0:
         yield Problem("site.grace", run.site.grace, "is a time and cannot be negative", "site.grace=60s")
 

@@ -55,6 +55,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 
 def test_what_is_measured_against_must_be_there(monkeypatch):
     monkeypatch.setattr(suite, "find_spec", lambda name: None if name == "peft" else name)
+    monkeypatch.setattr(suite, "run", lambda *_, **__: EXIT_DONE)
     with pytest.raises(OfficinaError, match=r"peft: not installed here.*Try: pip install .*officina\[test\]"):
         suite.main(["engines", "lora"])
 

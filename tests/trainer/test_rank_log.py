@@ -91,14 +91,18 @@ def test_an_exception_without_a_text_is_recorded_too(tmp_path: Path):
 
 
 def test_redirect_takes_the_descriptors(tmp_path: Path):
-    """C++ libraries and child processes write to descriptors, not to sys.stderr."""
-    program = ("import os, sys; from pathlib import Path; from officina.trainer import rank_log\n"
-               "rank_log.redirect_to_log(Path(sys.argv[1]), int(sys.argv[2]))\n"
-               "os.write(2, b'raw stderr\\n'); os.system('echo of a child'); print('told', file=rank_log._terminal)")
+    """C++ libraries and child processes write to descriptors, not to sys.stderr. A failure is still told where it was."""
+    program = ("import os, sys; from pathlib import Path; from officina.trainer import errors, rank_log\n"
+               "from officina.trainer.rank_env import LONE\n"
+               "run_dir = Path(sys.argv[1]); rank_log.redirect_to_log(run_dir, int(sys.argv[2]))\n"
+               "os.write(2, b'raw stderr\\n'); os.system('echo of a child')\n"
+               "rank_log.leave(run_dir, rank_log.describe(LONE, errors.DataError('mend this')))")
     for rank, out in ((0, "of a child\n"), (1, "")):
         done = subprocess.run([sys.executable, "-c", program, tmp_path, str(rank)], capture_output=True, text=True, check=True)
         log = rank_log.log_path(tmp_path, rank).read_text()
-        assert (done.stdout, done.stderr) == (out, "told\n")
+        assert done.stdout == out
+        assert done.stderr.startswith(f"officina: rank 0 on {os.uname().nodename}: DataError: mend this\n")
+        assert "DataError: mend this" in log and rank_log.read_failures(tmp_path)[0].message == "mend this"
         assert log.splitlines()[0].startswith(f"==== rank {rank} on {os.uname().nodename}, pid ")
         assert "raw stderr" in log and ("of a child" in log) == (rank != 0)
 

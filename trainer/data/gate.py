@@ -1,7 +1,7 @@
 """Decides whether a run may use its data: what it declares (`use.*`) against the conditions of every data set.
 
-Pure functions of configuration, policies, registers and a date. Every rule that applies gives one `Finding`, allowed or
-not, with the rule in words and what satisfies it; `officina check --explain` and `officina data policy` print them all.
+Pure functions of configuration, policies, registers, histories and a date. Every rule that applies gives one `Finding`, allowed
+or not, with the rule in words and what satisfies it; `officina check --explain` and `officina data policy` print them all.
 A source is never left out silently, since that would change the mixture. Of data that the weights were trained on before, in
 this run or in those it comes from, the rules of release and the licences hold on. Declarations are no proof: this is for
 people who want to keep the conditions.
